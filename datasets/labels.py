@@ -1,0 +1,21 @@
+"""Label tables of Cityscapes and IDD: names, ids at every level, colours.
+
+The tables lie beside this file as CSV; `label_table` reads one.
+"""
+import csv
+import functools
+from pathlib import Path
+
+
+@functools.lru_cache(maxsize=None)
+def label_table(name):
+    """Rows of the table `name` ('cityscapes' or 'idd') as a tuple of dicts.
+
+    Every value but `name` and `category` is an int. 255 means void.
+    """
+    path = Path(__file__).with_name(f'{name}_labels.csv')
+    with open(path, newline='') as file:
+        rows = csv.DictReader(file)
+        text = ('name', 'category')
+        return tuple({key: value if key in text else int(value) for key, value in row.items()}
+                     for row in rows)

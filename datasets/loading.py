@@ -1,0 +1,61 @@
+"""Batches: which samples, in which order, on which rank."""
+import numpy as np
+from torch.utils.data import DataLoader
+
+ORDER = 1       # distinguishes the order's random numbers from the augmentation's
+
+
+class TrainBatches:
+    """Batch sampler: a new order every epoch, drawn from (seed, epoch).
+
+    Yields lists of (epoch, number). `samples` may exceed `count` (default: equal): the
+    order is then several permutations one after another, and `number % count` is the
+    image. `batch_size` is that of all ranks together; each takes its share.
+    """
+
+    def __init__(self, count, batch_size, seed, samples=None, limit=None, rank=0, world=1):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.samples, self.limit = samples or count, limit
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 1, 0
+
+    def __len__(self):
+        """Batches of an epoch."""
+        batches = -(-self.samples // self.batch_size)
+        return min(batches, self.limit or batches)
+
+    def order(self):
+        """Sample numbers of the epoch."""
+        random = np.random.default_rng((self.seed, self.epoch, 0, ORDER))
+        passes = -(-self.samples // self.count)
+        return np.concatenate([number * self.count + random.permutation(self.count)
+                               for number in range(passes)])[:self.samples]
+
+    def __iter__(self):
+        order = self.order()
+        for batch in range(self.start, len(self)):
+            numbers = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            # A short last batch is filled up from the epoch's first samples, so that no rank is idle.
+            numbers = np.concatenate([numbers, order[:-len(numbers) % self.world]])
+            yield [(self.epoch, int(number)) for number in numbers[self.rank::self.world]]
+
+
+class EvalBatches:
+    """Batch sampler: every image once, split over the ranks without padding."""
+
+    def __init__(self, count, batch_size, rank=0, world=1, limit=None):
+        indices = list(range(count))[:limit and limit * batch_size][rank::world]
+        self.batches = [[(0, index) for index in indices[start:start + batch_size]]
+                        for start in range(0, len(indices), batch_size)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def make_loader(dataset, batches, workers, pin):
+    """DataLoader over `batches`; workers live as long as the loader."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      persistent_workers=workers > 0)

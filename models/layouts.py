@@ -1,0 +1,162 @@
+"""Key layouts of checkpoints: ours, the published ones, the ImageNet encoder; and which network a file holds.
+
+Our keys are those of the published adapter model. Everything else is renamed to them:
+a plain network's batch norms become the first and only entry of a list, its decoders
+entries of `decoder`.
+"""
+import re
+from dataclasses import dataclass
+
+from models.erfnet import ERFNet
+from models.methods import METHODS
+from utils.errors import UserError
+
+PLAIN_ENCODER = (
+    (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.0.'),
+    (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.0.'))
+IGNORED = re.compile(r'^(classifier\.|features\.extralayer|encoder\.output_conv\.)')
+PLAIN_DECODER = re.compile(r'^decoder\.(layers|output_conv)\.')
+NAMED_DECODER = re.compile(r'^decoder_(old|old\d+|new)\.')
+OUTPUT = re.compile(r'^decoder\.(\d+)\.output_conv\.weight$')
+
+
+@dataclass
+class Found:
+    """What a state dict holds, in native keys.
+
+    num_classes: of each domain, [] for an encoder alone. adapter: as `ERFNet`'s.
+    batch_norms: how many the encoder has beside each convolution. kind: in words.
+    renamed, ignored: file keys that were renamed (beyond `module.`) or not used.
+    """
+    state: dict
+    num_classes: list
+    adapter: object
+    batch_norms: int
+    kind: str
+    renamed: int
+    ignored: list
+
+
+def native_keys(state):
+    """Renames the keys of any known layout: (native state, number renamed, keys ignored)."""
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    named = {match.group(1) for match in map(NAMED_DECODER.match, state) if match}
+    # old, or old1, old2, ... in order; new comes last.
+    order = sorted(named, key=lambda name: (name == 'new', int(name[3:] or 1) if name != 'new' else 0))
+    result, renamed, ignored = {}, 0, []
+    for key, value in state.items():
+        name = key.removeprefix('features.')
+        if IGNORED.match(key) or IGNORED.match(name):
+            ignored.append(key)
+            continue
+        for pattern, replacement in PLAIN_ENCODER:
+            name = pattern.sub(replacement, name)
+        name = PLAIN_DECODER.sub(r'decoder.0.\1.', name)
+        name = NAMED_DECODER.sub(lambda match: f'decoder.{order.index(match.group(1))}.', name)
+        renamed += name != key
+        result[name] = value
+    return result, renamed, ignored
+
+
+def recognise(state, source):
+    """The Found of a state dict read from `source`; UserError if it is no network of ours."""
+    native, renamed, ignored = native_keys(state)
+    heads = {int(match.group(1)): native[match.group(0)].shape for match in map(OUTPUT.match, native) if match}
+    if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):
+        raise UserError(f'{source}: no ERFNet in it; the first of its {len(state)} tensors is '
+                        f'{next(iter(state), "none")!r}, encoder.initial_block.conv.weight is expected')
+    if any(len(shape) != 4 for shape in heads.values()):
+        raise UserError(f'{source}: an output layer is not four-dimensional')
+    adapter = next((kind for kind in ('parallel', 'series')
+                    if any(f'.{kind}_conv_1.' in key for key in native)), None)
+    norms = len({key.split('.')[3] for key in native if key.startswith('encoder.initial_block.bn_ini.')})
+    counts = [heads[index][1] for index in range(len(heads))]
+    return Found(native, counts, adapter, norms, describe(counts, adapter, norms), renamed, ignored)
+
+
+def describe(num_classes, adapter, norms):
+    """The layout in words, such as "2 domains (20, 20 classes), parallel adapters, 2 batch norms"."""
+    if not num_classes:
+        return 'an encoder alone'
+    domains = f'{len(num_classes)} domain{"s" * (len(num_classes) > 1)}'
+    return (f'{domains} ({", ".join(map(str, num_classes))} classes), {adapter or "no"} adapters, '
+            f'{norms} batch norm{"s" * (norms > 1)} beside each convolution')
+
+
+def fitting_methods(found):
+    """Names of the methods whose network for the found domains is the found one."""
+    several = len(found.num_classes) > 1
+    return [name for name, row in METHODS.items() if row.adapter == found.adapter
+            and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
+
+
+def network_of(found, method, source):
+    """The ERFNet of `method` filled with what was found; UserError naming what does not fit."""
+    names = fitting_methods(found)
+    if method not in names:
+        raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
+                        f'but of {", ".join(names) or "none"}')
+    row = METHODS[method]
+    model = ERFNet(found.num_classes, adapter=row.adapter, domain_bn=row.domain_bn)
+    load(model, found, source)
+    return model
+
+
+def load(model, found, source):
+    """Loads all of what was found into a network of that layout; UserError at the first misfit.
+
+    Files older than `num_batches_tracked` lack that counter only; it stays 0.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in found.state and not key.endswith('num_batches_tracked')]
+    surplus = [key for key in found.state if key not in own]
+    misshapen = [key for key, value in found.state.items() if key in own and value.shape != own[key].shape]
+    if missing or surplus or misshapen:
+        fit = len(own) - len(missing) - len(misshapen)
+        first = (missing and f'{missing[0]} is missing' or misshapen and f'{misshapen[0]} has the wrong shape'
+                 or f'{surplus[0]} is surplus')
+        raise UserError(f'{source} fits no known layout; the closest is {found.kind}: {fit} of {len(own)} '
+                        f'tensors fit, {first}')
+    broken = [key for key, value in found.state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f'{source}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)')
+    model.load_state_dict(found.state, strict=False)
+
+
+def load_encoder(model, found, source, batch_norms=True):
+    """Loads an ImageNet encoder into a one-domain network: (names loaded, names left fresh).
+
+    The encoder's convolutions are shared weights, its batch norms become the first
+    domain's if `batch_norms`.
+    """
+    own = {key: value for key, value in model.state_dict().items() if key.startswith('encoder.')}
+    given = {key: value for key, value in found.state.items()
+             if key.startswith('encoder.') and (batch_norms or '.bn' not in key)}
+    wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
+    lacking = [key for key in own if '_conv_' not in key and '.bn' not in key and key not in given]
+    if wrong or lacking:
+        raise UserError(f'{source}: not the encoder of ERFNet; {(wrong or lacking)[0]} does not fit')
+    model.load_state_dict(given, strict=False)
+    return list(given), [key for key in model.state_dict() if key not in given]
+
+
+def published_keys(state, num_classes, adapter, multi_task=False):
+    """Our state dict in the key layout that the published code loads, `module.` included.
+
+    Adapter models keep their keys; a plain network becomes the single-task, fine-tune
+    (decoder_old, decoder_new) or multi-task (decoder.N) layout.
+    """
+    if adapter is not None:
+        return {f'module.{key}': value for key, value in state.items()}
+    count = len(num_classes)
+    old = ['old'] if count == 2 else [f'old{number + 1}' for number in range(count - 1)]
+    heads = {index: f'decoder_{name}' for index, name in enumerate(old + ['new'])}
+    if count == 1:
+        heads = {0: 'decoder'}
+    result = {}
+    for key, value in state.items():
+        name = re.sub(r'\.bn_ini\.0\.', '.bn.', re.sub(r'\.bns_([12])\.0\.', r'.bn\1.', key))
+        if not multi_task:
+            name = re.sub(r'^decoder\.(\d+)\.', lambda match: f'{heads[int(match.group(1))]}.', name)
+        result[f'module.{name}'] = value
+    return result

@@ -1,0 +1,49 @@
+"""What the methods are: one row each. Nothing else in the code asks for a method's name."""
+from dataclasses import dataclass
+from typing import Optional
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    adapter, domain_bn: the network, see `models.erfnet.ERFNet`.
+    shared: how the shared weights learn after the first domain: 'slow' (5e-6 unless
+        `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
+    distill: whether the previous model's outputs on the old domains are held.
+    joint: whether all domains are learnt at once instead of one after another.
+    lonely: whether the network knows one domain only.
+    """
+    about: str
+    adapter: Optional[str] = None
+    domain_bn: bool = False
+    shared: str = 'full'
+    distill: bool = False
+    joint: bool = False
+    lonely: bool = False
+
+
+METHODS = {
+    'ours': Method('parallel adapters, batch norms and a decoder per domain, distillation',
+                   adapter='parallel', domain_bn=True, shared='slow', distill=True),
+    'adapters-only': Method('as ours, shared weights frozen after the first domain, no distillation',
+                            adapter='parallel', domain_bn=True, shared='frozen'),
+    'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen'),
+    'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
+    'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',
+                  distill=True),
+    'series-adapters': Method('ablation: as ours, adapters after the convolutions',
+                              adapter='series', domain_bn=True, shared='slow', distill=True),
+    'domain-bn': Method('ablation: as ours without adapters', domain_bn=True, shared='slow', distill=True),
+    'adapters-shared-bn': Method('ablation: as ours, batch norms shared by all domains',
+                                 adapter='parallel', shared='slow', distill=True),
+    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True),
+    'single-task': Method('a plain network for one domain', lonely=True),
+}
+
+
+def get_method(name):
+    """The row `name` of METHODS; KeyError lists the choices."""
+    if name not in METHODS:
+        raise KeyError(f'unknown method {name!r}; choose from {", ".join(METHODS)}')
+    return METHODS[name]

@@ -1,0 +1,38 @@
+"""Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.toy_roads import write_toy_roads
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope='session')
+def toy(tmp_path_factory):
+    """Toy roads: 8 training and 4 validation images per domain, 64 x 128."""
+    root = tmp_path_factory.mktemp('toy')
+    write_toy_roads(root, train=8, val=4, height=64, width=128, seed=1)
+    return root
+
+
+@pytest.fixture(scope='session')
+def real():
+    """The small real data, where it is at hand."""
+    path = Path(os.environ.get('REAL_DATA', ROOT.parent / 'shared' / 'real'))
+    if not path.is_dir():
+        pytest.skip('the small real data is not here; set REAL_DATA')
+    return path
+
+
+def run_script(*arguments, expect=0, **environment):
+    """Runs a script of the project with this Python; returns the finished process."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '2', **environment})
+    assert done.returncode == expect, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
+    return done

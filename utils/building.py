@@ -1,0 +1,152 @@
+"""From options to the objects of a training step: data, student, teacher, optimiser."""
+import copy
+import random
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from datasets import SegmentationDataset, get_domain
+from datasets.class_weights import training_weights
+from datasets.loading import EvalBatches, TrainBatches, make_loader
+from models import build_model, get_method
+from utils.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
+from utils.errors import UserError
+from utils.options import data_paths
+from utils.parallel import wrap
+from utils.task import Task
+
+
+@dataclass
+class Feed:
+    """One domain's data: its number in the network, loaders and cross-entropy weights."""
+    number: int
+    domain: object
+    weights: torch.Tensor
+    train: object = None
+    val: object = None
+
+
+def seed_everything(seed):
+    """Seeds Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+def learnt_numbers(options):
+    """Numbers of the domains that this step learns: the last, or all of a joint method."""
+    count = len(options.domains)
+    return list(range(count)) if get_method(options.method).joint else [count - 1]
+
+
+def build_feeds(options, place):
+    """A Feed for every domain; old ones have a validation loader where their data is at hand."""
+    domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
+    learnt = learnt_numbers(options)
+    train_sets = {number: dataset(options, domains[number], 'train') for number in learnt}
+    most = max(len(data) for data in train_sets.values())
+    feeds = []
+    for number, domain in enumerate(domains):
+        if number in train_sets:
+            feed = Feed(number, domain, training_weights(domain, options.data_root, options.class_weights))
+            feed.train = train_loader(options, place, train_sets[number], most)
+        else:
+            feed = Feed(number, domain, torch.tensor([1.0] * len(domain.classes) + [0.0]))
+        feed.val = val_loader(options, place, domain, required=number in train_sets)
+        feeds.append(feed)
+    return feeds
+
+
+def dataset(options, domain, split):
+    return SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
+                               augmented=split == 'train', seed=options.seed)
+
+
+def train_loader(options, place, data, samples):
+    if options.batch_size % place.world:
+        raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes')
+    batches = TrainBatches(len(data), options.batch_size, options.seed, samples, options.limit_batches,
+                           place.rank, place.world)
+    return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
+
+
+def val_loader(options, place, domain, required):
+    """Loader over the validation images; None, with a line, for an old domain whose data is not here."""
+    try:
+        data = dataset(options, domain, 'val')
+    except UserError as error:
+        if required:
+            raise
+        if place.main:
+            print(f'{domain.name} is not validated: {error}', file=sys.stderr)
+        return None
+    batches = EvalBatches(len(data), options.batch_size, place.rank, place.world, options.limit_batches)
+    return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
+
+
+def build_networks(options, domains):
+    """(student, teacher or None, lines about what was loaded) for the step's Domain objects."""
+    method, joint = get_method(options.method), get_method(options.method).joint
+    counts = [domain.num_classes for domain in domains]
+    if len(domains) == 1 or joint:
+        student, lines = build_model(counts, options.method), 'random initial weights'
+        if options.state:
+            checkpoint = read_checkpoint(options.state)
+            if checkpoint.found.num_classes:
+                raise UserError(f'{options.state} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
+                                'domain of --domains: it starts from an encoder, or without --state')
+            lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
+        return student, None, lines
+    checkpoint = read_checkpoint(options.state)
+    if not checkpoint.found.num_classes:
+        raise UserError(f'{options.state} holds an encoder alone; learning {domains[-1].name} after '
+                        f'{domains[0].name} needs a checkpoint of the previous step')
+    check_known(checkpoint, domains[:-1])
+    student = load_network(checkpoint, options.method)
+    known = len(student.state_dict())
+    teacher = copy.deepcopy(student) if method.distill else None
+    student.add_domain(counts[-1], options.new_statistics)
+    return student, teacher, report(checkpoint, known, 2)
+
+
+def freeze(student, options):
+    """Sets what trains, following the method's row."""
+    first = len(student.decoder) == 1 or get_method(options.method).joint
+    student.train_only(learnt_numbers(options), shared=first or options.shared_lr > 0, old_bn=options.old_bn)
+
+
+def parameter_groups(student, options):
+    """Optimiser groups: shared weights and learnt branches; every parameter is in one or frozen."""
+    joint, count = get_method(options.method).joint, len(student.decoder)
+    shared_lr = options.lr / count if joint else options.lr if count == 1 else options.shared_lr
+    branches = [p for number in learnt_numbers(options) for p in student.branch_parameters(number)]
+    groups = [{'name': 'shared', 'lr': shared_lr, 'params': student.shared_parameters()},
+              {'name': 'branch', 'lr': options.lr, 'params': branches}]
+    groups = [{**group, 'params': [p for p in group['params'] if p.requires_grad]} for group in groups]
+    grouped = [id(p) for group in groups for p in group['params']]
+    frozen = [id(p) for p in student.parameters() if not p.requires_grad]
+    assert sorted(grouped + frozen) == sorted(id(p) for p in student.parameters()), 'a parameter is in no group or in two'
+    return [group for group in groups if group['params']]
+
+
+def build_task(student, teacher, feeds, options, place):
+    """The Task of the step on its device, wrapped for several."""
+    if teacher is not None:
+        teacher.requires_grad_(False)
+        teacher.still = ()
+        if not options.lambdac and options.old_bn != 'released':
+            teacher = None
+    task = Task(student, teacher, [feed.weights for feed in feeds], distillation=options.distillation,
+                temperature=options.temperature, lambdac=options.lambdac, teacher_mode=options.teacher_mode,
+                precision=options.precision).to(place.device)
+    unused = get_method(options.method).joint or options.steps_per_batch == 2
+    return wrap(task, place, options.parallel, unused)
+
+
+def build_optimizer(student, options):
+    """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
+    optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / options.num_epochs) ** 0.9)
+    return optimizer, schedule

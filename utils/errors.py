@@ -1,0 +1,15 @@
+"""Errors that a user can mend: one line, exit status 2."""
+import sys
+
+
+class UserError(Exception):
+    """Says what is wrong, where, and what to do, in one line."""
+
+
+def run_main(main):
+    """Calls `main()` and turns a UserError into one line and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,79 @@
+"""Segmentation metrics from confusion matrices, and the metrics of a sequence of steps."""
+import torch
+
+
+def confusion(prediction, labels, num_classes):
+    """Confusion matrix int64 (C, C), rows truth, columns prediction, where they are.
+
+    prediction, labels: integer tensors of one shape with values in [0, C).
+    """
+    index = labels.long().flatten() * num_classes + prediction.long().flatten()
+    return torch.bincount(index, minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def iou_per_class(matrix, published=False):
+    """IoU in [0, 1] of each non-void class, float64 (C-1,), from a confusion matrix (C, C).
+
+    Void is the last class: its pixels count for nothing, whatever was predicted there;
+    predicting void elsewhere is a miss. A class absent from truth and prediction is
+    NaN, or 0 if `published`.
+    """
+    counted = matrix[:-1].double()
+    hit = counted.diagonal()
+    union = counted.sum(dim=1) + counted.sum(dim=0)[:-1] - hit
+    iou = hit / union
+    return torch.where(union > 0, iou, 0.0) if published else iou
+
+
+def mean_iou(matrix, published=False):
+    """Mean IoU in percent over the non-void classes (see `iou_per_class`)."""
+    return 100 * iou_per_class(matrix, published).nanmean().item()
+
+
+def pixel_accuracy(matrix):
+    """Percent of non-void pixels that are right."""
+    counted = matrix[:-1].double()
+    return 100 * (counted.diagonal().sum() / counted.sum()).item()
+
+
+def forgetting(steps):
+    """{domain: best earlier mIoU minus the last} of domains learnt before the last step.
+
+    steps: list of {domain: mIoU} after each step; a step's new domains are those that
+    the step before lacks. Chaudhry et al., "Riemannian Walk", ECCV 2018.
+    """
+    last = steps[-1]
+    return {name: max(step[name] for step in steps[:-1] if name in step) - last[name]
+            for name in last if name in steps[-2]} if len(steps) > 1 else {}
+
+
+def learnt_at(steps):
+    """{domain: mIoU right after the step that learnt it}."""
+    return {name: next(step[name] for step in steps if name in step) for name in steps[-1]}
+
+
+def backward_transfer(steps):
+    """Mean over earlier domains of the last mIoU minus that when learnt; None with one step.
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017.
+    """
+    first = learnt_at(steps)
+    changes = [steps[-1][name] - first[name] for name in (steps[-2] if len(steps) > 1 else {})]
+    return sum(changes) / len(changes) if changes else None
+
+
+def forward_transfer(steps, single):
+    """Mean over domains after the first of the mIoU when learnt minus the single-task one; None if unknown."""
+    first = learnt_at(steps)
+    gains = [first[name] - single[name] for name in list(first)[1:] if name in single]
+    return sum(gains) / len(gains) if gains else None
+
+
+def delta_m(miou, single):
+    """Delta_m%: mean over domains of 100 (mIoU - single-task mIoU) / single-task mIoU; None if one is unknown.
+
+    Vandenhende et al., "Multi-Task Learning for Dense Prediction Tasks", TPAMI 2021.
+    """
+    if not all(single.get(name) for name in miou):
+        return None
+    return sum(100 * (miou[name] - single[name]) / single[name] for name in miou) / len(miou)

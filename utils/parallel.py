@@ -1,0 +1,90 @@
+"""One process or several, one device or several."""
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes: its device, its rank among `world` processes."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self):
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def session(device, parallel='auto'):
+    """The Place of this process; under torchrun it joins the process group for the session.
+
+    device: 'auto', 'cpu', 'cuda' or 'cuda:N'. UserError if it is not there.
+    """
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    launched = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+    if parallel == 'ddp' and not launched:
+        raise UserError('--parallel ddp needs a launcher: torchrun --nproc_per_node N train.py ...')
+    if launched and world > 1 and parallel in ('none', 'dp'):
+        raise UserError(f'--parallel {parallel} contradicts torchrun with {world} processes')
+    if not launched or parallel in ('none', 'dp'):
+        yield Place(pick_device(device))
+        return
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    chosen = pick_device(f'cuda:{local}' if device in ('auto', 'cuda') and torch.cuda.is_available() else device)
+    if chosen.type == 'cuda':
+        torch.cuda.set_device(chosen)
+    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo')
+    try:
+        yield Place(chosen, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name):
+    """The torch.device called `name`; 'auto' is the first GPU, or the CPU."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'--device {name} is not one of auto, cpu, cuda, cuda:N') from None
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu')
+    return device
+
+
+def wrap(task, place, parallel, unused=False):
+    """The task for several devices: DDP under torchrun, DataParallel on several GPUs, else as it is.
+
+    unused: whether some batches leave trainable parameters without a gradient.
+    """
+    if dist.is_initialized() and place.world > 1:
+        devices = [place.device] if place.device.type == 'cuda' else None
+        return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused)
+    several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
+    if parallel in ('auto', 'dp') and several:
+        return nn.DataParallel(task)
+    return task
+
+
+def broadcast_buffers(module, place):
+    """Gives every rank the buffers (batch-norm statistics) of rank 0."""
+    if place.world > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def summed(tensor, place):
+    """The sum of `tensor` over all ranks, in place."""
+    if place.world > 1:
+        dist.all_reduce(tensor)
+    return tensor

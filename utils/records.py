@@ -1,0 +1,60 @@
+"""What a run writes beside its checkpoints: opts.json and metrics.jsonl."""
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from utils.checkpoint import write_atomically
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
+
+
+def git_revision():
+    """The revision of the code, '-dirty' appended if changed; None without git."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+                              cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def environment(device):
+    """Versions, revision and hardware, for records."""
+    card = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
+            'numpy': np.__version__, 'git': git_revision(), 'device': card}
+
+
+def write_options(folder, options, place, class_weights):
+    """opts.json: final options, class weights in use, versions, git revision."""
+    write_json(Path(folder) / 'opts.json', {
+        'options': vars(options),
+        'class_weights': {name: weights.tolist() for name, weights in zip(options.domains, class_weights)},
+        'versions': environment(place.device)})
+
+
+def append_metrics(folder, line):
+    """Adds a line to metrics.jsonl."""
+    with open(Path(folder) / 'metrics.jsonl', 'a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl, [] if there is none."""
+    path = Path(folder) / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep_metrics(folder, epoch):
+    """Cuts metrics.jsonl back to the epochs up to `epoch`, as a resumed run writes the later ones anew."""
+    lines = [line for line in read_metrics(folder) if line['epoch'] <= epoch]
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    write_atomically(Path(folder) / 'metrics.jsonl', lambda file: file.write(text.encode()))

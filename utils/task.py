@@ -1,0 +1,68 @@
+"""The task of a step: student, frozen teacher, losses. The loop knows nothing else."""
+import torch
+from torch import nn
+
+from losses import DISTILLATIONS, cross_entropy
+
+
+class Task(nn.Module):
+    """Computes the loss parts of a batch; the unit that DataParallel and DDP wrap.
+
+    student: ERFNet that knows all domains. teacher: frozen model of the previous step,
+    or None. class_weights: a (C,) tensor for each domain, void 0. The new domain is
+    the student's last, the old ones those the teacher knows.
+    """
+
+    def __init__(self, student, teacher, class_weights, *, distillation='kl', temperature=1.0,
+                 lambdac=0.1, teacher_mode='eval', precision='fp32'):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.distill = DISTILLATIONS[distillation]
+        self.temperature, self.lambdac = temperature, lambdac
+        self.teacher_mode, self.precision = teacher_mode, precision
+        for number, weights in enumerate(class_weights):
+            self.register_buffer(f'weights{number}', weights, persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.train(mode and self.teacher_mode == 'train')
+        return self
+
+    def forward(self, images, labels, domain, part='loss'):
+        """Loss parts of images (B, 3, H, W) uint8 and labels (B, H, W) uint8 of `domain`.
+
+        part: 'loss' for both terms, 'ce' or 'kd' for one alone. Returns 0-d tensors
+        {'loss', 'ce', 'kd'} (those computed), 'loss' = ce + lambdac * kd being what to
+        differentiate.
+        """
+        images = to_float(images)
+        parts = {}
+        with autocast(images.device, self.precision):
+            if part != 'kd':
+                logits = self.student(images, domain)
+                parts['ce'] = cross_entropy(logits, labels.long(), getattr(self, f'weights{domain}'))
+            if part != 'ce' and self.teacher is not None:
+                parts['kd'] = self.distillation(images)
+        parts['loss'] = parts.get('ce', 0) + self.lambdac * parts.get('kd', 0)
+        return parts
+
+    def distillation(self, images):
+        """Sum over the old domains, the latest first, of the distance to the teacher."""
+        total = 0.0
+        for domain in reversed(range(len(self.teacher.decoder))):
+            with torch.no_grad():
+                target = self.teacher(images, domain)
+            total = total + self.distill(self.student(images, domain), target, self.temperature)
+        return total
+
+
+def to_float(images):
+    """uint8 [0, 255] -> float32 [0, 1], where the images are."""
+    return images.float().div_(255)
+
+
+def autocast(device, precision):
+    """Autocast context of `precision`: 'fp32' (none), 'bf16' or 'fp16'."""
+    dtype = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
