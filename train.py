@@ -36,7 +36,7 @@ class Run:
         self.teacher = teacher
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
-        self.parts = ('loss',) if options.steps_per_batch == 1 or teacher is None else ('ce', 'kd')
+        self.parts = building.loss_parts(options, teacher)
         self.epoch, self.best = 0, float('-inf')
 
     def state(self):

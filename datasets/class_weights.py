@@ -3,27 +3,45 @@
 The formula is ENet's (Paszke et al., 2016, with c = 1.1 as ERFNet's training uses
 it); frequencies are over all pixels, void among them, and void's weight is reported
 but set to 0 in training.
+
+    python -m datasets.class_weights --domains cityscapes BDD IDD --data-root data --json weights.json
+
+prints them beside the published ones; train.py takes the file with --class-weights.
 """
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets.create_labels import in_parallel, replace_file
+from datasets.domains import get_domain
 from datasets.pairs import find_split
 from datasets.segmentation import open_label, to_classes
-from utils.errors import UserError
+from utils.errors import UserError, run_main
+from utils.options import Parser, data_options, data_paths, positive
 
 CHOICES = ('published', 'computed', 'none')
 
 
-def histogram(domain, root, split='train'):
-    """Pixels of each class index, void last, over the split's labels at their own size: int64 (C,)."""
-    counts = np.zeros(domain.num_classes, dtype=np.int64)
-    for pair in find_split(domain, root, split).pairs:
-        classes = to_classes(np.asarray(open_label(pair)), pair)
-        counts += np.bincount(classes.ravel(), minlength=domain.num_classes)
-    return counts
+def label_counts(pair, num_classes):
+    """Pixels of each class index, void last, in the label of `pair`: int64 (num_classes,)."""
+    classes = to_classes(np.asarray(open_label(pair)), pair)
+    return np.bincount(classes.ravel(), minlength=num_classes)
+
+
+def histogram(domain, root, split='train', workers=None):
+    """Pixels of each class index, void last, over the split's labels at their own size: int64 (C,).
+
+    `workers` processes count (default: one per core, 8 at most). UserError names a label
+    that cannot be read or has values out of range.
+    """
+    pairs = find_split(domain, root, split).pairs
+    count = partial(label_counts, num_classes=domain.num_classes)
+    workers = workers or min(8, os.cpu_count() or 1)
+    return sum(in_parallel(count, pairs, workers, f'{domain.name} {split}'), np.zeros(domain.num_classes, np.int64))
 
 
 def weights_of(counts):
@@ -61,3 +79,57 @@ def weights_from_file(domain, path):
     if weights.shape != (domain.num_classes,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise UserError(f'--class-weights {path}: {domain.name} needs {domain.num_classes} weights >= 0, void last')
     return weights
+
+
+def weights_table(domain, counts, computed):
+    """Lines of 80 columns at most: class, percent of pixels, computed and published weight."""
+    published = [f'{weight:.4f}' for weight in domain.weights] if domain.weights else ['-'] * domain.num_classes
+    rows = [f'{name[:36]:<36} {percent:>9.4f} {weight:>10.4f} {known:>10}'
+            for name, percent, weight, known in zip((*domain.classes, 'void (0 in training)'),
+                                                    100 * counts / counts.sum(), computed, published)]
+    return [f'{"class":<36} {"percent":>9} {"computed":>10} {"published":>10}', *rows]
+
+
+def output_file(text):
+    """Path of a `--json` file, or None; UserError at once if its folder does not exist."""
+    path = Path(text) if text else None
+    if path and not path.parent.is_dir():
+        raise UserError(f'--json {path}: the folder {path.parent} does not exist; make it first')
+    return path
+
+
+def write_result(path, content):
+    """Writes `content` as JSON in place of `path`, whole or not at all."""
+    text = json.dumps(content, indent=1) + '\n'
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def class_weights_parser():
+    """The parser of this command."""
+    parser = Parser(prog='python -m datasets.class_weights',
+                    description='Cross-entropy weights 1 / ln(1.1 + class frequency) of domains.')
+    parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains to count')
+    data_options(parser)
+    parser.add_argument('--split', default='train', help='split to count')
+    parser.add_argument('--json', metavar='FILE', help='write {domain: [weights, void last]}')
+    parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
+    return parser
+
+
+def main(arguments=None):
+    """Prints the weights that the command line asks for, and writes them; 0, or UserError."""
+    options = class_weights_parser().parse_args(arguments)
+    paths, file = data_paths(options.data), output_file(options.json)
+    weights = {}
+    for domain in [get_domain(name, paths) for name in options.domains]:
+        counts = histogram(domain, options.data_root, options.split, options.workers)
+        computed = weights_of(counts)
+        print(f'{domain.name} {options.split}', *weights_table(domain, counts, computed), '', sep='\n')
+        weights[domain.name] = computed.tolist()
+    if file:
+        write_result(file, weights)
+    return 0
+
+
+if __name__ == '__main__':
+    run_main(main)

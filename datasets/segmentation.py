@@ -9,6 +9,7 @@ from datasets.pairs import find_split, report_unpaired
 from utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
+CHECK_HINT = '; python -m datasets.check finds all such files'
 
 
 def lookup_table(values):
@@ -48,14 +49,25 @@ def open_pair(pair):
     return image, label
 
 
+def likely_cause(wrong, values):
+    """Why a label image holds the label values `wrong`, which the mapping `values` lacks."""
+    void = next(value for value, index in values.items() if index == max(values.values()))
+    if len(values) == 20 and max(wrong) < 34:
+        return 'labelIds where trainIds are expected'
+    if max(wrong) < 40:
+        return 'ids of another kind, label ids or those of another level?'
+    if list(wrong) == [255]:
+        return f'void is 255 where {void} is expected'
+    return 'grey levels or palette of a colour image, or labels resized with interpolation?'
+
+
 def to_classes(label, pair):
     """Label values (H, W) uint8 -> class indices; UserError naming the file if one is out of range."""
     classes = lookup_table(pair.values)[label]
     if (classes == BAD).any():
         wrong = np.unique(label[classes == BAD])
-        likely = 'label ids where train ids are expected?' if wrong.max() < 34 else 'another label format?'
         raise UserError(f'{pair.label}: label values {wrong[:8].tolist()} are not in the class list '
-                        f'({likely}); python -m datasets.check finds all such files')
+                        f'({likely_cause(wrong, pair.values)}){CHECK_HINT}')
     return classes
 
 

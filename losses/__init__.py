@@ -41,7 +41,7 @@ def released_kl(student, teacher, temperature=1.0):
     """
     p = F.softmax(student.float(), dim=1)
     q = F.softmax(teacher.float(), dim=1)
-    return F.kl_div(p, q, reduction='mean')
+    return F.kl_div(p, q, reduction='sum') / q.numel()
 
 
 DISTILLATIONS = {'kl': kl_per_pixel, 'released': released_kl}

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.toy_roads import write_toy_roads
-
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
 
@@ -16,6 +14,7 @@ torch.set_num_threads(2)
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     """Toy roads: 8 training and 4 validation images per domain, 64 x 128."""
+    from datasets.toy_roads import write_toy_roads
     root = tmp_path_factory.mktemp('toy')
     write_toy_roads(root, train=8, val=4, height=64, width=128, seed=1)
     return root

@@ -145,6 +145,11 @@ def build_task(student, teacher, feeds, options, place):
     return wrap(task, place, options.parallel, unused)
 
 
+def loss_parts(options, teacher):
+    """What the steps of a batch are taken on: the sum, or one term after the other."""
+    return ('ce', 'kd') if options.steps_per_batch == 2 and teacher is not None else ('loss',)
+
+
 def build_optimizer(student, options):
     """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
     optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)

@@ -30,7 +30,7 @@ class Task(nn.Module):
         return self
 
     def forward(self, images, labels, domain, part='loss'):
-        """Loss parts of images (B, 3, H, W) uint8 and labels (B, H, W) uint8 of `domain`.
+        """Loss parts of images (B, 3, H, W) uint8 (or float in [0, 1]) and labels (B, H, W) uint8 of `domain`.
 
         part: 'loss' for both terms, 'ce' or 'kd' for one alone. Returns 0-d tensors
         {'loss', 'ce', 'kd'} (those computed), 'loss' = ce + lambdac * kd being what to
@@ -58,8 +58,8 @@ class Task(nn.Module):
 
 
 def to_float(images):
-    """uint8 [0, 255] -> float32 [0, 1], where the images are."""
-    return images.float().div_(255)
+    """uint8 [0, 255] -> float32 [0, 1], where the images are; floats pass as they are."""
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def autocast(device, precision):

@@ -1,0 +1,198 @@
+"""Checks that domains are fit to train on: pairs, files, sizes, label values, class counts.
+
+    python -m datasets.check --domains cityscapes BDD IDD --data-root data
+
+Every file of every pair is decoded. Images and labels without a partner are warnings
+(BDD100K's archives hold six of each) and left out in training; anything else is an error.
+The exit status is 0 if there is no error, else 2.
+"""
+import os
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from PIL import Image
+
+from datasets.class_weights import output_file, write_result
+from datasets.create_labels import in_parallel
+from datasets.domains import get_domain
+from datasets.pairs import files_by_key, find_split
+from datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
+from utils.errors import UserError, run_main
+from utils.options import Parser, data_options, data_paths, positive
+
+LISTED = 20     # files printed of each kind; --json has all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file: its kind, the file or folder, and what was found."""
+    kind: str
+    file: str
+    message: str
+
+
+@dataclass
+class Report:
+    """What a domain's split holds; `pixels` and `images` (C,) count each class, void last."""
+    domain: str
+    split: str
+    classes: tuple
+    pairs: int
+    errors: list
+    warnings: list
+    pixels: np.ndarray
+    images: np.ndarray
+
+
+def attempt(problems, kind, file, function, *arguments):
+    """function(*arguments), or None after adding a Problem with the UserError that it raised."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        problems.append(Problem(kind, str(file), str(error).removesuffix(CHECK_HINT)))
+        return None
+
+
+def check_end(path):
+    """Raises UserError if something is damaged or missing that decoding does not need, such as a PNG's end."""
+    try:
+        with Image.open(path) as file:
+            file.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f'{path} is damaged or incomplete: {error}') from None
+
+
+def inspect_pair(pair, num_classes):
+    """Problems of `pair`, and pixels of each class, int64 (num_classes,), or None if the label is bad."""
+    problems = []
+    image = attempt(problems, 'unreadable image', pair.image, open_image, pair.image)
+    label = attempt(problems, 'unreadable label', pair.label, open_label, pair)
+    for opened, kind, path in ((image, 'unreadable image', pair.image), (label, 'unreadable label', pair.label)):
+        if opened:
+            attempt(problems, kind, path, check_end, path)
+    if image and label and image.size != label.size:
+        problems.append(Problem('unequal sizes', str(pair.label), '{} is {}x{}, its label {} is {}x{}'.format(
+            pair.image, *image.size, pair.label, *label.size)))
+    if not label:
+        return problems, None
+    classes = attempt(problems, 'label values', pair.label, to_classes, np.asarray(label), pair)
+    return problems, None if classes is None else np.bincount(classes.ravel(), minlength=num_classes)
+
+
+def repeated_images(domain, root, split):
+    """Groups of images of one stem, such as a.png and a.jpg; training uses the first of each."""
+    for layout in domain.layouts:
+        folder = Path(root) / domain.folder / layout.images.format(split=split)
+        groups = defaultdict(list)
+        for suffix in layout.image_suffixes:
+            for key, (path, _) in files_by_key(folder, (suffix,)).items():
+                groups[key].append(path)
+        if groups:
+            return [paths for _, paths in sorted(groups.items()) if len(paths) > 1]
+    return []
+
+
+def unpaired(found):
+    """Problems, in the sense of warnings, of the files of Split `found` that have no partner."""
+    return [Problem(kind, str(path), f'{path} is left out')
+            for kind, paths in (('image without a label', found.without_label),
+                                ('label without an image', found.without_image)) for path in paths]
+
+
+def check_split(domain, root, split, workers):
+    """The Report of `domain`'s `split` under `root`."""
+    nothing = np.zeros(domain.num_classes, dtype=np.int64)
+    report = Report(domain.name, split, (*domain.classes, 'void'), 0, [], [], nothing.copy(), nothing.copy())
+    found = attempt(report.errors, 'no pairs', domain.folder, find_split, domain, root, split)
+    if found is None:
+        return report
+    report.pairs, report.warnings = len(found.pairs), unpaired(found)
+    for first, *others in repeated_images(domain, root, split):
+        report.errors.append(Problem('repeated image', str(first), '{} and {} have the same stem'.format(
+            first, ', '.join(map(str, others)))))
+    inspect = partial(inspect_pair, num_classes=domain.num_classes)
+    for problems, counts in in_parallel(inspect, found.pairs, workers, f'{domain.name} {split}'):
+        report.errors += problems
+        if counts is not None:
+            report.pixels += counts
+            report.images += counts > 0
+    return report
+
+
+def class_table(report):
+    """Lines of 80 columns at most: class, pixels, percent of pixels, images it appears in."""
+    total = max(1, report.pixels.sum())
+    rows = [f'{name[:38]:<38} {pixels:>18,} {100 * pixels / total:>9.4f} {images:>9,}'
+            for name, pixels, images in zip(report.classes, report.pixels, report.images)]
+    return [f'{"class":<38} {"pixels":>18} {"percent":>9} {"images":>9}', *rows]
+
+
+def problem_lines(title, problems):
+    """Lines that count `problems` by kind and list the first of each."""
+    lines = []
+    for kind, count in Counter(problem.kind for problem in problems).items():
+        messages = [problem.message for problem in problems if problem.kind == kind]
+        lines += [f'{title}: {kind}: {count}', *(f'  {message}' for message in messages[:LISTED])]
+        if count > LISTED:
+            lines.append(f'  and {count - LISTED} more; --json FILE lists all')
+    return lines
+
+
+def print_report(report):
+    """Prints a Report: counts, problems and the table of classes."""
+    print(f'{report.domain} {report.split}: {report.pairs} pairs, {len(report.errors)} errors, '
+          f'{len(report.warnings)} files without a partner')
+    lines = problem_lines('error', report.errors) + problem_lines('warning', report.warnings)
+    print(*lines, *(class_table(report) if report.pairs else ()), '', sep='\n')
+
+
+def as_json(reports):
+    """The reports as built-in types: {'fit': bool, 'domains': {name: {split: {...}}}}."""
+    domains = {}
+    for report in reports:
+        total = max(1, int(report.pixels.sum()))
+        classes = {name: {'pixels': int(pixels), 'percent': 100 * int(pixels) / total, 'images': int(images)}
+                   for name, pixels, images in zip(report.classes, report.pixels, report.images)}
+        domains.setdefault(report.domain, {})[report.split] = {
+            'pairs': report.pairs, 'classes': classes,
+            'errors': [asdict(problem) for problem in report.errors],
+            'warnings': [asdict(problem) for problem in report.warnings]}
+    return {'fit': not any(report.errors for report in reports), 'domains': domains}
+
+
+def check_parser():
+    """The parser of this command."""
+    parser = Parser(prog='python -m datasets.check', description='Checks that domains are fit to train on.')
+    parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains to check')
+    data_options(parser)
+    parser.add_argument('--splits', nargs='+', default=['train', 'val'], metavar='SPLIT', help='splits to check')
+    parser.add_argument('--json', metavar='FILE', help='write everything found')
+    parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
+    return parser
+
+
+def main(arguments=None):
+    """Checks what the command line names; 0 if it is fit to train on, else UserError."""
+    options = check_parser().parse_args(arguments)
+    paths, file = data_paths(options.data), output_file(options.json)
+    domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
+    reports = []
+    for domain in domains.values():
+        for split in dict.fromkeys(options.splits):
+            reports.append(check_split(domain, options.data_root, split, options.workers))
+            print_report(reports[-1])
+    if file:
+        write_result(file, as_json(reports))
+    wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
+    if wrong:
+        raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; mend what is listed above')
+    print('fit to train on')
+    return 0
+
+
+if __name__ == '__main__':
+    run_main(main)
