@@ -34,7 +34,7 @@ from tqdm import tqdm
 from datasets.domains import VOID_FILE_VALUE, cityscapes_label_ids
 from datasets.labels import label_table
 from datasets.pairs import Pair, files_by_key
-from datasets.segmentation import open_label, to_classes
+from datasets.segmentation import UNREADABLE, open_label, to_classes
 from utils.checkpoint import write_atomically
 from utils.errors import UserError, run_main
 from utils.options import Parser, positive
@@ -153,7 +153,7 @@ def up_to_date(target, source):
             return False
         with Image.open(target) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         return False
     return True
 

@@ -9,6 +9,8 @@ from datasets.pairs import find_split, report_unpaired
 from utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
+# what Pillow raises for damaged files
+UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
 CHECK_HINT = '; python -m datasets.check finds all such files'
 
 
@@ -24,7 +26,7 @@ def open_image(path):
     """The image as RGB, at the file's own size."""
     try:
         return Image.open(path).convert('RGB')
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f'{path} cannot be read: {error}') from None
 
 
@@ -33,7 +35,7 @@ def open_label(pair):
     try:
         label = Image.open(pair.label)
         label.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f'{pair.label} cannot be read: {error}') from None
     if label.mode not in ('L', 'P'):
         raise UserError(f'{pair.label}: label image has mode {label.mode}, 8-bit single-channel is expected')
@@ -52,12 +54,12 @@ def open_pair(pair):
 def likely_cause(wrong, values):
     """Why a label image holds the label values `wrong`, which the mapping `values` lacks."""
     void = next(value for value, index in values.items() if index == max(values.values()))
-    if len(values) == 20 and max(wrong) < 34:
+    if list(wrong) in ([255], [len(values) - 1]):
+        return f'void is {wrong[0]} where {void} is expected'
+    if max(wrong) < 34 and len(values) == 20:
         return 'labelIds where trainIds are expected'
     if max(wrong) < 40:
         return 'ids of another kind, label ids or those of another level?'
-    if list(wrong) == [255]:
-        return f'void is 255 where {void} is expected'
     return 'grey levels or palette of a colour image, or labels resized with interpolation?'
 
 

@@ -82,8 +82,8 @@ BICYCLE += [('bicycle', 'cycle', [(-.56, .3), (-.26, .88), (.38, .9), (.6, .33),
 MOTORCYCLE = [('motorcycle', colour, ring(x, .33, radius)) for x in (-.64, .64)
               for colour, radius in ((BLACK, .34), (STEEL, .16))]
 MOTORCYCLE += [('motorcycle', BLACK, [(-.5, .3), (-.4, .62), (.4, .62), (.3, .24), (-.2, .2)]),
-               ('motorcycle', 'cycle', [(-.95, .72), (-.2, .58), (.5, .5), (.62, .8), (.45, 1.02), (.1, .98), (-.1, .85),
-                                        (-.85, .88)]),
+               ('motorcycle', 'cycle', [(-.95, .72), (-.2, .58), (.5, .5), (.62, .8), (.45, 1.02), (.1, .98),
+                                        (-.1, .85), (-.85, .88)]),
                ('motorcycle', BLACK, rect(-.7, .84, -.06, .96)), ('motorcycle', WHITE, ring(.62, .86, .1))]
 COW = [('animal', 'hide', rect(x, 0, x + .16, .9)) for x in (-.88, -.6, .4, .62)]
 COW += [('animal', 'hide', [(-.95, .7), (-.9, 1.36), (-.2, 1.3), (.55, 1.42), (.82, 1.2), (.7, .7)]),
@@ -91,11 +91,12 @@ COW += [('animal', 'hide', [(-.95, .7), (-.9, 1.36), (-.2, 1.3), (.55, 1.42), (.
         ('animal', WOOD, ring(-.35, 1.1, .26, .16)), ('animal', WHITE, [(.9, 1.5), (.95, 1.75), (1.0, 1.5)])]
 POSTER = [('billboard', 'poster', rect(0, 0, 1, 1)), ('billboard', 'shirt', rect(.06, .15, .36, .85)),
           ('billboard', BLACK, rect(.44, .22, .92, .42)), ('billboard', WHITE, rect(.44, .55, .9, .75))]
-STALL = [('obs-str-bar-fallback', WOOD, rect(-1.1, 0, 1.1, 1)), ('obs-str-bar-fallback', WOOD, rect(-1.35, 0, -1.25, 2)),
-         ('obs-str-bar-fallback', WOOD, rect(1.25, 0, 1.35, 2)),
-         ('obs-str-bar-fallback', 'awning', [(-1.5, 2), (1.5, 2), (1.3, 2.7), (-1.3, 2.7)])]
-STALL += [('obs-str-bar-fallback', colour, ring(x, 1.05, .26, .22)) for x, colour in
-          ((-.8, RED), (-.3, YELLOW), (.3, 'shirt'), (.8, GREEN))]
+CLUTTER = 'obs-str-bar-fallback'
+STALL = [(CLUTTER, WOOD, rect(-1.1, 0, 1.1, 1)), (CLUTTER, WOOD, rect(-1.35, 0, -1.25, 2)),
+         (CLUTTER, WOOD, rect(1.25, 0, 1.35, 2)),
+         (CLUTTER, 'awning', [(-1.5, 2), (1.5, 2), (1.3, 2.7), (-1.3, 2.7)])]
+STALL += [(CLUTTER, colour, ring(x, 1.05, .26, .22))
+          for x, colour in ((-.8, RED), (-.3, YELLOW), (.3, 'shirt'), (.8, GREEN))]
 DISC, TRIANGLE, DIAMOND, OCTAGON, PANEL = (14,), (3,), (4,), (8, .39), (4, math.pi / 4)
 TRIANGULAR, ROUND, BLUE_PANEL = sign(TRIANGLE, WHITE, RED), sign(DISC, WHITE, RED), sign(PANEL, BLUE, WHITE)
 # Each thing has at least one variant.
@@ -166,12 +167,13 @@ LOOKS = {
                   dict(zenith=(122, 132, 144), skyline=(180, 186, 192), gain=(.90, .98, 1.04), saturation=.65,
                        contrast=.9, exposure=.85, sun=.03, clouds=.14)],
         'road': (92, 94, 99), 'walk': (150, 146, 142), 'leaf': [(62, 92, 44), (74, 98, 52)], 'crown': 1.0,
-        'facade': [(206, 190, 150), (196, 196, 190), (178, 150, 120), (188, 128, 104), (214, 206, 188), (152, 158, 162)],
+        'facade': [(206, 190, 150), (196, 196, 190), (178, 150, 120), (188, 128, 104), (214, 206, 188),
+                   (152, 158, 162)],
         'storeys': (4, 7), 'roof': (128, 62, 50), 'load': [(190, 190, 186), (70, 90, 130)],
         'clothes': [(40, 45, 60), (60, 60, 64), (120, 40, 40), (55, 75, 110), (150, 148, 140), BLACK],
         'paint': {'bus': [WHITE, RED, YELLOW], 'truck': [WHITE, BLUE, RED], 'train': [RED, YELLOW],
                   'car': [BLACK, (60, 62, 68), SILVER, (190, 192, 195), (35, 45, 80), (120, 28, 32)]},
-        'traffic': {'car': .55, 'bicycle': .22, 'bus': .09, 'truck': .09, 'motorcycle': .09},
+        'traffic': {'car': .55, 'bicycle': .22, 'bus': .09, 'truck': .09, 'motorcycle': .15},
         'front': {'building': .74, 'trees': .08, 'wall': .08, 'fence': .12},
         'roadside': {'tree': 1.0, 'lamp post': 1.6, 'german sign': 1.4, 'signal': .6, 'person': 2.4,
                      'parked bicycle': .8, 'bin': .5}},
@@ -187,7 +189,7 @@ LOOKS = {
         'facade': [(168, 92, 70), (214, 196, 164), (150, 160, 172), (226, 220, 210), (130, 100, 84)],
         'storeys': (1, 4), 'roof': None, 'load': [WHITE, (210, 206, 196), (150, 70, 50)],
         'clothes': [WHITE, BLUE, RED, BLACK, SILVER],
-        'paint': {'bus': [(240, 176, 20), WHITE, (40, 90, 170)], 'truck': [RED, WHITE, (40, 70, 140)],
+        'paint': {'bus': [(240, 176, 20), (240, 176, 20), (40, 90, 170)], 'truck': [RED, WHITE, (40, 70, 140)],
                   'car': [WHITE, WHITE, BLACK, RED, BLUE, SILVER, (120, 105, 80), (60, 66, 74)]},
         'traffic': {'car': .56, 'pickup': .24, 'truck': .11, 'bus': .08, 'motorcycle': .08, 'bicycle': .07},
         'front': {'building': .46, 'trees': .32, 'wall': .08, 'fence': .14},
@@ -200,7 +202,8 @@ LOOKS = {
                   dict(zenith=(186, 192, 186), skyline=(234, 214, 176), gain=(1.08, .98, .8), saturation=1.0,
                        contrast=1.0, exposure=.92, sun=-.14, clouds=.06)],
         'road': (118, 108, 98), 'walk': (172, 150, 124), 'leaf': [(58, 74, 30), (86, 88, 40)], 'crown': 1.4,
-        'facade': [(226, 186, 140), (150, 190, 190), (222, 150, 140), (220, 208, 130), (190, 180, 168), (170, 150, 190)],
+        'facade': [(226, 186, 140), (150, 190, 190), (222, 150, 140), (220, 208, 130), (190, 180, 168),
+                   (170, 150, 190)],
         'storeys': (1, 5), 'roof': None, 'load': [(222, 180, 40), (230, 185, 50), (190, 150, 90)],
         'clothes': [(225, 60, 110), (240, 150, 30), (60, 150, 90), (235, 225, 200), (90, 60, 160), RED],
         'paint': {'bus': [(200, 50, 40), (60, 120, 170), (220, 120, 40)], 'truck': [(220, 110, 30), YELLOW, BLUE],
@@ -386,7 +389,8 @@ def building(scene, side, x, near, far):
     storeys, wall = int(rng.integers(*look['storeys'])), tone(scene.pick(look['facade']), rng.uniform(.85, 1.1))
     height, x = 3.2 * storeys, side * x
     if look['roof']:
-        scene.strip(x, x + side * 4, tone(look['roof'], rng.uniform(.8, 1.2)), 'building', near, far, height, height + 3)
+        tiles = tone(look['roof'], rng.uniform(.8, 1.2))
+        scene.strip(x, x + side * 4, tiles, 'building', near, far, height, height + 3)
     front = [(x, 0, near), (x, 0, far), (x, height, far), (x, height, near)]
     end = [(x, 0, near), (x + side * 12, 0, near), (x + side * 12, height, near), (x, height, near)]
     for quad, light, length in ((end, .84, 12), (front, 1 - side * scene.mood['sun'], far - near)):
@@ -409,7 +413,7 @@ def shop_front(scene, side, x, near, far):
         for label, colour, outline in POSTER:
             scene.face(patch(board, *outline[0], *outline[2]), colours.get(colour, colour), label)
     if scene.rng.random() < .6:
-        scene.strip(x - side * 1.4, x, colours['awning'], 'obs-str-bar-fallback', near, far, 2.1, 2.7)
+        scene.strip(x - side * 1.4, x, colours['awning'], CLUTTER, near, far, 2.1, 2.7)
 
 
 def barrier(scene, x, near, far, kind):
@@ -502,8 +506,8 @@ def hood(scene):
 
 def germany(scene):
     """A narrow street between tall facades, with pavements, parked cars and trams."""
-    rng, look, pick = scene.rng, scene.look, scene.rng.uniform
-    lane, walk, green = pick(2.9, 3.3), pick(2.2, 4.2), rng.random() < .35
+    rng, look, uniform = scene.rng, scene.look, scene.rng.uniform
+    lane, walk, green = uniform(2.9, 3.3), uniform(2.2, 4.2), rng.random() < .35
     parked = {-1: rng.random() < .55, 1: rng.random() < .55}
     edges = {-1: -1.5 * lane - (2.3 if parked[-1] else .3), 1: lane / 2 + (2.3 if parked[1] else .4)}
     backdrop(scene, *(('terrain', (92, 106, 60)) if green else ('sidewalk', look['walk'])))
@@ -519,15 +523,15 @@ def germany(scene):
     for side, edge in edges.items():
         if parked[side]:
             lane_mark(scene, edge - side * 2.2, WHITE, gap=0)
-            traffic(scene, edge - side * 1.1, pick(3.5, 8), {'car': 1}, (0, 3), side < 0)
-    traffic(scene, 0, pick(7, 20), look['traffic'], (4, 22))
-    traffic(scene, -lane, pick(4, 16), {'train': 1} if rng.random() < .15 else look['traffic'], (5, 25), True)
+            traffic(scene, edge - side * 1.1, uniform(3.5, 8), {'car': 1}, (0, 3), side < 0)
+    traffic(scene, 0, uniform(7, 20), look['traffic'], (4, 22))
+    traffic(scene, -lane, uniform(4, 16), {'train': 1} if rng.random() < .15 else look['traffic'], (5, 25), True)
 
 
 def usa(scene):
     """A wide road with yellow centre lines, lawns and low houses, or a highway."""
-    rng, look, pick = scene.rng, scene.look, scene.rng.uniform
-    lane, highway = pick(3.4, 3.8), rng.random() < .35
+    rng, look, uniform = scene.rng, scene.look, scene.rng.uniform
+    lane, highway = uniform(3.4, 3.8), rng.random() < .35
     left, right = -(3.5 if highway else 2.5) * lane, lane * (1.5 if rng.random() < .7 else .5) + 1.2
     backdrop(scene, 'terrain', scene.pick([(98, 122, 52), (150, 134, 84), (112, 128, 62)]))
     scene.strip(left, right, look['road'], 'road')
@@ -535,33 +539,33 @@ def usa(scene):
         if highway:
             lane_mark(scene, edge - side * .6, WHITE, gap=0)
             kinds = {'wall': .5, 'guard rail': .2, 'trees': .3, 'fence': .15}
-            street_front(scene, side, abs(edge) + pick(1.5, 5), kinds)
+            street_front(scene, side, abs(edge) + uniform(1.5, 5), kinds)
             continue
         scene.strip(edge + side * .9, edge + side * 3.4, look['walk'], 'sidewalk')
-        street_front(scene, side, abs(edge) + pick(5, 10), look['front'])
+        street_front(scene, side, abs(edge) + uniform(5, 10), look['front'])
         roadside(scene, side, abs(edge) + .4, 3.5)
     for x, colour, gap in ((-.94, YELLOW, 0), (-.62, YELLOW, 0), (.5, WHITE, 5), (-1.5, WHITE, 5)):
         lane_mark(scene, x * lane, colour, 3, gap)
-    at = pick(11, 26)
+    at = uniform(11, 26)
     if rng.random() < .6:
         scene.add(at, thing, right + .8, at, 'gantry' if highway else 'signal mast')
     for x, first, oncoming in ((0, (7, 24), False), (lane, (4, 14), False), (-1.1 * lane, (5, 15), True),
                                (-2 * lane, (5, 20), True)):
         if x < right - 1:
-            traffic(scene, x, pick(*first), look['traffic'], (3, 18), oncoming)
+            traffic(scene, x, uniform(*first), look['traffic'], (3, 18), oncoming)
 
 
 def india(scene):
     """Left-hand traffic on asphalt with ragged dusty edges, painted kerbs, stalls and cattle."""
-    rng, look, pick = scene.rng, scene.look, scene.rng.uniform
-    lane, dust = pick(3.0, 3.6), scene.pick([(182, 150, 108), (168, 132, 96), (190, 166, 126)])
-    left, right = -lane / 2 - pick(.2, 2.5), 1.5 * lane + pick(0, 1.5)
+    rng, look, uniform = scene.rng, scene.look, scene.rng.uniform
+    lane, dust = uniform(3.0, 3.6), scene.pick([(182, 150, 108), (168, 132, 96), (190, 166, 126)])
+    left, right = -lane / 2 - uniform(.2, 2.5), 1.5 * lane + uniform(0, 1.5)
     backdrop(scene, 'non-drivable fallback', dust)
     scene.strip(left, right, look['road'], 'road', jag=.35)
     if rng.random() < .5:
         scene.strip(left - 1.8, left + .4, tone(dust, .85), 'drivable fallback', far=40, jag=.4)
     for side, edge in ((-1, left), (1, right)):
-        shoulder = pick(2.5, 5)
+        shoulder = uniform(2.5, 5)
         if rng.random() < .35:
             scene.strip(edge + side * .5, edge + side * 2.6, look['walk'], 'sidewalk')
             curb(scene, edge + side * .4)
@@ -576,9 +580,9 @@ def india(scene):
     light = {'motorcycle': .5, 'bicycle': .3, 'autorickshaw': .2}
     for x, first, kinds in ((0, (6, 15), look['traffic']), (lane * 1.1, (5, 14), look['traffic']),
                             (-lane * .45, (8, 25), light)):
-        traffic(scene, x, pick(*first), kinds, (2, 12), x > 0)
-    for name, chance, x, near, far in (('cow', .25, pick(left, right), 8, 20), ('flyover', .2, -9, 30, 55)):
-        z = pick(near, far)
+        traffic(scene, x, uniform(*first), kinds, (2, 12), x > 0)
+    for name, chance, x, near, far in (('cow', .25, uniform(left, right), 8, 20), ('flyover', .2, -9, 30, 55)):
+        z = uniform(near, far)
         if rng.random() < chance:
             scene.add(z, thing, x, z, name)
 
@@ -743,9 +747,9 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(prog='python -m datasets.toy_roads', description='Write toy road scenes of three countries.')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write the three data sets to')
-    for name, default, text in (('train', 96, 'training scenes per country'), ('val', 24, 'validation scenes per country'),
+    for name, default, text in (('train', 96, 'training scenes per country'), ('val', 24, 'the same for validation'),
                                 ('height', 128, 'pixels'), ('width', 256, 'pixels'), ('seed', 0, 'random seed')):
-        parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=f'{text} (default: %(default)s)')
+        parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=f'{text} (default: {default})')
     options = vars(parser.parse_args())
     try:
         write_toy_roads(options.pop('out'), **options)

@@ -15,7 +15,7 @@ from utils.checkpoint import check_known, load_network, read_checkpoint, report,
 from utils.errors import UserError
 from utils.options import data_paths
 from utils.parallel import wrap
-from utils.task import Task
+from utils.task import Task, memory_format
 
 
 @dataclass
@@ -53,10 +53,15 @@ def build_feeds(options, place):
             feed = Feed(number, domain, training_weights(domain, options.data_root, options.class_weights))
             feed.train = train_loader(options, place, train_sets[number], most)
         else:
-            feed = Feed(number, domain, torch.tensor([1.0] * len(domain.classes) + [0.0]))
+            feed = Feed(number, domain, plain_weights(domain))
         feed.val = val_loader(options, place, domain, required=number in train_sets)
         feeds.append(feed)
     return feeds
+
+
+def plain_weights(domain):
+    """Equal cross-entropy weights (C,), void 0, for validation without the training labels."""
+    return torch.tensor([1.0] * len(domain.classes) + [0.0])
 
 
 def dataset(options, domain, split):
@@ -140,7 +145,7 @@ def build_task(student, teacher, feeds, options, place):
             teacher = None
     task = Task(student, teacher, [feed.weights for feed in feeds], distillation=options.distillation,
                 temperature=options.temperature, lambdac=options.lambdac, teacher_mode=options.teacher_mode,
-                precision=options.precision).to(place.device)
+                precision=options.precision).to(place.device, memory_format=memory_format(options.precision))
     unused = get_method(options.method).joint or options.steps_per_batch == 2
     return wrap(task, place, options.parallel, unused)
 

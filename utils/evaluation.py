@@ -7,7 +7,7 @@ from tqdm import tqdm
 from losses import cross_entropy_parts
 from utils.metrics import confusion, mean_iou
 from utils.parallel import summed
-from utils.task import autocast, to_float
+from utils.task import autocast, memory_format, to_float
 
 
 @dataclass
@@ -35,7 +35,7 @@ def evaluate(model, number, loader, weights, place, precision='fp32', name=''):
     for images, labels, _ in tqdm(loader, desc=f'eval {name}', leave=False, disable=None if place.main else True):
         images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
         with autocast(place.device, precision):
-            logits = model(to_float(images), number)
+            logits = model(to_float(images).contiguous(memory_format=memory_format(precision)), number)
         loss += torch.stack(cross_entropy_parts(logits, labels.long(), weights)).double()
         matrix += confusion(logits.argmax(dim=1), labels, classes)
     summed(matrix, place)

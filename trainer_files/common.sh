@@ -1,0 +1,94 @@
+# Shared by the scripts of this folder: settings from the environment, sequences of steps.
+# Sourced, not run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+DATA=${DATA:-data}                              # --data-root
+OUT=${OUT:-runs}                                # results go to $OUT/<name>/
+DOMAINS=${DOMAINS:-cityscapes BDD IDD}          # in the order learnt
+EPOCHS=${EPOCHS:-150}                           # one number, or one for each domain
+BATCH=${BATCH:-6}
+HEIGHT=${HEIGHT:-512}
+WIDTH=${WIDTH:-$((2 * HEIGHT))}
+SEED=${SEED:-0}
+GPUS=${GPUS:-1}                                 # more than 1: torchrun
+WORKERS=${WORKERS:-4}
+ENCODER=${ENCODER:-}                            # ImageNet encoder for the first step
+TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
+DRY_RUN=${DRY_RUN:-}
+
+settings_help="Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
+  DATA=$DATA  OUT=$OUT  DOMAINS=\"$DOMAINS\"  EPOCHS=\"$EPOCHS\"  BATCH=$BATCH
+  HEIGHT=$HEIGHT  WIDTH=$WIDTH  SEED=$SEED  GPUS=$GPUS  WORKERS=$WORKERS  ENCODER=$ENCODER
+  TRAIN_ARGS=\"$TRAIN_ARGS\"
+  PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
+Options: --help, --dry-run (prints the commands). Steps already finished are skipped, a
+broken one goes on where it stopped. Runs as it is, or under SLURM: sbatch [options] $0"
+
+# Reads NAME=value arguments, --dry-run and --help; $1 is what the script says of itself.
+read_arguments() {
+    local about=$1 argument
+    shift
+    for argument in "$@"; do
+        case $argument in
+            --help|-h) printf '%s\n\n%s\n' "$about" "$settings_help"; exit 0 ;;
+            --dry-run) DRY_RUN=1 ;;
+            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|ENCODER=*|TRAIN_ARGS=*|PYTHON=*)
+                printf -v "${argument%%=*}" '%s' "${argument#*=}"
+                [ "${argument%%=*}" = HEIGHT ] && WIDTH=$((2 * HEIGHT)) ;;
+            WIDTH=*) WIDTH=${argument#*=} ;;
+            *) echo "error: unknown argument '$argument'; --help lists them" >&2; exit 2 ;;
+        esac
+    done
+    [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
+}
+
+# Prints a command and, unless it is a dry run, runs it.
+run() {
+    printf '+'; printf ' %q' "$@"; printf '\n'
+    [ -n "$DRY_RUN" ] || "$@"
+}
+
+# One step: run_train SAVEDIR EPOCHS ARGUMENTS...
+run_train() {
+    local savedir=$1 epochs=$2
+    shift 2
+    local launcher=("$PYTHON")
+    [ "$GPUS" -gt 1 ] && launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+    # shellcheck disable=SC2086
+    run "${launcher[@]}" train.py --savedir "$savedir" --num-epochs "$epochs" --batch-size "$BATCH" \
+        --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume "$@" $TRAIN_ARGS
+}
+
+# Epochs of step $1: the only number of EPOCHS, or the step's own.
+epochs_of() {
+    local all
+    read -ra all <<< "$EPOCHS"
+    echo "${all[$((${#all[@]} == 1 ? 0 : $1 - 1))]}"
+}
+
+# A method's whole sequence over DOMAINS into $OUT/$1, evaluated after every step:
+# learn_sequence NAME ARGUMENTS-OF-TRAIN...
+learn_sequence() {
+    local name=$1 step=0 domain savedir states=() learnt=() start=()
+    shift
+    for domain in $DOMAINS; do
+        step=$((step + 1))
+        learnt+=("$domain")
+        savedir=$OUT/$name/step$step-$domain
+        start=()
+        [ "$step" -eq 1 ] && [ -n "$ENCODER" ] && start=(--state "$ENCODER")
+        [ "$step" -gt 1 ] && start=(--state "${states[-1]}")
+        run_train "$savedir" "$(epochs_of $step)" --domains "${learnt[@]}" "${start[@]}" "$@"
+        states+=("$savedir/model_best.pth.tar")
+        evaluate_states "$OUT/$name/results.json" "${states[@]}"
+    done
+}
+
+# Evaluates checkpoints in step order: evaluate_states JSON STATE...
+evaluate_states() {
+    local json=$1
+    shift
+    run "$PYTHON" eval.py --state "$@" --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" \
+        --num-workers "$WORKERS" --json "$json" --per-class
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The method in one go, on roads that the project draws itself: learns three domains one
+# after another with the method and by plain fine-tuning, and shows what each forgets.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} EPOCHS=${EPOCHS:-"30 24 16"} WORKERS=${WORKERS:-0}
+source trainer_files/common.sh
+read_arguments "Learns three toy domains with the method and by fine-tuning; results in $OUT." "$@"
+
+echo "== drawing the toy roads into $DATA"
+run "$PYTHON" -m datasets.toy_roads --out "$DATA" --train 96 --val 24 --height "$HEIGHT" --width "$WIDTH"
+for method in ours fine-tune; do
+    echo "== $method: $DOMAINS, one after another"
+    learn_sequence "$method" --method "$method"
+done
+echo "== comparing"
+run "$PYTHON" -m utils.compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv and installs the requirements, once:
+#   bash trainer_files/setup.sh          what training and evaluation need
+#   bash trainer_files/setup.sh dev      the tests' needs too
+# A later call returns at once unless the requirements changed. PYTHON_BIN picks the
+# interpreter (Python 3.10 to 3.12). A torch already in .venv is kept if it fits.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+requirements=requirements.txt
+[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+stamp=.venv/.$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements")
+[ -e "$stamp" ] && exit 0
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
+python=
+for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.10 python3}; do
+    if supported "$candidate"; then python=$candidate; break; fi
+done
+if [ -z "$python" ]; then
+    echo "error: no Python 3.10 to 3.12 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON_BIN" >&2
+    exit 2
+fi
+
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+    echo "== making .venv with $("$python" --version)"
+    if ! "$python" -m venv --clear .venv; then
+        rm -rf .venv
+        echo "error: $python cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2
+        exit 2
+    fi
+fi
+echo "== installing $requirements into .venv (torch is large: several GB the first time)"
+# visdom's source needs pkg_resources while it is built, which newer setuptools lack.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<81' wheel
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r "$requirements"
+touch "$stamp"
+echo "== ready: $(.venv/bin/python -c 'import torch; print("torch", torch.__version__, "with", torch.cuda.device_count(), "CUDA devices")')"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# cityscapes, camvid, idd-lite one after another on small real data, by the method and by
+# fine-tuning:
+#   bash trainer_files/small_real.sh DATA [NAME=value ...]
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export DOMAINS=${DOMAINS:-cityscapes camvid idd-lite} OUT=${OUT:-runs/small_real} HEIGHT=${HEIGHT:-128}
+export EPOCHS=${EPOCHS:-60 12 7} WORKERS=${WORKERS:-0}
+case ${1:-} in ''|-*|*=*) ;; *) export DATA=$1; shift ;; esac
+source trainer_files/common.sh
+read_arguments "Learns three small real domains with the method and by fine-tuning; results in $OUT." "$@"
+
+for method in ${METHODS:-ours fine-tune}; do
+    echo "== $method: $DOMAINS, one after another"
+    learn_sequence "$method" --method "$method"
+done
+run "$PYTHON" -m utils.compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"
