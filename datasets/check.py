@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 

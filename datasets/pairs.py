@@ -1,4 +1,5 @@
 """Pairing images with labels by name."""
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ def files_by_key(folder, suffixes):
     found = {}
     if not folder.is_dir():
         return found
-    files = sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+    files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
+                   for name in names if not name.startswith('.'))
     for suffix in suffixes:
         for path in files:
             if path.name.endswith(suffix):

@@ -227,6 +227,16 @@ def test_own_domain(tmp_path):
     assert [entry['pixels'] for entry in found['mine']['train']['classes'].values()] == [32, 32, 32]
 
 
+def test_linked_folders_are_followed(tmp_path):
+    save_image(tmp_path / 'a/f_leftImg8bit.png')
+    save_label(tmp_path / 'a/f_gtFine_labelTrainIds.png')
+    for folder in ('leftImg8bit', 'gtFine'):
+        (tmp_path / f'cityscapes/{folder}/train').mkdir(parents=True)
+        (tmp_path / f'cityscapes/{folder}/train/a').symlink_to(tmp_path / 'a')
+    fit, found = check(tmp_path, domains=['CS'])
+    assert fit and found['cityscapes']['train']['pairs'] == 1
+
+
 def test_placed_domain(tmp_path):
     save_pair(tmp_path / 'other', 'a')
     assert check(tmp_path, '--data', f'bdd100k={tmp_path / "other/bdd100k"}')[0]

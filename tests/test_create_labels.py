@@ -17,7 +17,7 @@ from datasets.labels import label_table
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / 'tests/data/idd_polygons'
+EXAMPLES = ROOT / 'tests/idd_polygons'
 FRAMES = ('000001', '000002')
 SQUARE = [[1, 1], [4, 1], [4, 4], [1, 4]]
 
@@ -75,6 +75,14 @@ def test_idd_levels_follow_from_ids(examples):
             table = np.array([min(row[kind], 255) for row in label_table('idd')])
             found = pixels(examples / f'gtFine/val/seq/{frame}_gtFine_label', f'{kind}s')
             assert np.array_equal(found, table[ids]), kind
+
+
+def test_linked_folders_are_followed(examples, tmp_path_factory):
+    linked = tmp_path_factory.mktemp('linked')
+    (linked / 'gtFine').mkdir()
+    (linked / 'gtFine/val').symlink_to(examples / 'gtFine/val')
+    assert run('idd', linked) == 0
+    assert len(list(examples.rglob('*.png'))) == 2
 
 
 def test_idd_default_is_level3(examples):

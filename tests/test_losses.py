@@ -1,0 +1,62 @@
+"""Losses against their formulas and torch's own."""
+import torch
+import torch.nn.functional as F
+
+from losses import cross_entropy, kl_per_pixel, released_kl
+from models import build_model
+from tests.fill import fill
+from utils.task import Task
+
+random = torch.Generator().manual_seed(0)
+STUDENT, TEACHER = (3 * torch.randn(2, 5, 4, 6, generator=random) for _ in range(2))
+LABELS = torch.randint(0, 5, (2, 4, 6), generator=random)
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.0])
+
+
+def test_cross_entropy_is_torchs_weighted_mean():
+    assert torch.allclose(cross_entropy(STUDENT, LABELS, WEIGHTS), F.cross_entropy(STUDENT, LABELS, WEIGHTS))
+
+
+def test_void_pixels_do_not_count():
+    changed = STUDENT.clone()
+    changed[:, :, 0, 0] += torch.randn(2, 5, generator=random)
+    labels = LABELS.clone()
+    labels[:, 0, 0] = 4
+    assert torch.equal(cross_entropy(STUDENT, labels, WEIGHTS), cross_entropy(changed, labels, WEIGHTS))
+    assert cross_entropy(STUDENT, torch.full_like(LABELS, 4), WEIGHTS) == 0
+
+
+def test_kl_is_zero_at_the_teacher_and_positive_elsewhere():
+    student = TEACHER.clone().requires_grad_()
+    loss = kl_per_pixel(student, TEACHER, 2.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6 and student.grad.abs().max() < 1e-6
+    assert kl_per_pixel(STUDENT, TEACHER, 2.0) > 0.1
+
+
+def test_kl_is_the_mean_over_pixels_times_temperature_squared():
+    for t in (1.0, 3.0):
+        p, q = (STUDENT / t).softmax(1), (TEACHER / t).softmax(1)
+        want = t ** 2 * (q * (q.log() - p.log())).sum(1).mean()
+        assert torch.allclose(kl_per_pixel(STUDENT, TEACHER, t), want, rtol=1e-5)
+
+
+def test_released_term_takes_probabilities_and_the_element_mean():
+    p, q = STUDENT.softmax(1), TEACHER.softmax(1)
+    assert torch.allclose(released_kl(STUDENT, TEACHER), (q * (q.log() - p)).mean(), rtol=1e-5)
+    assert released_kl(TEACHER, TEACHER) < -0.01
+
+
+def test_task_adds_lambda_times_the_sum_over_old_domains():
+    teacher = fill(build_model([4, 5])).eval().requires_grad_(False)
+    student = fill(build_model([4, 5, 6]))
+    student.train_only([2])
+    task = Task(student, teacher, [torch.ones(c) for c in (4, 5, 6)], lambdac=0.7).train()
+    assert not teacher.training
+    images, labels = torch.rand(1, 3, 16, 16), torch.randint(0, 6, (1, 16, 16))
+    with torch.no_grad():
+        student.shared_parameters()[0].add_(0.05)
+        want = sum(kl_per_pixel(student(images, d), teacher(images, d)) for d in (0, 1))
+        parts = task(images, labels, 2)
+    assert torch.allclose(parts['kd'], want) and want > 0
+    assert torch.allclose(parts['loss'], parts['ce'] + 0.7 * parts['kd'])

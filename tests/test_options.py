@@ -1,0 +1,85 @@
+"""The paper's commands, translated or refused; recipes and what overrides them."""
+import pytest
+
+from utils.errors import UserError
+from utils.options import parse_train
+
+README = {
+    1: "--savedir S --num-epochs 150 --batch-size 6 --state trained_models/erfnet_encoder_pretrained.pth.tar "
+       "--num-classes 20 --current_task=0 --dataset=cityscapes",
+    2: "--savedir S --num-epochs 150 --model-name-suffix=ours-CS1-BDD2 --batch-size 6 --state STEP1 --dataset=BDD "
+       "--dataset_old=cityscapes --num-classes 20 20 --current_task=1 --nb_tasks=2 --num-classes-old 20",
+    3: "--savedir S --num-epochs 150 --model-name-suffix=OURS-CS1-BDD2-IDD3 --batch-size 6 --state STEP2 "
+       "--dataset-new=IDD --datasets cityscapes BDD IDD --num-classes 20 20 27 --num-classes-old 20 20 "
+       "--current_task=2 --nb_tasks=3 --lambdac=0.1"}
+
+
+def parse(text):
+    return parse_train(text.split())
+
+
+@pytest.mark.parametrize('step', [1, 2, 3])
+def test_readme_commands(step):
+    options = parse(README[step])
+    assert options.domains == ['cityscapes', 'BDD', 'IDD'][:step] and options.method == 'ours'
+    native = parse(f'--domains {" ".join(options.domains)} --savedir S --state {options.state} --model-name-suffix '
+                   f'{options.model_name_suffix or "x"}')
+    native.model_name_suffix = options.model_name_suffix
+    assert vars(native) == vars(options)
+    assert (options.lambdac, options.height, options.width, options.num_epochs, options.batch_size) == \
+        (0.1, 512, 1024, 150, 6)
+
+
+@pytest.mark.parametrize('text, method, domains', [
+    ('--state X --dataset-old CS --dataset-new BDD --num-classes-old 20 --num-classes-new 20 --finetune',
+     'fine-tune', ['cityscapes', 'BDD']),
+    ('--state X --dataset-old CS BDD --dataset-new IDD --num-classes-old 20 20 --num-classes-new 27 --finetune',
+     'fine-tune', ['cityscapes', 'BDD', 'IDD']),
+    ('--datasets CS BDD IDD --num-classes 20 20 27 --nb_tasks=3', 'multi-task', ['cityscapes', 'BDD', 'IDD']),
+    ('--decoder --pretrainedEncoder FILE --dataset IDD --num-classes 27', 'single-task', ['IDD'])])
+def test_published_bash_lists(text, method, domains):
+    options = parse(f'--savedir S {text}')
+    assert (options.method, options.domains) == (method, domains)
+    if 'pretrainedEncoder' in text:
+        assert options.state == 'FILE'
+
+
+@pytest.mark.parametrize('text, message', [
+    (README[2].replace('--num-classes 20 20', '--num-classes 20 27'), '--num-classes 20 27 contradicts'),
+    (README[2].replace('--num-classes-old 20', '--num-classes-old 19'), '--num-classes-old 19'),
+    (README[3].replace('--current_task=2', '--current_task=1'), '--current-task 1'),
+    (README[3].replace('--nb_tasks=3', '--nb_tasks=2'), '--nb-tasks 2'),
+    (README[3].replace('--dataset-new=IDD', '--dataset-new=BDD'), 'contradict'),
+    (README[2] + ' --domains BDD cityscapes', 'contradict'),
+    (README[2].replace('--state STEP1', ''), '--state is missing'),
+    (README[1] + ' --finetune --method ours', 'contradict'),
+    (README[1] + ' --pretrainedEncoder OTHER', 'two files'),
+    ('--savedir S', '--domains'),
+    ('--savedir S --domains mars', "unknown domain 'mars'"),
+    ('--savedir S --domains CS cityscapes --state x', 'twice'),
+    ('--savedir S --domains CS BDD --method single-task', 'learns one domain'),
+    ('--savedir S --domains CS --height 100', 'multiple of 8'),
+    ('--savedir S --domains CS --lambdac nan', 'finite'),
+    ('--savedir S --domains CS --batch-size 0', 'at least 1'),
+    ('--savedir S --domains CS --nonsense', '--nonsense'),
+    ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
+def test_contradictions_and_bad_values_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse(text)
+
+
+def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():
+    two = parse('--savedir S --domains CS BDD --state x --recipe released')
+    three = parse('--savedir S --domains CS BDD IDD --state x --recipe released')
+    assert (two.old_bn, two.distillation, two.teacher_mode, two.steps_per_batch, two.new_statistics) == \
+        ('released', 'released', 'eval', 1, 'fresh')
+    assert (three.teacher_mode, three.steps_per_batch) == ('train', 2)
+    mixed = parse('--savedir S --domains CS BDD --state x --recipe released --old-bn frozen --no-published-metric')
+    assert (mixed.old_bn, mixed.published_metric, mixed.distillation) == ('frozen', False, 'released')
+    corrected = parse('--savedir S --domains CS BDD --state x --teacher-mode train')
+    assert (corrected.old_bn, corrected.teacher_mode, corrected.published_metric) == ('frozen', 'train', False)
+
+
+def test_width_follows_height_unless_given():
+    assert parse('--savedir S --domains CS --height 256').width == 512
+    assert parse('--savedir S --domains CS --height 256 --width 256').width == 256

@@ -1,0 +1,141 @@
+"""One training step of every method: what must move moves, what is frozen stays to the last bit."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from models import METHODS, build_model
+from tests.fill import fill, inputs
+from utils import building
+from utils.options import parse_train
+from utils.parallel import Place
+
+IMAGES, LABELS = inputs(3, 2, 32, 64, 12)
+SEQUENTIAL = [name for name, row in METHODS.items() if not (row.joint or row.lonely)]
+
+
+def step_of(method, *arguments):
+    """(run, state before, state after) of two batches of learning camvid after idd-lite."""
+    options = parse_train(['--domains', 'idd-lite', 'camvid', '--state', 'x', '--savedir', 'x', '--method', method,
+                           *arguments])
+    torch.manual_seed(0)
+    student = fill(build_model([8], method))
+    teacher = copy.deepcopy(student) if METHODS[method].distill else None
+    student.add_domain(12, options.new_statistics)
+    building.freeze(student, options)
+    weights = torch.tensor([1.0] * 11 + [0.0])
+    run = SimpleNamespace(options=options, student=student, teacher=teacher, scaler=torch.amp.GradScaler('cpu', enabled=False),
+                          task=building.build_task(student, teacher, [SimpleNamespace(weights=weights)] * 2, options,
+                                                   Place(torch.device('cpu'))),
+                          parts=building.loss_parts(options, teacher))
+    run.optimizer, _ = building.build_optimizer(student, options)
+    before = copy.deepcopy(student.state_dict())
+    run.task.train()
+    for _ in range(2):
+        train.train_batch(run, IMAGES, LABELS, 1)
+    return run, before, student.state_dict()
+
+
+def branch_keys(student, domain):
+    """State-dict keys of a domain's branch."""
+    ids = {id(tensor) for module in student.branch(domain)
+           for tensor in module.state_dict(keep_vars=True).values()}
+    return {key for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) in ids}
+
+
+def changed(before, after):
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+@pytest.mark.parametrize('method', SEQUENTIAL)
+def test_frozen_is_frozen_and_the_rest_learns(method):
+    """Buffers included: running statistics of the old branch must not move by a bit."""
+    run, before, after = step_of(method)
+    old, new = branch_keys(run.student, 0), branch_keys(run.student, 1)
+    shared = before.keys() - old - new
+    moved = changed(before, after)
+    assert not moved & old, sorted(moved & old)
+    assert new <= moved, sorted(new - moved)
+    if METHODS[method].shared == 'frozen':
+        assert not moved & shared, sorted(moved & shared)
+    else:
+        assert shared <= moved, sorted(shared - moved)
+
+
+@pytest.mark.parametrize('method', ['adapters-only', 'feature-extraction'])
+def test_old_logits_are_bit_equal_where_everything_old_is_frozen(method):
+    run, before, _ = step_of(method)
+    old = copy.deepcopy(run.student)
+    old.load_state_dict(before)
+    with torch.no_grad():
+        assert torch.equal(run.student.eval()(IMAGES, 0), old.eval()(IMAGES, 0))
+
+
+def test_released_recipe_overwrites_the_old_statistics_and_nothing_else_of_the_old_branch():
+    """Fault 1 of the published loops: 117 buffers change although every old parameter is frozen."""
+    run, before, after = step_of('ours', '--recipe', 'released')
+    moved = changed(before, after) & branch_keys(run.student, 0)
+    assert len(moved) == 117
+    assert all(key.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for key in moved)
+
+
+def test_batch_statistics_without_update():
+    """--old-bn batch: the old branch's outputs follow the batch, its buffers stay."""
+    run, before, after = step_of('ours', '--old-bn', 'batch')
+    assert not changed(before, after) & branch_keys(run.student, 0)
+    for block in run.student.encoder.layers[1:6]:
+        block.dropout = 0.0
+    for block in run.student.encoder.layers[7:]:
+        block.dropout = 0.0
+    with torch.no_grad():
+        assert not torch.allclose(run.student.train()(IMAGES, 0), run.student.eval()(IMAGES, 0))
+
+
+def test_new_branch_trains_with_dropout_and_the_old_one_without():
+    run, _, _ = step_of('ours')
+    run.student.train()
+    with torch.no_grad():
+        assert torch.equal(run.student(IMAGES, 0), run.student(IMAGES, 0))
+        assert not torch.equal(run.student(IMAGES, 1), run.student(IMAGES, 1))
+
+
+def test_teacher_mode_and_steps_are_options_of_their_own():
+    run, _, _ = step_of('ours', '--teacher-mode', 'train', '--steps-per-batch', '2')
+    assert run.task.teacher.training and run.parts == ('ce', 'kd')
+    run.task.eval()
+    assert not run.task.teacher.training
+    steps = [int(state['step']) for state in run.optimizer.state.values()]
+    assert max(steps) == 4 and min(steps) == 2      # shared weights step on both terms
+
+
+@pytest.mark.parametrize('arguments, shared, branch', [
+    ((), 5e-6, 5e-4), (('--shared-lr', '1e-5'), 1e-5, 5e-4), (('--lr', '1e-3', '--shared-lr', '0'), None, 1e-3)])
+def test_rates(arguments, shared, branch):
+    run, _, _ = step_of('ours', *arguments)
+    rates = {group['name']: group['lr'] for group in run.optimizer.param_groups}
+    assert rates == ({'shared': shared, 'branch': branch} if shared else {'branch': branch})
+
+
+def test_schedule_is_the_published_polynomial():
+    run, _, _ = step_of('ours', '--num-epochs', '10')
+    optimizer, schedule = building.build_optimizer(run.student, run.options)
+    for epoch in range(1, 11):
+        assert optimizer.param_groups[1]['lr'] == pytest.approx(5e-4 * (1 - (epoch - 1) / 10) ** 0.9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_no_teacher_without_distillation():
+    assert step_of('adapters-only')[0].task.teacher is None
+    assert step_of('ours', '--lambdac', '0')[0].task.teacher is None
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
+    run, _, _ = step_of('ours')
+    before = copy.deepcopy(run.student.state_dict())
+    with pytest.raises(Exception, match='loss is nan'):
+        train.train_batch(run, IMAGES * float('nan'), LABELS, 1)
+    parameters = dict(run.student.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in parameters.items())
