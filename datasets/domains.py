@@ -73,9 +73,9 @@ def train_ids(count, void=VOID_FILE_VALUE):
 
 
 def cityscapes_label_ids():
-    """Cityscapes label ids -> class index, void 19."""
-    mapping = {row['id'] % 256: row['trainId'] for row in label_table('cityscapes')}
-    return {value: 19 if train_id == 255 else train_id for value, train_id in mapping.items()}
+    """Cityscapes label ids -> class index, void 19. Id -1 (license plate) is in no label image."""
+    return {row['id']: 19 if row['trainId'] == 255 else row['trainId']
+            for row in label_table('cityscapes') if row['id'] >= 0}
 
 
 def cityscapes_classes():

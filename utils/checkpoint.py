@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read without running code from the file."""
 import os
 import pickle
-import sys
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +62,10 @@ def read(path):
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: refused, it is not a plain file of tensors ({reason[:300]})') from None
+        forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
+        reason = f'it names {forbidden.group(1)}, which could run code' if forbidden else \
+            f'{" ".join(str(error.__context__ or error).split())[:200]}'
+        raise UserError(f'{path}: refused, it is not a plain file of tensors ({reason})') from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError,
             OverflowError, MemoryError, AssertionError, zipfile.BadZipFile) as error:
         reason = ' '.join(str(error).split())

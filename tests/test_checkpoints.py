@@ -1,0 +1,160 @@
+"""Files: the published layouts in, the published layouts out, nothing unsafe, nothing silent."""
+import os
+import pickle
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import get_domain
+from models import build_model
+from models.layouts import published_keys
+from tests.fill import fill
+from utils import building, checkpoint
+from utils.errors import UserError
+
+CS, BDD, IDD = (get_domain(name) for name in ('CS', 'BDD', 'IDD'))
+# Layout of a published file: method, class counts, multi-task keys.
+PUBLISHED = {'ours-2': ('ours', [20, 20], False), 'ours-3': ('ours', [20, 20, 27], False),
+             'ours-1': ('ours', [20], False), 'fine-tune-2': ('fine-tune', [20, 20], False),
+             'fine-tune-3': ('fine-tune', [20, 20, 27], False), 'single-task': ('single-task', [27], False),
+             'multi-task': ('multi-task', [20, 20, 27], True)}
+
+
+def published_file(path, state, prefix=True, **save):
+    """A file as the published code wrote it, best_acc a numpy scalar."""
+    state = OrderedDict((key if prefix else key.removeprefix('module.'), value) for key, value in state.items())
+    torch.save({'epoch': 150, 'arch': 'ERFNet(...)', 'state_dict': state, 'best_acc': np.float64(59.2),
+                'optimizer': {'state': {}, 'param_groups': []}}, path, **save)
+    return path
+
+
+def encoder_file(path):
+    """An ImageNet encoder: plain encoder under features, a classifier that is of no use."""
+    plain = published_keys(fill(build_model([20], 'single-task')).state_dict(), [20], None)
+    state = {key.replace('module.', 'module.features.'): value for key, value in plain.items() if '.encoder.' in key}
+    state['module.classifier.linear.weight'] = torch.zeros(1000, 128)
+    return published_file(path, state)
+
+
+@pytest.mark.parametrize('layout', PUBLISHED)
+@pytest.mark.parametrize('form', ['module', 'bare', 'old format'])
+def test_published_files_load(tmp_path, layout, form):
+    method, classes, multi = PUBLISHED[layout]
+    model = fill(build_model(classes, method)).eval()
+    keys = published_keys(model.state_dict(), classes, 'parallel' if method == 'ours' else None, multi)
+    path = published_file(tmp_path / 'x.pth.tar', keys, prefix=form == 'module',
+                          _use_new_zipfile_serialization=form != 'old format')
+    read = checkpoint.read_checkpoint(path)
+    assert read.domains is None and read.found.num_classes == classes
+    loaded = checkpoint.load_network(read, method).eval()
+    images = torch.rand(1, 3, 16, 32)
+    with torch.no_grad():
+        for domain in range(len(classes)):
+            assert torch.equal(loaded(images, domain), model(images, domain))
+
+
+def test_best_acc_may_be_a_tensor_or_a_numpy_scalar(tmp_path):
+    state = build_model([4]).state_dict()
+    for best in (np.float64(3), np.float32(3), torch.tensor(3.0), 3.0):
+        torch.save({'state_dict': state, 'best_acc': best}, tmp_path / 'x')
+        assert float(checkpoint.read(tmp_path / 'x')['best_acc']) == 3
+
+
+def options(path, domains, **changes):
+    return SimpleNamespace(**{'method': 'ours', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied',
+                              'domains': [d.name for d in domains], **changes})
+
+
+@pytest.mark.parametrize('taken', ['loaded', 'dropped'])
+def test_imagenet_encoder_starts_step_one(tmp_path, taken):
+    path = encoder_file(tmp_path / 'encoder.pth.tar')
+    student, teacher, lines = building.build_networks(options(path, [CS], imagenet_bn=taken), [CS])
+    assert teacher is None and len(lines.splitlines()) == 3 and 'classifier' in lines
+    source = fill(build_model([20], 'single-task')).state_dict()
+    for name, value in student.state_dict().items():
+        if name.startswith('encoder.') and '_conv_' not in name and not name.endswith('num_batches_tracked'):
+            assert torch.equal(value, source[name]) == (taken == 'loaded' or '.bn' not in name), name
+
+
+def test_imagenet_encoder_starts_multi_task_with_shared_batch_norms(tmp_path):
+    path = encoder_file(tmp_path / 'encoder.pth.tar')
+    student, _, lines = building.build_networks(options(path, [CS, IDD], method='multi-task'), [CS, IDD])
+    assert '268 tensors loaded' in lines or 'tensors loaded' in lines
+    assert student.num_classes == [20, 27]
+
+
+def test_step_two_from_a_published_file_has_its_teacher(tmp_path):
+    model = fill(build_model([20, 20]))
+    path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
+    student, teacher, lines = building.build_networks(options(path, [CS, BDD, IDD]), [CS, BDD, IDD])
+    assert student.num_classes == [20, 20, 27] and teacher.num_classes == [20, 20]
+    assert len(lines.splitlines()) == 3 and 'left fresh: 2' in lines
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.pop('encoder.layers.3.conv3x1_1.weight'), 'encoder.layers.3.conv3x1_1.weight is missing'),
+    (lambda s: s.update({'encoder.layers.3.conv3x1_1.weight': torch.zeros(3)}), 'has the wrong shape'),
+    (lambda s: s.update({'backbone.weight': torch.zeros(3)}), 'backbone.weight is surplus'),
+    (lambda s: s['decoder.0.output_conv.weight'].fill_(float('nan')), 'not finite')])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, change, message):
+    state = build_model([4, 5]).state_dict()
+    change(state)
+    torch.save({'state_dict': state}, tmp_path / 'x')
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_network(checkpoint.read_checkpoint(tmp_path / 'x'), 'ours')
+
+
+def test_other_methods_and_other_domains_are_refused(tmp_path):
+    torch.save({'state_dict': build_model([20], 'fine-tune').state_dict()}, tmp_path / 'plain')
+    plain = checkpoint.read_checkpoint(tmp_path / 'plain')
+    with pytest.raises(UserError, match='no adapters.*no network of --method ours but of .*fine-tune'):
+        checkpoint.load_network(plain, 'ours')
+    with pytest.raises(UserError, match='20 classes.*IDD need 27'):
+        checkpoint.check_known(plain, [IDD])
+    plain.domains = ['cityscapes']
+    with pytest.raises(UserError, match='knows cityscapes, but the domains to know are BDD'):
+        checkpoint.check_known(plain, [BDD])
+    torch.save({'weights': torch.zeros(3)}, tmp_path / 'other')
+    with pytest.raises(UserError, match="no ERFNet in it; the first of its 1 tensors is 'weights'"):
+        checkpoint.read_checkpoint(tmp_path / 'other')
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_refused_naming_the_global(tmp_path):
+    victim = tmp_path / 'made'
+    torch.save({'state_dict': {}, 'x': Attack(str(victim))}, tmp_path / 'zip')
+    (tmp_path / 'raw').write_bytes(pickle.dumps(Attack(str(victim)), protocol=2))
+    for name in ('zip', 'raw'):
+        with pytest.raises(UserError, match='posix.mkdir'):
+            checkpoint.read(tmp_path / name)
+    assert not victim.exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'x'
+    checkpoint.save({'a': 1}, path)
+
+    def fail(file):
+        file.write(b'half')
+        raise OSError('disk full')
+    with pytest.raises(OSError):
+        checkpoint.write_atomically(path, fail)
+    assert checkpoint.read(path) == {'a': 1} and os.listdir(tmp_path) == ['x']
+
+
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'hello', b'\x80\x02}q\x00.'])
+def test_broken_files_give_one_line(tmp_path, content):
+    (tmp_path / 'x').write_bytes(content)
+    with pytest.raises(UserError) as error:
+        checkpoint.read_checkpoint(tmp_path / 'x')
+    assert '\n' not in str(error.value) and str(tmp_path / 'x') in str(error.value)

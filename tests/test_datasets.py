@@ -1,0 +1,194 @@
+"""Domains in their true layouts: what belongs together, what the labels mean, what augmentation does."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import DOMAINS, SegmentationDataset, get_domain
+from datasets.loading import EvalBatches, TrainBatches, make_loader
+from datasets.pairs import find_split
+from utils.errors import UserError
+
+# Image and label paths of sample n under the domain's folder, and raw label value -> class index.
+LAYOUTS = {
+    'cityscapes-trainids': ('cityscapes', 'leftImg8bit/train/c{n}/c{n}_0_leftImg8bit.png',
+                            'gtFine/train/c{n}/c{n}_0_gtFine_labelTrainIds.png', {0: 0, 18: 18, 255: 19}),
+    'cityscapes-ids': ('cityscapes', 'leftImg8bit/train/c{n}/c{n}_0_leftImg8bit.jpg',
+                       'gtFine/train/c{n}/c{n}_0_gtFine_labelIds.png',
+                       {7: 0, 8: 1, 11: 2, 26: 13, 33: 18, 0: 19, 4: 19, 9: 19}),
+    'bdd-seg': ('BDD', 'seg/images/train/a{n}.jpg', 'seg/labels/train/a{n}_train_id.png', {0: 0, 18: 18, 255: 19}),
+    'bdd-10k': ('BDD', 'images/10k/train/a{n}.jpg', 'labels/sem_seg/masks/train/a{n}.png', {0: 0, 255: 19}),
+    'idd': ('IDD', 'leftImg8bit/train/{n}/f_leftImg8bit.png', 'gtFine/train/{n}/f_gtFine_labellevel3Ids.png',
+            {0: 0, 25: 25, 255: 26}),
+    'idd-lite': ('idd-lite', 'leftImg8bit/train/{n}/f_image.jpg', 'gtFine/train/{n}/f_label.png', {6: 6, 255: 7}),
+    'camvid': ('camvid', 'train/x{n}.png', 'trainannot/x{n}.png', {0: 0, 10: 10, 11: 11})}
+SIZE = (16, 32)
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path, **({'quality': 100} if path.suffix == '.jpg' else {}))
+
+
+def write_samples(folder, image, label, values, count=3):
+    """Sample n is an image of grey 60 n under a label whose columns are the raw values, in turn from n on."""
+    raw = list(values)
+    for n in range(count):
+        write(folder / image.format(n=n), np.full((*SIZE, 3), 60 * n))
+        row = [raw[(n + column) % len(raw)] for column in range(SIZE[1])]
+        write(folder / label.format(n=n), np.tile(row, (SIZE[0], 1)))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_pairs_and_label_values(tmp_path, layout):
+    """Swapped partners or a label off by one show: content names the sample, values are exact."""
+    name, image, label, values = LAYOUTS[layout]
+    domain = get_domain(name)
+    write_samples(tmp_path / domain.folder, image, label, values)
+    data = SegmentationDataset(domain, tmp_path, 'train', SIZE)
+    assert len(data) == 3
+    classes = list(values.values())
+    for index in range(3):
+        pixels, labels, _ = data[0, index]
+        n = round(pixels.float().mean().item() / 60)
+        assert n == index
+        want = [classes[(n + column) % len(classes)] for column in range(SIZE[1])]
+        assert labels.tolist() == [want] * SIZE[0]
+
+
+def test_aliases_and_class_counts():
+    for alias, name, count in (('CS', 'cityscapes', 20), ('cityscapes', 'cityscapes', 20), ('bdd100k', 'BDD', 20),
+                               ('BDD', 'BDD', 20), ('idd', 'IDD', 27), ('IDD', 'IDD', 27), ('camvid', 'camvid', 12),
+                               ('idd-lite', 'idd-lite', 8)):
+        domain = get_domain(alias)
+        assert (domain.name, domain.num_classes) == (name, count)
+    for domain in DOMAINS.values():
+        assert len(domain.palette) == domain.num_classes and len(set(domain.classes)) == len(domain.classes)
+        assert domain.weights is None or len(domain.weights) == domain.num_classes
+
+
+def own_domain(folder, count=3, **changes):
+    spec = {'images': 'photos/{split}', 'labels': 'masks/{split}', 'void': 9,
+            'classes': [{'name': 'way', 'color': [1, 2, 3]}, {'name': 'rest', 'color': [4, 5, 6]}], **changes}
+    write_samples(folder, 'photos/train/p{n}.jpg', 'masks/train/p{n}.png', {0: 0, 1: 1, 9: 2}, count)
+    (folder / 'domain.json').write_text(json.dumps(spec))
+    return folder
+
+
+def test_own_domain_from_two_folders_and_a_json_file(tmp_path):
+    domain = get_domain('village', {'village': own_domain(tmp_path / 'v')})
+    assert (domain.classes, domain.num_classes, domain.void) == (('way', 'rest'), 3, 2)
+    data = SegmentationDataset(domain, 'anywhere', 'train', SIZE)
+    assert data[0, 1][1][0, :4].tolist() == [1, 2, 0, 1]
+    assert get_domain('village', {'village': tmp_path / 'v' / 'domain.json'}) == domain
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'classes': []}, '1 to 254 classes'), ({'classes': [{'name': 'x'}]}, "KeyError: 'color'"),
+    ({'weights': [1.0]}, '1 weights for 2 classes'), ({'classes': 7}, 'cannot be used')])
+def test_own_domain_that_is_wrong(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        get_domain('v', {'v': own_domain(tmp_path, **changes)})
+    with pytest.raises(UserError, match='does not exist'):
+        get_domain('v', {'v': tmp_path / 'nowhere'})
+
+
+def test_place_of_a_known_domain(tmp_path):
+    write_samples(tmp_path / 'elsewhere', *LAYOUTS['camvid'][1:])
+    domain = get_domain('camvid', {'camvid': tmp_path / 'elsewhere'})
+    assert len(SegmentationDataset(domain, 'nowhere', 'train', SIZE)) == 3
+
+
+def camvid(tmp_path):
+    folder = tmp_path / 'camvid'
+    write_samples(folder, *LAYOUTS['camvid'][1:])
+    return folder, lambda: SegmentationDataset(get_domain('camvid'), tmp_path, 'train', SIZE)
+
+
+def test_unpaired_files_are_left_out_and_said(tmp_path, capsys):
+    folder, make = camvid(tmp_path)
+    write(folder / 'train/lonely.png', np.zeros((*SIZE, 3)))
+    (folder / 'trainannot/x0.png').unlink()
+    data = make()
+    assert [pair.image.stem for pair in data.pairs] == ['x1', 'x2']
+    said = capsys.readouterr().err
+    assert '2 images without a label' in said and 'lonely.png' in said
+
+
+def test_bad_data_names_the_file(tmp_path):
+    folder, make = camvid(tmp_path)
+    write(folder / 'trainannot/x0.png', np.full(SIZE, 33))
+    with pytest.raises(UserError, match=r'x0.png: label values \[33\].*label ids'):
+        make()[0, 0]
+    write(folder / 'trainannot/x1.png', np.zeros((8, 8)))
+    with pytest.raises(UserError, match='x1.png is 32x16 but its label .*x1.png is 8x8'):
+        make()[0, 1]
+    (folder / 'train/x2.png').write_bytes((folder / 'train/x2.png').read_bytes()[:40])
+    with pytest.raises(UserError, match='x2.png cannot be read'):
+        make()[0, 2]
+    write(folder / 'trainannot/x0.png', np.zeros((*SIZE, 3)))
+    with pytest.raises(UserError, match='x0.png: label image has mode RGB'):
+        make()[0, 0]
+
+
+def test_nothing_there_says_where_it_looked(tmp_path):
+    with pytest.raises(UserError, match='no train images of BDD: looked in .*seg/images/train.*images/10k/train'):
+        find_split(get_domain('BDD'), tmp_path, 'train')
+    write(tmp_path / 'cityscapes/leftImg8bit/train/a/a_leftImg8bit.png', np.zeros((*SIZE, 3)))
+    with pytest.raises(UserError, match='run python -m datasets.create_labels cityscapes'):
+        find_split(get_domain('CS'), tmp_path, 'train')
+
+
+def test_every_epoch_sees_every_image_once_in_another_order():
+    batches = TrainBatches(10, 3, seed=1)
+    orders = []
+    for batches.epoch in (1, 2):
+        keys = [key for batch in batches for key in batch]
+        assert sorted(keys) == [(batches.epoch, n) for n in range(10)]
+        orders.append([n for _, n in keys])
+    assert orders[0] != orders[1] and len(batches) == 4
+    batches.epoch = 1
+    assert [n for batch in batches for _, n in batch] == orders[0]
+
+
+def test_ranks_share_a_batch_and_leave_none_out():
+    whole = list(TrainBatches(10, 4, seed=1))
+    parts = [list(TrainBatches(10, 4, seed=1, rank=rank, world=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+    odd = [list(TrainBatches(5, 4, seed=1, rank=rank, world=4)) for rank in range(4)]
+    assert all(len(batch) == 1 for part in odd for batch in part)
+    evaluated = [key for rank in range(3) for batch in EvalBatches(10, 4, rank, 3) for key in batch]
+    assert sorted(evaluated) == [(0, n) for n in range(10)]
+
+
+def test_a_smaller_domain_is_repeated_to_the_size_of_the_largest():
+    keys = [n for batch in TrainBatches(4, 3, seed=0, samples=10) for _, n in batch]
+    assert len(keys) == 10 and sorted(n % 4 for n in keys[:4]) == [0, 1, 2, 3] and len(set(keys)) == 10
+
+
+def test_workers_change_nothing(toy):
+    domain, results = get_domain('CS'), []
+    for workers in (0, 2):
+        data = SegmentationDataset(domain, toy, 'train', (64, 128), augmented=True, seed=3)
+        batches = TrainBatches(len(data), 3, seed=3)
+        loader = make_loader(data, batches, workers, pin=False)
+        batches.epoch = 2
+        results.append(list(loader))
+    for one, two in zip(*results):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample(toy):
+    make = lambda seed: SegmentationDataset(get_domain('CS'), toy, 'train', (64, 128), augmented=True, seed=seed)
+    seen = [make(seed)[epoch, number][0] for seed, epoch, number in ((0, 1, 0), (0, 1, 8), (0, 2, 0), (1, 1, 0))]
+    assert torch.equal(seen[0], make(0)[1, 0][0])
+    assert len({image.numpy().tobytes() for image in seen}) > 1
+
+
+def test_real_samples_pair(real):
+    for name, counts in (('cityscapes', (60, 16)), ('camvid', (367, 101)), ('idd-lite', (702, 204))):
+        for split, count in zip(('train', 'val'), counts):
+            found = find_split(get_domain(name), real, split)
+            assert len(found.pairs) == count and not found.without_label and not found.without_image
