@@ -1,9 +1,9 @@
 """Augmentation as published: horizontal flip and a shift of up to 2 pixels either way.
 
-It works on uint8 tensors and takes its random numbers from (seed, epoch, index), so
-neither the number of workers nor the device changes a result.
+It works on uint8 tensors of any device and takes its random numbers from (seed, epoch,
+index), so neither the number of workers nor the device changes a result.
 """
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ import torch
 MAX_SHIFT = 2
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One sample's random numbers: whether to flip, and the shift in pixels, right and down."""
+class Draw(NamedTuple):
+    """One sample's random numbers: whether to flip, and the shift in pixels, right and down.
+
+    A loader collates the Draws of a batch to a Draw of three (B,) tensors.
+    """
     flip: bool
     right: int
     down: int
@@ -28,17 +30,30 @@ def draw(seed, epoch, index):
 
 def augment(image, label, drawn, void):
     """Flips and shifts image (3, H, W) and label (H, W), uint8; uncovered pixels are 0 and `void`."""
-    if drawn.flip:
-        image, label = image.flip(-1), label.flip(-1)
-    return shift(image, drawn, 0), shift(label, drawn, void)
+    return (moved(image, drawn, torch.full_like(image, 0)),
+            moved(label, drawn, torch.full_like(label, void)))
 
 
-def shift(x, drawn, fill):
-    """Moves x (..., H, W) right and down by the drawn pixels, filling what is uncovered."""
+def augment_batch(images, labels, drawn, void):
+    """Flips and shifts images (B, 3, H, W) and labels (B, H, W), uint8, on their device.
+
+    drawn: a Draw of (B,) tensors on the CPU, as a loader gives it. The result is that of
+    `augment` sample by sample. Samples are copied one by one into the batch: that is four
+    copies each, without index tensors, and nothing waits for the device.
+    """
+    out_images, out_labels = torch.full_like(images, 0), torch.full_like(labels, void)
+    for number, one in enumerate(zip(*(values.tolist() for values in drawn))):
+        moved(images[number], Draw(*one), out_images[number])
+        moved(labels[number], Draw(*one), out_labels[number])
+    return out_images, out_labels
+
+
+def moved(x, drawn, out):
+    """Writes x (..., H, W), flipped and then moved right and down as drawn, into `out`; returns it."""
     height, width = x.shape[-2:]
     right, down = drawn.right, drawn.down
-    out = torch.full_like(x, fill)
     rows, columns = height - abs(down), width - abs(right)
+    x = x.flip(-1) if drawn.flip else x
     out[..., max(down, 0):max(down, 0) + rows, max(right, 0):max(right, 0) + columns] = \
         x[..., max(-down, 0):max(-down, 0) + rows, max(-right, 0):max(-right, 0) + columns]
     return out

@@ -1,5 +1,6 @@
 """Batches: which samples, in which order, on which rank."""
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 ORDER = 1       # distinguishes the order's random numbers from the augmentation's
@@ -56,6 +57,10 @@ class EvalBatches:
 
 
 def make_loader(dataset, batches, workers, pin):
-    """DataLoader over `batches`; workers live as long as the loader."""
+    """DataLoader over `batches`; workers live as long as the loader.
+
+    It has a generator of its own: the default would draw from the global one, which
+    dropout uses, each time a loop over it starts.
+    """
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      persistent_workers=workers > 0)
+                      persistent_workers=workers > 0, generator=torch.Generator())

@@ -1,14 +1,22 @@
 """Images with their labels, as uint8 tensors of one size."""
+import struct
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
+from torchvision.io import decode_image
 
 from datasets.augment import augment, draw
 from datasets.pairs import find_split, report_unpaired
 from utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
+PNG_START = b'\x89PNG\r\n\x1a\n'
+# Without these instructions torch's resize of uint8 images is slower than Pillow's.
+FAST_RESIZE = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 # what Pillow raises for damaged files
 UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
 CHECK_HINT = '; python -m datasets.check finds all such files'
@@ -25,7 +33,9 @@ def lookup_table(values):
 def open_image(path):
     """The image as RGB, at the file's own size."""
     try:
-        return Image.open(path).convert('RGB')
+        image = Image.open(path)
+        image.load()
+        return image if image.mode == 'RGB' else image.convert('RGB')
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read: {error}') from None
 
@@ -40,15 +50,6 @@ def open_label(pair):
     if label.mode not in ('L', 'P'):
         raise UserError(f'{pair.label}: label image has mode {label.mode}, 8-bit single-channel is expected')
     return label
-
-
-def open_pair(pair):
-    """Image (RGB) and label (8-bit), of equal size."""
-    image, label = open_image(pair.image), open_label(pair)
-    if image.size != label.size:
-        raise UserError(f'{pair.image} is {image.size[0]}x{image.size[1]} but its label {pair.label} '
-                        f'is {label.size[0]}x{label.size[1]}')
-    return image, label
 
 
 def likely_cause(wrong, values):
@@ -73,37 +74,91 @@ def to_classes(label, pair):
     return classes
 
 
+def decode_png(path, width_height):
+    """uint8 (3, H, W) of the 8-bit RGB PNG of that size at `path`; None for any other file.
+
+    libpng gives the same pixels as Pillow, PNG being lossless, in less time. What it
+    refuses is left to Pillow, whose errors are reported.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(26)
+            if head[:8] + head[16:] != PNG_START + struct.pack('>IIBB', *width_height, 8, 2):
+                return None
+            file.seek(0)
+            pixels = decode_image(torch.from_numpy(np.fromfile(file, dtype=np.uint8)))
+    except (OSError, RuntimeError):
+        return None
+    return pixels if len(pixels) == 3 else None
+
+
+def halves(width_height, size):
+    """Whether torch's resize of an image to `size` (height, width) is fast and equal to Pillow's.
+
+    It is at exactly half the sides: the weights are then eighths, which both hold exactly,
+    and sevenths at the border, whose sums are never near a tie. (Elsewhere torch's shorter
+    weights change some pixels by 1, and Pillow shrinks upright images rows first.)
+    """
+    height, width = size
+    return FAST_RESIZE and width_height == (2 * width, 2 * height) and width >= height
+
+
+def load_image(pair, width_height, size):
+    """Image (3, H, W) uint8 of `pair`, resized to `size`; UserError unless it has its label's width and height."""
+    if halves(width_height, size):
+        pixels = decode_png(pair.image, width_height)
+        if pixels is not None:
+            return interpolate(pixels[None], size, mode='bilinear', antialias=True)[0].contiguous()
+    image = open_image(pair.image)
+    if image.size != width_height:
+        raise UserError(f'{pair.image} is {image.size[0]}x{image.size[1]} but its label {pair.label} '
+                        f'is {width_height[0]}x{width_height[1]}')
+    image = np.asarray(image.resize(size[::-1], Image.BILINEAR))
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def load_pair(pair, size):
+    """Image (3, H, W) and label (H, W) of `pair`, uint8, resized to `size` = (H, W).
+
+    Images are resized bilinearly, labels by nearest neighbour, as published.
+    """
+    label = open_label(pair)
+    image = load_image(pair, label.size, size)
+    label = to_classes(np.asarray(label.resize(size[::-1], Image.NEAREST)), pair)
+    return image, torch.from_numpy(label)
+
+
 class SegmentationDataset(Dataset):
     """A domain's split, resized to (height, width).
 
     Indexed by (epoch, number); gives image (3, H, W) uint8, label (H, W) uint8 class
-    indices (void = domain.void), and the image's index, number % len. Images are
-    resized bilinearly, labels by nearest neighbour, as published. With `augmented`,
-    flip and shift are drawn from (seed, epoch, number).
+    indices (void = domain.void), and the image's index, number % len. With `augmented`,
+    flip and shift are drawn from (seed, epoch, number); with augmented='later' they are
+    left to `augment_batch` and the Draw comes in place of the index. `stored` holds the
+    resized pairs where there is a cache (see datasets.cache).
     """
 
     def __init__(self, domain, root, split, size, augmented=False, seed=0):
-        self.domain, self.size, self.augmented, self.seed = domain, size, augmented, seed
+        self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
+        self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split)
         report_unpaired(domain, split, found)
-        self.pairs = found.pairs
+        self.pairs, self.stored = found.pairs, None
 
     def __len__(self):
         return len(self.pairs)
 
     def load(self, index):
         """Image (3, H, W) and label (H, W) of `index`, resized, not augmented."""
-        pair = self.pairs[index]
-        image, label = open_pair(pair)
-        width_height = self.size[::-1]
-        image = np.asarray(image.resize(width_height, Image.BILINEAR))
-        label = to_classes(np.asarray(label.resize(width_height, Image.NEAREST)), pair)
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label)
+        return load_pair(self.pairs[index], self.size) if self.stored is None else self.stored[index]
 
     def __getitem__(self, key):
         epoch, number = key
         index = number % len(self)
         image, label = self.load(index)
-        if self.augmented:
-            image, label = augment(image, label, draw(self.seed, epoch, number), self.domain.void)
-        return image, label, index
+        if not self.augmented:
+            return image, label, index
+        drawn = draw(self.seed, epoch, number)
+        if self.augmented == 'later':
+            return image, label, drawn
+        return *augment(image, label, drawn, self.domain.void), index

@@ -147,7 +147,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail(file):
         file.write(b'half')
         raise OSError('disk full')
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match='disk full'):
         checkpoint.write_atomically(path, fail)
     assert checkpoint.read(path) == {'a': 1} and os.listdir(tmp_path) == ['x']
 

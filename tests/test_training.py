@@ -135,7 +135,7 @@ def test_no_teacher_without_distillation():
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     run, _, _ = step_of('ours')
     before = copy.deepcopy(run.student.state_dict())
-    with pytest.raises(Exception, match='loss is nan'):
+    with pytest.raises(train.NotFinite, match='nan'):
         train.train_batch(run, IMAGES * float('nan'), LABELS, 1)
     parameters = dict(run.student.named_parameters())
     assert all(torch.equal(before[name], value) for name, value in parameters.items())

@@ -1,7 +1,6 @@
 # Shared by the scripts of this folder: settings from the environment, sequences of steps.
 # Sourced, not run.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 DATA=${DATA:-data}                              # --data-root
 OUT=${OUT:-runs}                                # results go to $OUT/<name>/
@@ -33,7 +32,7 @@ read_arguments() {
         case $argument in
             --help|-h) printf '%s\n\n%s\n' "$about" "$settings_help"; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|ENCODER=*|TRAIN_ARGS=*|PYTHON=*)
+            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|ENCODER=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
                 printf -v "${argument%%=*}" '%s' "${argument#*=}"
                 [ "${argument%%=*}" = HEIGHT ] && WIDTH=$((2 * HEIGHT)) ;;
             WIDTH=*) WIDTH=${argument#*=} ;;
@@ -43,10 +42,36 @@ read_arguments() {
     [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
 }
 
-# Prints a command and, unless it is a dry run, runs it.
+# Prints a command and, unless it is a dry run, runs it. A signal (SLURM's early warning,
+# Ctrl-C, kill) is passed on; train.py then finishes its batch, saves and ends, and so does
+# the script with status 75. Under SLURM the job is put back into the queue.
 run() {
     printf '+'; printf ' %q' "$@"; printf '\n'
-    [ -n "$DRY_RUN" ] || "$@"
+    [ -z "$DRY_RUN" ] || return 0
+    local child status=0 signalled=
+    "$@" &
+    child=$!
+    trap 'signalled=1; pass_signal USR1 $child' USR1
+    trap 'signalled=1; pass_signal TERM $child' TERM INT
+    while :; do
+        status=0
+        wait "$child" || status=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - USR1 TERM INT
+    if [ -n "$signalled" ]; then
+        if [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
+            echo "== interrupted; back into the queue"
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        exit 75
+    fi
+    [ "$status" -eq 0 ] || exit "$status"
+}
+
+# Several processes: the launcher's children take the signal, the launcher itself would die of it.
+pass_signal() {
+    if [ "$GPUS" -gt 1 ]; then pkill -USR1 -P "$2" || true; else kill -"$1" "$2" 2>/dev/null || true; fi
 }
 
 # One step: run_train SAVEDIR EPOCHS ARGUMENTS...

@@ -6,11 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DOMAINS=${DOMAINS:-cityscapes camvid idd-lite} OUT=${OUT:-runs/small_real} HEIGHT=${HEIGHT:-128}
 export EPOCHS=${EPOCHS:-60 12 7} WORKERS=${WORKERS:-0}
 case ${1:-} in ''|-*|*=*) ;; *) export DATA=$1; shift ;; esac
+METHODS=${METHODS:-ours fine-tune}
 source trainer_files/common.sh
 read_arguments "Learns three small real domains with the method and by fine-tuning; results in $OUT." "$@"
 
-for method in ${METHODS:-ours fine-tune}; do
+for method in $METHODS; do
     echo "== $method: $DOMAINS, one after another"
     learn_sequence "$method" --method "$method"
 done
-run "$PYTHON" -m utils.compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"
+# shellcheck disable=SC2046
+run "$PYTHON" -m utils.compare $(for method in $METHODS; do echo "$method=$OUT/$method"; done) --data-root "$DATA" --out "$OUT"

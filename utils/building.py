@@ -116,6 +116,14 @@ def build_networks(options, domains):
     return student, teacher, report(checkpoint, known, 2)
 
 
+def rebuild_networks(options, domains):
+    """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
+    method, counts = get_method(options.method), [domain.num_classes for domain in domains]
+    alone = len(domains) == 1 or method.joint
+    teacher = build_model(counts[:-1], options.method) if method.distill and not alone else None
+    return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
+
+
 def freeze(student, options):
     """Sets what trains, following the method's row."""
     first = len(student.decoder) == 1 or get_method(options.method).joint

@@ -32,8 +32,12 @@ class Checkpoint:
     content: dict = field(default_factory=dict, repr=False)
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a new binary file that takes the place of `path` once complete."""
+def write_atomically(path, write, previous=None):
+    """Calls write(file) on a new binary file that takes the place of `path` once complete.
+
+    previous: where the file that was at `path` goes instead of vanishing. UserError if
+    the disk does not take it; `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -41,14 +45,19 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
+        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); what was there before '
+                        'is kept') from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save(content, path):
+def save(content, path, previous=None):
     """Writes a checkpoint dict; the file at `path` is the old one or the new one, never a part."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: torch.save(content, file), previous)
 
 
 def read(path):

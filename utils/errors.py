@@ -5,6 +5,10 @@ import sys
 class UserError(Exception):
     """Says what is wrong, where, and what to do, in one line."""
 
+    def __init__(self, message):
+        # A loader worker's error arrives with its traceback in front.
+        super().__init__(message.rsplit('UserError: ', 1)[-1].strip())
+
 
 def run_main(main):
     """Calls `main()` and turns a UserError into one line and exit status 2."""

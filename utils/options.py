@@ -131,6 +131,8 @@ def train_parser():
                        help='validate every N epochs (and after the last)')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
     group.add_argument('--resume', action='store_true', help='go on from the checkpoint in --savedir')
+    group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
+                       help='write checkpoints within epochs too, M minutes apart')
     group = machine_options(parser)
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
                        help='several devices: auto is ddp under torchrun, else dp')

@@ -2,6 +2,7 @@
 import json
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,18 @@ import torch
 import torchvision
 
 from utils.checkpoint import write_atomically
+from utils.errors import UserError
+
+
+def make_folder(path):
+    """The folder at `path`, made if need be; UserError if it cannot be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f'--savedir {folder} cannot be written to: {error.strerror}') from None
 
 
 def write_json(path, value):
@@ -48,9 +61,14 @@ def append_metrics(folder, line):
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl, [] if there is none."""
-    path = Path(folder) / 'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of metrics.jsonl, [] if there is none; a last line cut short by a crash is left out."""
+    path, lines = Path(folder) / 'metrics.jsonl', []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
 
 
 def keep_metrics(folder, epoch):

@@ -1,0 +1,163 @@
+"""Cache of resized images and labels: decoded and resized once, then read from memory-mapped files.
+
+A cache folder holds, for every domain, split and size, one folder
+
+    <domain>-<split>-<height>x<width>-<digest>/images.npy    uint8 (N, 3, H, W)
+                                               labels.npy    uint8 (N, H, W) class indices
+
+whose digest covers the names, sizes and times of the source files and how labels map to
+classes, so that any change of them leads to a new one, which replaces the old. It is built
+under a lock in a temporary folder beside and renamed when complete: what bears its name is
+whole. The lock ends with the process that holds it, and the next build removes what a killed
+one has left.
+"""
+import contextlib
+import copy
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.segmentation import load_pair
+from utils.errors import UserError
+
+VERSION = 1     # raised whenever the same files give other pixels
+HEX = '[0-9a-f]' * 16
+
+
+class Stored:
+    """The resized pairs in a cache folder; picklable, every process maps the files for itself."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        try:
+            self.images, self.labels = (np.load(folder / name, mmap_mode='r') for name in ('images.npy', 'labels.npy'))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f'{folder}: gone or damaged ({error}); delete what is left and start again') from None
+
+    def __getitem__(self, index):
+        """Image (3, H, W) and label (H, W), uint8, in memory of their own."""
+        return torch.from_numpy(np.array(self.images[index])), torch.from_numpy(np.array(self.labels[index]))
+
+    def __reduce__(self):
+        return Stored, (self.folder,)
+
+
+def cached(dataset, folder, workers=None):
+    """A copy of SegmentationDataset `dataset` that reads from the cache in `folder`, built if need be.
+
+    workers: threads that build it (default: one for each core). Processes may call this at
+    once; one builds, the others wait. UserError for a bad image or label, as without a
+    cache, and where the cache does not fit or cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        found = find_or_build(dataset, folder, workers or os.cpu_count() or 1)
+    except OSError as error:
+        raise UserError(f'the cache in {folder} cannot be made: {error}') from None
+    other = copy.copy(dataset)
+    other.stored = Stored(found)
+    return other
+
+
+def find_or_build(dataset, folder, workers):
+    """Path of the complete cache of `dataset` in `folder`."""
+    name = f'{quote(dataset.domain.name, safe="")}-{dataset.split}-{dataset.size[0]}x{dataset.size[1]}'
+    target = folder / f'{name}-{digest(dataset)}'
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f'.{name}.lock'):
+            if not target.is_dir():
+                for old in (*folder.glob(f'{name}-{HEX}'), *folder.glob(f'.{name}-{HEX}.*')):
+                    shutil.rmtree(old)
+                check_space(dataset, folder)
+                build(dataset, target, workers)
+    return target
+
+
+def digest(dataset):
+    """16 hexadecimal digits that change with the source files, their order and what is made of them."""
+    state = hashlib.sha256(f'{VERSION}'.encode())
+    for pair in dataset.pairs:
+        for path in (pair.image, pair.label):
+            status = path.stat()
+            name = os.path.relpath(path, dataset.folder)
+            state.update(f'{name}\0{status.st_size}\0{status.st_mtime_ns}\0'.encode())
+        state.update(f'{sorted(pair.values.items())}'.encode())
+    return state.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Holds the lock file `path`; says so where another process makes this one wait."""
+    with open(path, 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting for the process that holds {path}', file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_space(dataset, folder):
+    """UserError if the cache of `dataset` does not fit on the disk of `folder`."""
+    height, width = dataset.size
+    needed, free = len(dataset) * 4 * height * width + 2 ** 20, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f'the cache of {dataset.domain.name} {dataset.split} at {width}x{height} needs '
+                        f'{needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; choose another folder, '
+                        'make room, or go without')
+
+
+def build(dataset, target, workers):
+    """Makes the cache folder `target`, complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
+        made = Path(temporary) / target.name
+        made.mkdir()
+        with contextlib.ExitStack() as stack:
+            shape = (len(dataset), 3, *dataset.size)
+            images = stack.enter_context(array_file(made / 'images.npy', shape))
+            labels = stack.enter_context(array_file(made / 'labels.npy', shape[:1] + shape[2:]))
+            for image, label in load_all(dataset, workers):
+                images.write(image.numpy())
+                labels.write(label.numpy())
+        os.rename(made, target)
+
+
+@contextlib.contextmanager
+def array_file(path, shape):
+    """A new .npy file of uint8 values that are to be written in order; on the disk when closed."""
+    with open(path, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_all(dataset, workers):
+    """Yields the resized pairs in order, with progress on standard error.
+
+    Threads serve, as decoding and resizing run without Python's lock. They stay at most
+    four pairs each ahead, which bounds the memory.
+    """
+    title = f'cache of {dataset.domain.name} {dataset.split}'
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(dataset), desc=title, unit='image', disable=None) as bar:
+        waiting = deque()
+        for pair in dataset.pairs:
+            waiting.append(pool.submit(load_pair, pair, dataset.size))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+                bar.update()
+        for future in waiting:
+            yield future.result()
+            bar.update()

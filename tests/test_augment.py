@@ -1,0 +1,69 @@
+"""datasets.augment: the shift by hand, and batches on a device equal to single samples."""
+import itertools
+
+import pytest
+import torch
+
+from datasets.augment import MAX_SHIFT, Draw, augment, augment_batch, draw
+from datasets.domains import DOMAINS
+from datasets.loading import TrainBatches, make_loader
+from datasets.segmentation import SegmentationDataset
+
+SHIFTS = range(-MAX_SHIFT, MAX_SHIFT + 1)
+EVERY_DRAW = [Draw(*values) for values in itertools.product((False, True), SHIFTS, SHIFTS)]
+LABEL = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]], dtype=torch.uint8)
+VOID = 19
+
+
+@pytest.mark.parametrize('drawn, expected', [
+    (Draw(False, 0, 0), [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]),
+    (Draw(True, 0, 0), [[4, 3, 2, 1], [8, 7, 6, 5], [12, 11, 10, 9]]),
+    (Draw(False, 1, 2), [[VOID] * 4, [VOID] * 4, [VOID, 1, 2, 3]]),
+    (Draw(False, -2, -1), [[7, 8, VOID, VOID], [11, 12, VOID, VOID], [VOID] * 4]),
+    (Draw(True, 1, 0), [[VOID, 4, 3, 2], [VOID, 8, 7, 6], [VOID, 12, 11, 10]])])
+def test_by_hand(drawn, expected):
+    image, label = augment(LABEL.expand(3, 3, 4), LABEL, drawn, VOID)
+    expected = torch.tensor(expected, dtype=torch.uint8)
+    assert torch.equal(label, expected)
+    assert torch.equal(image, expected.where(expected != VOID, torch.zeros_like(expected)).expand(3, 3, 4))
+
+
+def test_draws_cover_every_shift_and_flip():
+    drawn = [draw(0, epoch, number) for epoch in (1, 2) for number in range(600)]
+    assert set(drawn) == set(EVERY_DRAW)
+    assert draw(0, 1, 5) == draw(0, 1, 5) and drawn[:600] != drawn[600:]
+    assert [draw(1, 1, number) for number in range(600)] != drawn[:600]
+
+
+def devices():
+    return ['cpu'] + ['cuda'] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize('device', devices())
+def test_batch_equals_single_samples(device):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (len(EVERY_DRAW), 3, 8, 16), dtype=torch.uint8, generator=random)
+    labels = torch.randint(20, (len(EVERY_DRAW), 8, 16), dtype=torch.uint8, generator=random)
+    before = images.clone(), labels.clone()
+    singles = [augment(image, label, one, VOID) for image, label, one in zip(images, labels, EVERY_DRAW)]
+    drawn = Draw(*(torch.tensor(values) for values in zip(*EVERY_DRAW)))
+    out = augment_batch(images.to(device), labels.to(device), drawn, VOID)
+    for got, one_by_one in zip(out, zip(*singles)):
+        assert got.device.type == device and torch.equal(got.cpu(), torch.stack(one_by_one))
+    assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_later_equals_at_once(toy, workers):
+    domain = DOMAINS['cityscapes']
+    for epoch in (1, 2):
+        batches = {}
+        for augmented in (True, 'later'):
+            data = SegmentationDataset(domain, toy, 'train', (32, 64), augmented, seed=3)
+            order = TrainBatches(len(data), 3, 3)
+            order.epoch = epoch
+            batches[augmented] = list(make_loader(data, order, workers, pin=False))
+        for (images, labels, _), (raw, raw_labels, drawn) in zip(batches[True], batches['later'], strict=True):
+            assert not torch.equal(raw, images)
+            late = augment_batch(raw, raw_labels, drawn, domain.void)
+            assert torch.equal(late[0], images) and torch.equal(late[1], labels)

@@ -1,0 +1,237 @@
+"""The scripts as a user runs them, on toy roads: every method, the paper's commands, resuming, two processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from models import METHODS, build_model
+from tests.conftest import ROOT, run_script
+from tests.fill import fill
+from tests.test_checkpoints import encoder_file, published_file
+from models.layouts import published_keys
+from utils import checkpoint
+from utils.errors import UserError
+
+SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '0', '--device', 'cpu']
+
+
+def learn(toy, savedir, *arguments, epochs=1):
+    """train.py in this process; returns the latest checkpoint's content."""
+    train.main(['--data-root', str(toy), '--savedir', str(savedir), '--num-epochs', str(epochs), *SMALL, *map(str, arguments)])
+    return checkpoint.read(savedir / 'checkpoint.pth.tar')
+
+
+def evaluate(toy, out, *arguments):
+    """eval.py in this process; returns its JSON."""
+    evaluation.main(['--data-root', str(toy), '--json', str(out), *SMALL, *map(str, arguments)])
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_learns_two_domains_and_is_evaluated(toy, tmp_path, method):
+    row = METHODS[method]
+    if row.joint or row.lonely:
+        states = [tmp_path / 'one']
+        names = ['cityscapes'] if row.lonely else ['cityscapes', 'IDD']
+        learn(toy, states[0], '--method', method, '--domains', *names)
+    else:
+        states = [tmp_path / 'one', tmp_path / 'two']
+        learn(toy, states[0], '--method', method, '--domains', 'CS')
+        learn(toy, states[1], '--method', method, '--domains', 'CS', 'IDD', '--state', states[0] / 'model_best.pth.tar')
+        names = ['cityscapes', 'IDD']
+    content = checkpoint.read(states[-1] / 'checkpoint.pth.tar')
+    assert (content['method'], [d['name'] for d in content['domains']]) == (method, names)
+    assert isinstance(content['best_acc'], float) and content['version'] == 1
+    assert not any(key.startswith('module.') for key in content['state_dict'])
+    line = json.loads((states[-1] / 'metrics.jsonl').read_text())
+    assert set(line['train']) == {'loss', 'ce', 'kd', 'images_per_second'} and set(line['val']) == set(names)
+    assert (line['train']['kd'] != 0) == (row.distill and len(names) > 1)
+    results = evaluate(toy, tmp_path / 'x.json', '--state', *(state / 'checkpoint.pth.tar' for state in states))
+    assert set(results['domains']) == set(names) and len(results['steps']) == len(states)
+    for name in names:
+        assert results['domains'][name]['miou'] == pytest.approx(line['val'][name]['miou'], abs=1e-9)
+
+
+def test_the_papers_three_commands(toy, tmp_path):
+    encoder = encoder_file(tmp_path / 'erfnet_encoder_pretrained.pth.tar')
+    learn(toy, tmp_path / '1', '--state', encoder, '--num-classes', 20, '--current_task=0', '--dataset=cityscapes')
+    learn(toy, tmp_path / '2', '--model-name-suffix=ours-CS1-BDD2', '--state', tmp_path / '1/checkpoint.pth.tar',
+          '--dataset=BDD', '--dataset_old=cityscapes', '--num-classes', 20, 20, '--current_task=1', '--nb_tasks=2',
+          '--num-classes-old', 20)
+    content = learn(toy, tmp_path / '3', '--model-name-suffix=OURS-CS1-BDD2-IDD3', '--state',
+                    tmp_path / '2/checkpoint.pth.tar', '--dataset-new=IDD', '--datasets', 'cityscapes', 'BDD', 'IDD',
+                    '--num-classes', 20, 20, 27, '--num-classes-old', 20, 20, '--current_task=2', '--nb_tasks=3',
+                    '--lambdac=0.1')
+    assert [d['classes'] for d in content['domains']] == [20, 20, 27]
+    results = evaluate(toy, tmp_path / 'x.json', '--state', *(tmp_path / f'{n}/checkpoint.pth.tar' for n in (1, 2, 3)),
+                       '--single-task', 'CS=50', 'BDD=50', 'IDD=50')
+    assert set(results['summary']['forgetting']) == {'cityscapes', 'BDD'}
+    assert results['summary']['delta_m'] < 0
+
+
+def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path):
+    model = fill(build_model([20, 20]))
+    path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
+    assert set(evaluate(toy, tmp_path / 'x.json', '--state', path, '--domains', 'CS', 'BDD')['domains']) == {
+        'cityscapes', 'BDD'}
+    with pytest.raises(UserError, match='no names; pass --domains'):
+        evaluate(toy, tmp_path / 'x.json', '--state', path)
+    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD')
+    assert len(content['domains']) == 3
+
+
+def test_old_domain_without_data_is_not_validated(toy, tmp_path, capsys):
+    learn(toy, tmp_path / '1', '--domains', 'CS')
+    learn(toy, tmp_path / '2', '--domains', 'CS', 'BDD', '--state', tmp_path / '1/checkpoint.pth.tar', '--data',
+          f'CS={tmp_path}/gone')
+    assert 'cityscapes is not validated' in capsys.readouterr().err
+    assert list(json.loads((tmp_path / '2/metrics.jsonl').read_text())['val']) == ['BDD']
+
+
+def equal(a, b):
+    """Whether two checkpoint contents are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def metrics(folder):
+    """metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    for line in lines:
+        line['train'].pop('images_per_second')
+    return lines
+
+
+class StopAfter(Exception):
+    """Ends a run as a crash would, after some batches."""
+
+
+def learn_until(monkeypatch, toy, folder, batches, arguments):
+    """A run that dies after `batches` batches, checkpoints written after each."""
+    count, real = [0], train.train_batch
+
+    def dying(*args):
+        if count[0] == batches:
+            raise StopAfter
+        count[0] += 1
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_batch', dying)
+        with pytest.raises(StopAfter):
+            learn(toy, folder, *arguments, '--checkpoint-minutes', 0, epochs=2)
+
+
+@pytest.mark.parametrize('method, workers, batches', [
+    ('ours', 0, 1), ('ours', 2, 2), ('ours', 2, 3), ('multi-task', 0, 3), ('fine-tune', 2, 3), ('lwf', 0, 2)])
+def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, workers, batches):
+    """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second."""
+    arguments = ['--method', method, '--domains', 'CS', 'IDD', '--num-workers', workers, '--class-weights', 'none']
+    if not METHODS[method].joint:
+        torch.manual_seed(1)
+        torch.save({'state_dict': build_model([20], method).state_dict()}, tmp_path / 'start')
+        arguments += ['--state', tmp_path / 'start']
+    straight = learn(toy, tmp_path / 'straight', *arguments, epochs=2)
+    learn_until(monkeypatch, toy, tmp_path / 'broken', batches, arguments)
+    resumed = learn(toy, tmp_path / 'broken', *arguments, '--resume', epochs=2)
+    for content in (straight, resumed):
+        content.pop('options')
+    assert equal(straight, resumed)
+    assert metrics(tmp_path / 'straight') == metrics(tmp_path / 'broken')
+
+
+def test_resuming_with_other_options_is_refused_and_finished_is_said(toy, tmp_path, capsys):
+    learn(toy, tmp_path / 'a', '--domains', 'CS', epochs=1)
+    with pytest.raises(UserError, match='--lr was 0.0005, is 0.1; --seed was 0, is 7'):
+        learn(toy, tmp_path / 'a', '--domains', 'CS', '--resume', '--seed', 7, '--lr', 0.1)
+    with pytest.raises(UserError, match='--domains was .*cityscapes.*, is .*BDD'):
+        learn(toy, tmp_path / 'a', '--domains', 'BDD', '--resume')
+    learn(toy, tmp_path / 'a', '--domains', 'CS', '--resume', '--num-workers', 1)
+    assert 'already finished after 1 epochs' in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, capsys):
+    arguments = ['--domains', 'CS', '--class-weights', 'none']
+    straight = learn(toy, tmp_path / 'a', *arguments, epochs=2)
+    latest, previous = (tmp_path / 'a' / name for name in ('checkpoint.pth.tar', 'checkpoint.previous.pth.tar'))
+    latest.write_bytes(latest.read_bytes()[:1000])
+    assert equal(learn(toy, tmp_path / 'a', *arguments, '--resume', epochs=2)['state_dict'], straight['state_dict'])
+    assert 'going on from' in capsys.readouterr().err
+    for path in (latest, previous):
+        path.write_bytes(b'')
+    with pytest.raises(UserError, match='damaged or no checkpoint.*damaged or no checkpoint'):
+        learn(toy, tmp_path / 'a', *arguments, '--resume', epochs=2)
+
+
+def start_script(toy, savedir, *arguments):
+    return subprocess.Popen([sys.executable, 'train.py', '--data-root', str(toy), '--savedir', str(savedir),
+                             '--domains', 'CS', *SMALL, '--num-epochs', '500', *arguments], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f'{path} did not appear'
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_stop(toy, tmp_path, number):
+    process = start_script(toy, tmp_path)
+    wait_for(tmp_path / 'checkpoint.pth.tar')
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and 'stopped by a signal' in err
+    assert checkpoint.read(tmp_path / 'checkpoint.pth.tar')['batch'] > 0
+
+
+def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(toy, tmp_path):
+    process = start_script(toy, tmp_path)
+    try:
+        wait_for(tmp_path / 'checkpoint.pth.tar')
+        with pytest.raises(UserError, match='another run is at work'):
+            learn(toy, tmp_path, '--domains', 'CS')
+    finally:
+        process.kill()
+        process.communicate()
+    learn(toy, tmp_path, '--domains', 'CS')
+
+
+def test_bad_input_is_one_line_and_status_two(tmp_path):
+    for arguments in (['train.py', '--savedir', tmp_path / 's', '--domains', 'CS', '--data-root', tmp_path],
+                      ['eval.py', '--state', tmp_path / 'none']):
+        done = run_script(*arguments, expect=2)
+        assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+
+
+def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_path):
+    """torchrun with gloo: both ranks end with the same tensors, the confusion matrices add up exactly."""
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / '1', '--domains',
+               'CS', '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
+    assert equal(*(rank['student'] for rank in ranks))
+    # Each rank saw images of its own, so the losses before the average differ.
+    assert ranks[0]['losses'] != ranks[1]['losses']
+    state = tmp_path / '1/checkpoint.pth.tar'
+    assert equal(checkpoint.read(state)['state_dict'], ranks[0]['student'])
+    run_script(*launch, 'eval.py', '--state', state, '--data-root', toy, '--json', tmp_path / 'two', '--height', '32',
+               '--batch-size', '3', '--num-workers', '0', OMP_NUM_THREADS='1')
+    two = json.loads((tmp_path / 'two').read_text())
+    evaluation.main(['--data-root', str(toy), '--json', str(tmp_path / 'one'), '--height', '32', '--batch-size', '3',
+                     '--num-workers', '0', '--state', str(state)])
+    one = json.loads((tmp_path / 'one').read_text())
+    assert one['domains']['cityscapes']['iou'] == two['domains']['cityscapes']['iou']
+    assert one['domains']['cityscapes']['miou'] == two['domains']['cityscapes']['miou']

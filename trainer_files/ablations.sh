@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ablations
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The other rows of the comparison: METHODS, then the published loops and each of their
+# differences alone (RECIPES: a name, a colon, options of train.py; separated by semicolons).
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+cd "$here"
+source trainer_files/common.sh
+METHODS=${METHODS:-feature-extraction lwf adapters-only series-adapters domain-bn adapters-shared-bn}
+RECIPES=${RECIPES-released:--recipe released;released-frozen-bn:--recipe released --old-bn frozen;\
+released-kl:--recipe released --distillation kl;released-one-step:--recipe released --steps-per-batch 1;\
+released-teacher-eval:--recipe released --teacher-mode eval;released-copied:--recipe released --new-statistics copied}
+read_arguments "Learns DOMAINS with every method of METHODS and every recipe of RECIPES; results in OUT/<name>." "$@"
+for method in $METHODS; do
+    learn_sequence "$method" --method "$method"
+done
+IFS=';' read -ra recipes <<< "$RECIPES"
+for recipe in ${recipes[@]+"${recipes[@]}"}; do
+    # shellcheck disable=SC2086
+    learn_sequence "${recipe%%:*}" --method ours ${recipe#*:}
+done

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=multi-task
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Joint training on all DOMAINS at once.
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+cd "$here"
+source trainer_files/common.sh
+read_arguments "Learns all DOMAINS at once (multi-task); results in OUT/multi-task." "$@"
+# shellcheck disable=SC2086
+run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${ENCODER:+--state "$ENCODER"}
+evaluate_states "$OUT/multi-task/results.json" "$OUT/multi-task/all/model_best.pth.tar"

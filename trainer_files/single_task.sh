@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=single-task
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# A network of its own for each of DOMAINS: what Delta_m% compares with.
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+cd "$here"
+source trainer_files/common.sh
+read_arguments "Learns each of DOMAINS alone (single-task); results in OUT/single-task." "$@"
+step=0
+for domain in $DOMAINS; do
+    step=$((step + 1))
+    run_train "$OUT/single-task/$domain" "$(epochs_of $step)" --method single-task --domains "$domain" \
+        ${ENCODER:+--state "$ENCODER"}
+    evaluate_states "$OUT/single-task/$domain/results.json" "$OUT/single-task/$domain/model_best.pth.tar"
+done

@@ -1,0 +1,110 @@
+"""A training run: what it consists of, how far it is, how it is saved and goes on."""
+import time
+from pathlib import Path
+
+import torch
+
+from utils import building, checkpoint, resume
+from utils.errors import UserError
+
+LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
+
+
+class Run:
+    """Everything that a training step consists of.
+
+    epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
+    the loss parts over those batches. saved: the checkpoint dict to go on from, or None.
+    """
+
+    def __init__(self, options, place, saved=None):
+        building.seed_everything(options.seed)
+        self.options, self.place = options, place
+        self.feeds = building.build_feeds(options, place)
+        domains = [feed.domain for feed in self.feeds]
+        build = building.rebuild_networks if saved else building.build_networks
+        self.student, self.teacher, self.loaded = build(options, domains)
+        building.freeze(self.student, options)
+        self.student.to(place.device)
+        self.task = building.build_task(self.student, self.teacher, self.feeds, options, place)
+        self.optimizer, self.schedule = building.build_optimizer(self.student, options)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
+        self.parts = building.loss_parts(options, self.teacher)
+        self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
+        self.written = time.monotonic()
+        if saved:
+            self.restore(saved)
+
+    @property
+    def folder(self):
+        """--savedir."""
+        return Path(self.options.savedir)
+
+    @property
+    def learnt(self):
+        """Feeds of the domains that this step learns."""
+        return [feed for feed in self.feeds if feed.train]
+
+    def start_epoch(self):
+        """Sets order, augmentation and dropout of the epoch after the finished ones."""
+        for feed in self.learnt:
+            sampler = feed.train.batch_sampler
+            sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.learnt)
+        if self.batch == 0:
+            self.totals = {}
+            torch.manual_seed(hash((self.options.seed, self.epoch + 1, self.place.rank)) % 2 ** 63)
+        self.task.train()
+
+    def end_epoch(self):
+        """Counts the epoch as finished; returns its mean losses."""
+        means = {name: value.item() / self.batch for name, value in self.totals.items()}
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.schedule.step()
+        return means
+
+    def state(self):
+        """The checkpoint dict: tensors and built-in types only."""
+        return {
+            'version': checkpoint.VERSION, 'epoch': self.epoch, 'batch': self.batch,
+            'totals': {name: value.item() for name, value in self.totals.items()} if self.batch else {},
+            'state_dict': self.student.state_dict(),
+            'domains': [{'name': f.domain.name, 'classes': f.domain.num_classes} for f in self.feeds],
+            'method': self.options.method, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
+            'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
+            'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
+            'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()}}
+
+    def restore(self, state):
+        """Goes on from `state`, a dict that `state()` made with the same options."""
+        try:
+            self.student.load_state_dict(state['state_dict'])
+            if self.teacher is not None:
+                self.teacher.load_state_dict(state['teacher'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.schedule.load_state_dict(state['scheduler'])
+            self.scaler.load_state_dict(state['scaler'])
+            torch.set_rng_state(state['random']['torch'])
+            if self.place.device.type == 'cuda' and state['random']['cuda']:
+                torch.cuda.set_rng_state_all(state['random']['cuda'])
+            self.totals = {name: torch.tensor(value, dtype=torch.float64, device=self.place.device)
+                           for name, value in state['totals'].items()}
+            self.epoch, self.batch, self.best = state['epoch'], state['batch'], state['best_acc']
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f'{self.folder / LATEST} does not fit this run '
+                            f'({" ".join(str(error).split())[:200]}); use another --savedir') from None
+
+    def save(self, best=False):
+        """Writes the checkpoint, the one before it kept beside; with `best`, the best model too."""
+        if not self.place.main:
+            return
+        state = self.state()
+        if best:
+            checkpoint.save(state, self.folder / BEST)
+        checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS)
+        self.written = time.monotonic()
+
+    def save_when_due(self):
+        """Writes a checkpoint within the epoch once --checkpoint-minutes have passed since the last."""
+        minutes = self.options.checkpoint_minutes
+        if minutes is not None and time.monotonic() - self.written >= 60 * minutes:
+            self.save()
