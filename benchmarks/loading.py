@@ -1,18 +1,19 @@
 """Images per second of one core: the published way of loading, ours without and with a cache.
 
-    python -m benchmarks.loading [--height 512 --images 24 --rounds 7 --json FILE]
+    python -m benchmarks.loading [--height 512 --images 24 --rounds 7 --seconds 1 --json FILE]
 
 draws its own images in the sizes of three data sets, then takes the routes in turn, round by
-round. Every route ends in a batch of flipped and shifted samples. Those named 'float' convert it
-as the published way does, to float images and int64 labels; the others hand over uint8, which
-training converts on its device, and the last also leaves flip and shift to the device. Files are
-in memory when read: what a disk costs is not in the figures.
+round. Every route ends in batches of flipped and shifted samples: 'float' as the published way
+makes them, float images and int64 labels; 'uint8' as a GPU takes them, which converts them
+itself; 'raw' with flip and shift left to the GPU too. Files are in memory when they are read:
+what a disk costs is not in the figures.
 """
 import random
-import resource
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,19 +21,172 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from datasets.cache import cached
 from datasets.domains import DOMAINS
 from datasets.loading import TrainBatches, make_loader
 from datasets.segmentation import SegmentationDataset
-from datasets.toy_roads import draw_scene, label_image, save, encoded, scene_paths
+from datasets.toy_roads import draw_scene, label_image, scene_paths
 from utils.errors import run_main
-from utils.options import Parser, positive, side, size_options
+from utils.options import Parser, positive, side
 from utils.records import environment, write_json
-from utils.tables import plain
+from utils.tables import number, plain
 from utils.task import to_float
 
 BATCH = 6
-# What is measured: name, domain whose layout the files have, their size, quality of JPEG.
-SOURCES = [('2048x1024 PNG', 'cityscapes', (2048, 1024), None), ('1280x720 JPEG', 'BDD', (1280, 720), 75),
-           ('320x227 JPEG', 'BDD', (320, 227), 92)]
+PUBLISHED = '(a) published, float'
+MEMORY = {'RssAnon': 'own', 'RssFile': 'mapped files'}      # of /proc/self/status
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files to load: their name, size, JPEG quality (0: PNG), and what part of --height they are resized to."""
+    name: str
+    width: int
+    height: int
+    quality: int
+    shrink: int
+
+    @property
+    def domain(self):
+        """The domain whose layout and label values the files have."""
+        return DOMAINS['BDD' if self.quality else 'cityscapes']
+
+
+SOURCES = [Source('2048x1024 PNG', 2048, 1024, 0, 1), Source('1280x720 JPEG', 1280, 720, 75, 1),
+           Source('320x227 JPEG', 320, 227, 92, 4)]
+
+
+def write_pair(root, source, index):
+    """Writes image and label `index` of `source`: a small toy road enlarged, with the noise of a sensor."""
+    drawn, objects = draw_scene('usa', index, 192, 384)
+    size = source.width, source.height
+    image = np.asarray(Image.fromarray(drawn).resize(size, Image.BICUBIC), dtype=np.float32)
+    image = image + np.random.default_rng(index).normal(0, 0.5, image.shape)
+    image = Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
+    label = label_image(objects, 'usa', 192, 384).resize(size, Image.NEAREST)
+    paths = scene_paths('usa' if source.quality else 'germany', 'train', index)
+    image_path, label_path = (root / path.replace('labelIds', 'labelTrainIds') for path in paths)
+    for path in (image_path, label_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(image_path, **({'quality': source.quality} if source.quality else {}))
+    label.save(label_path)
+
+
+def published(pair, size):
+    """One sample the published way: float image (3, H, W) and int64 label (1, H, W)."""
+    width_height = size[::-1]
+    image, label = Image.open(pair.image).convert('RGB'), Image.open(pair.label).convert('P')
+    image, label = image.resize(width_height, Image.BILINEAR), label.resize(width_height, Image.NEAREST)
+    if random.random() < 0.5:
+        image, label = (x.transpose(Image.FLIP_LEFT_RIGHT) for x in (image, label))
+    right, down = random.randint(-2, 2), random.randint(-2, 2)
+    shifted = []
+    for x, fill in ((image, 0), (label, 255)):
+        x = ImageOps.expand(x, border=(right, down, 0, 0), fill=fill)
+        shifted.append(x.crop((0, 0, x.width - right, x.height - down)))
+    pixels = torch.from_numpy(np.array(shifted[0])).permute(2, 0, 1).contiguous().float().div(255)
+    classes = torch.from_numpy(np.array(shifted[1])).long()[None]
+    classes[classes == 255] = 19
+    return pixels, classes
+
+
+def published_batches(pairs, size):
+    """Yields the pairs the published way, in batches."""
+    for start in range(0, len(pairs), BATCH):
+        yield default_collate([published(pair, size) for pair in pairs[start:start + BATCH]])
+
+
+def our_batches(dataset):
+    """Yields uint8 batches of `dataset` as training loads them, in this process."""
+    yield from make_loader(dataset, TrainBatches(len(dataset), BATCH, seed=0), workers=0, pin=False)
+
+
+def float_batches(dataset):
+    """Yields batches of `dataset` converted as the published way does."""
+    for images, labels, _ in our_batches(dataset):
+        yield to_float(images), labels.long()
+
+
+def routes(source, root, size, cache):
+    """{name: function that yields the batches of an epoch} of everything that is compared."""
+    plainly, later = (SegmentationDataset(source.domain, root, 'train', size, augmented) for augmented in (True, 'later'))
+    stored, stored_later = (cached(dataset, cache) for dataset in (plainly, later))
+    return {PUBLISHED: partial(published_batches, plainly.pairs, size),
+            '(b) no cache, float': partial(float_batches, plainly),
+            '(b) no cache, uint8': partial(our_batches, plainly),
+            '(c) cache, float': partial(float_batches, stored),
+            '(c) cache, uint8': partial(our_batches, stored),
+            '(c) cache, raw': partial(our_batches, stored_later)}
+
+
+def rate(epoch, seconds):
+    """Images per second of whole epochs that take at least `seconds`."""
+    images, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        images += sum(len(batch[0]) for batch in epoch())
+    return images / elapsed
+
+
+def measure(source, options, bar):
+    """Result of one source: {route: rates of the rounds}, sizes of files and cache, memory in use after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, cache = Path(folder) / 'data', Path(folder) / 'cache'
+        for index in range(options.images):
+            write_pair(root, source, index)
+        size = options.height // source.shrink, 2 * options.height // source.shrink
+        compared, rates = routes(source, root, size, cache), defaultdict(list)
+        for round_number in range(options.rounds + 1):
+            for name, epoch in compared.items():
+                found = rate(epoch, options.seconds if round_number else 0)
+                if round_number:        # the first goes to warm up
+                    rates[name].append(found)
+                bar.update()
+        used = (sum(path.stat().st_size for path in place.rglob('*') if path.is_file()) for place in (root, cache))
+        return {'rates': dict(rates), 'size': size, 'file_bytes': next(used) / options.images,
+                'cache_bytes': next(used) / options.images, 'memory_mib': memory()}
+
+
+def memory():
+    """MiB that this process holds: its own, and those of mapped files, which processes share."""
+    lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    return {name: int(lines[key].split()[0]) / 1024 for key, name in MEMORY.items()}
+
+
+def report(source, result):
+    """Lines about one source: images/s, their spread and their ratio to the published way."""
+    rows = []
+    for name, rates in result['rates'].items():
+        ratios = [ours / theirs for ours, theirs in zip(rates, result['rates'][PUBLISHED])]
+        rows.append([name, number(statistics.median(rates), 1), f'{min(rates):.1f}-{max(rates):.1f}',
+                     number(statistics.median(ratios)), f'{min(ratios):.2f}-{max(ratios):.2f}'])
+    height, width = result['size']
+    held = ', '.join(f'{value:.0f} MiB {name}' for name, value in result['memory_mib'].items())
+    return '\n'.join([f'{source.name} to {width}x{height}', plain(['route', 'images/s', 'spread', 'ratio', 'spread'], rows),
+                      f'an image and its label: {result["file_bytes"] / 1e6:.2f} MB as files, '
+                      f'{result["cache_bytes"] / 1e6:.2f} MB in the cache; process: {held}', ''])
+
+
+def main(arguments=None):
+    parser = Parser(prog='python -m benchmarks.loading', description='Images per second of the ways to load.')
+    parser.add_argument('--height', type=side, default=512, help='height that images are resized to')
+    parser.add_argument('--images', type=positive, default=24, help='images of each source')
+    parser.add_argument('--rounds', type=positive, default=7, help='measurements of each route')
+    parser.add_argument('--seconds', type=float, default=1.0, help='length of a measurement at least')
+    parser.add_argument('--json', metavar='FILE', help='write all figures')
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    random.seed(0)
+    results = {}
+    with tqdm(total=len(SOURCES) * 6 * (options.rounds + 1), leave=False, disable=None) as bar:
+        for source in SOURCES:
+            results[source.name] = measure(source, options, bar)
+            tqdm.write(report(source, results[source.name]))
+    if options.json:
+        write_json(options.json, {'options': vars(options), 'versions': environment(torch.device('cpu')),
+                                  'results': results})
+
+
+if __name__ == '__main__':
+    run_main(main)

@@ -12,7 +12,7 @@ from datasets import get_domain
 from models import build_model
 from models.layouts import published_keys
 from tests.fill import fill
-from utils import building, checkpoint
+from utils import building, checkpoint, export
 from utils.errors import UserError
 
 CS, BDD, IDD = (get_domain(name) for name in ('CS', 'BDD', 'IDD'))
@@ -158,3 +158,26 @@ def test_broken_files_give_one_line(tmp_path, content):
     with pytest.raises(UserError) as error:
         checkpoint.read_checkpoint(tmp_path / 'x')
     assert '\n' not in str(error.value) and str(tmp_path / 'x') in str(error.value)
+
+
+@pytest.mark.parametrize('layout', PUBLISHED)
+def test_export_writes_the_published_layout(tmp_path, layout):
+    method, classes, multi = PUBLISHED[layout]
+    model = fill(build_model(classes, method))
+    names = [{'name': f'd{n}', 'classes': count} for n, count in enumerate(classes)]
+    checkpoint.save({'version': 1, 'epoch': 3, 'state_dict': model.state_dict(), 'domains': names, 'method': method,
+                     'best_acc': 1.0}, tmp_path / 'ours')
+    export.main([str(tmp_path / 'ours'), str(tmp_path / 'out')])
+    want = published_keys(model.state_dict(), classes, 'parallel' if method == 'ours' else None, multi)
+    got = checkpoint.read(tmp_path / 'out')['state_dict']
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    heads = {key.split('.')[1] for key in got if key.startswith('module.decoder')}
+    assert heads == ({'decoder'} if method in ('ours', 'multi-task', 'single-task') else
+                     {'decoder_old', 'decoder_new'} if len(classes) == 2 else
+                     {'decoder_old1', 'decoder_old2', 'decoder_new'})
+
+
+def test_export_refuses_what_the_published_code_lacks(tmp_path):
+    checkpoint.save({'state_dict': build_model([4, 4], 'domain-bn').state_dict(), 'method': 'domain-bn'}, tmp_path / 'x')
+    with pytest.raises(UserError, match='no network of --method domain-bn'):
+        export.main([str(tmp_path / 'x'), str(tmp_path / 'out')])

@@ -17,7 +17,7 @@ from tests.fill import fill
 from tests.test_checkpoints import encoder_file, published_file
 from models.layouts import published_keys
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, advice, run_main
 
 SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '0', '--device', 'cpu']
 
@@ -235,3 +235,31 @@ def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_
     one = json.loads((tmp_path / 'one').read_text())
     assert one['domains']['cityscapes']['iou'] == two['domains']['cityscapes']['iou']
     assert one['domains']['cityscapes']['miou'] == two['domains']['cityscapes']['miou']
+
+
+def test_a_dead_loader_worker_ends_with_advice(toy, tmp_path):
+    process = start_script(toy, tmp_path, '--num-workers', '1')
+    try:
+        wait_for(tmp_path / 'checkpoint.pth.tar')
+        workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    # torch raises from a signal handler, which may also leave lines of its own before ours.
+    assert process.returncode == 2 and err.splitlines()[-1].startswith('error: a loader process died'), err
+
+
+def test_out_of_gpu_memory_says_which_option_lowers_it():
+    def main():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate ...')
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert end.value.code == 2 and '--batch-size' in advice(torch.OutOfMemoryError('x'))
+
+
+def test_a_gpu_that_is_not_there_is_refused(toy, tmp_path):
+    if torch.cuda.device_count() > 7:
+        pytest.skip('this machine has eight GPUs')
+    with pytest.raises(UserError, match='this machine has . CUDA devices'):
+        learn(toy, tmp_path, '--domains', 'CS', '--device', 'cuda:7')

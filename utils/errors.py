@@ -1,6 +1,12 @@
 """Errors that a user can mend: one line, exit status 2."""
 import sys
 
+# What other libraries raise, known by type name or text -> what to do about it.
+ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
+                              '--resume goes on from the last checkpoint',
+          'DataLoader worker': 'a loader process died (out of memory, or killed); lower --num-workers; --resume goes '
+                               'on from the last checkpoint'}
+
 
 class UserError(Exception):
     """Says what is wrong, where, and what to do, in one line."""
@@ -10,10 +16,23 @@ class UserError(Exception):
         super().__init__(message.rsplit('UserError: ', 1)[-1].strip())
 
 
+def advice(error):
+    """The line for an error of another library that users meet, None for any other."""
+    return next((line for key, line in ADVICE.items() if key in type(error).__name__ or key in str(error)), None)
+
+
 def run_main(main):
-    """Calls `main()` and turns a UserError into one line and exit status 2."""
+    """Calls `main()` and turns errors that a user can mend into one line and exit status 2."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        line = advice(error)
+        if line is None:
+            raise
+    print(f'error: {line}', file=sys.stderr)
+    sys.exit(2)
