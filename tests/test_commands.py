@@ -87,6 +87,18 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path):
     assert len(content['domains']) == 3
 
 
+def test_released_recipe_of_step_three_from_a_published_file(toy, tmp_path):
+    model = fill(build_model([20, 20]))
+    path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
+    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--recipe', 'released')
+    old, new = model.state_dict(), content['state_dict']
+    moved = {key for key in old if ('.0.' in key or '.1.' in key) and not torch.equal(old[key], new[key])}
+    assert 'encoder.initial_block.bn_ini.0.running_mean' in moved and 'decoder.1.layers.0.bn.running_var' in moved
+    opts = json.loads((tmp_path / 'next/opts.json').read_text())
+    assert opts['options']['steps_per_batch'] == 2 and opts['options']['published_metric'] is True
+    assert opts['class_weights']['IDD'][0] == pytest.approx(3.2356356) and opts['class_weights']['IDD'][-1] == 0
+
+
 def test_old_domain_without_data_is_not_validated(toy, tmp_path, capsys):
     learn(toy, tmp_path / '1', '--domains', 'CS')
     learn(toy, tmp_path / '2', '--domains', 'CS', 'BDD', '--state', tmp_path / '1/checkpoint.pth.tar', '--data',

@@ -62,6 +62,7 @@ def test_published_bash_lists(text, method, domains):
     ('--savedir S --domains CS --lambdac nan', 'finite'),
     ('--savedir S --domains CS --batch-size 0', 'at least 1'),
     ('--savedir S --domains CS --nonsense', '--nonsense'),
+    ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):

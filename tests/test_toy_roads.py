@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from datasets import toy_roads
+from datasets import toy_roads, toy_scenes
 from datasets.labels import label_table
 from datasets.toy_roads import draw_scene, label_image, write_toy_roads
 from utils.errors import run_main
@@ -132,7 +132,7 @@ def test_indian_labels_equal_their_polygons(roads):
 
 
 def test_picture_and_label_share_their_edges():
-    scene = toy_roads.Scene('germany', np.random.default_rng(0), 60, 80)
+    scene = toy_scenes.Scene('germany', np.random.default_rng(0), 60, 80)
     scene.polygon([(-1, -1), (80, -1), (80, 60), (-1, 60)], (0, 0, 0), 'road')
     scene.polygon([(10.3, 8.6), (50.4, 12.2), (61.7, 40.1), (20.2, 51.8)], (255, 0, 0), 'car')
     painted = np.asarray(scene.canvas.reduce(2))[..., 0] > 127

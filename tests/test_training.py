@@ -118,6 +118,23 @@ def test_rates(arguments, shared, branch):
     assert rates == ({'shared': shared, 'branch': branch} if shared else {'branch': branch})
 
 
+def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(toy):
+    """Every image of the largest domain once; the smaller one again from its start."""
+    options = parse_train(['--domains', 'CS', 'IDD', '--method', 'multi-task', '--savedir', 'x', '--data-root', str(toy),
+                           '--height', '32', '--batch-size', '3', '--num-workers', '0', '--class-weights', 'none'])
+    student = build_model([20, 27], 'multi-task')
+    building.freeze(student, options)
+    rates = {group['name']: group['lr'] for group in building.parameter_groups(student, options)}
+    assert rates == {'shared': 2.5e-4, 'branch': 5e-4}
+    feeds = building.build_feeds(options, Place(torch.device('cpu')))
+    feeds[0].train.dataset.pairs = feeds[0].train.dataset.pairs[:3]
+    feeds[0].train.batch_sampler.count = 3
+    seen = list(train.batches(SimpleNamespace(learnt=feeds, batch=0)))
+    assert [feed.number for feed, _ in seen] == [0, 1] * 3
+    indices = [sorted(torch.cat([batch[2] for feed, batch in seen if feed.number == n]).tolist()) for n in (0, 1)]
+    assert indices[1] == list(range(8)) and len(indices[0]) == 8 and set(indices[0]) == {0, 1, 2}
+
+
 def test_schedule_is_the_published_polynomial():
     run, _, _ = step_of('ours', '--num-epochs', '10')
     optimizer, schedule = building.build_optimizer(run.student, run.options)

@@ -13,6 +13,15 @@ from utils.errors import UserError
 SLOW_RATE = 5e-6
 
 
+# Options of the published scripts that have no counterpart here, and why.
+REFUSED = {
+    '--cuda': '--device decides', '--model': '--method decides', '--steps-loss': 'the loss is shown as it changes',
+    '--steps-plot': 'curves get a point each epoch', '--epochs-save': 'the latest, the one before and the best are kept',
+    '--iouTrain': 'training mIoU is not computed', '--iouVal': 'validation mIoU is always computed',
+    '--visualize': '--port sends curves to visdom', '--model-old': '--state names the previous model',
+    '--subset': 'eval.py --split names the split'}
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that ends with one line, without the usage text."""
 
@@ -20,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **keywords)
 
     def error(self, message):
-        raise UserError(f'{message} (--help lists the options)')
+        reasons = '; '.join(f'{option}: {reason}' for option, reason in REFUSED.items()
+                            if f' {option} ' in f'{message} '.replace('=', ' '))
+        raise UserError(f'{message} ({reasons or "--help lists the options"})')
 
 
 def recipe_settings(recipe, domains):
