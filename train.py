@@ -95,6 +95,9 @@ def validate(run):
         if feed.val:
             score = evaluate(run.student, feed.number, feed.val, feed.weights, run.place,
                              run.options.precision, feed.domain.name)
+            if not score.matrix[:-1].any():
+                raise UserError(f'no pixel that is not void in the val images of {feed.domain.name}; see '
+                                f'python -m datasets.check --domains {feed.domain.name}')
             results[feed.domain.name] = {'loss': score.loss, 'miou': score.miou(run.options.published_metric)}
     return results
 

@@ -111,7 +111,8 @@ def float_batches(dataset):
 
 def routes(source, root, size, cache):
     """{name: function that yields the batches of an epoch} of everything that is compared."""
-    plainly, later = (SegmentationDataset(source.domain, root, 'train', size, augmented) for augmented in (True, 'later'))
+    plainly, later = (SegmentationDataset(source.domain, root, 'train', size, augmented)
+                      for augmented in (True, 'later'))
     stored, stored_later = (cached(dataset, cache) for dataset in (plainly, later))
     return {PUBLISHED: partial(published_batches, plainly.pairs, size),
             '(b) no cache, float': partial(float_batches, plainly),
@@ -163,7 +164,8 @@ def report(source, result):
                      number(statistics.median(ratios)), f'{min(ratios):.2f}-{max(ratios):.2f}'])
     height, width = result['size']
     held = ', '.join(f'{value:.0f} MiB {name}' for name, value in result['memory_mib'].items())
-    return '\n'.join([f'{source.name} to {width}x{height}', plain(['route', 'images/s', 'spread', 'ratio', 'spread'], rows),
+    header = ['route', 'images/s', 'spread', 'ratio', 'spread']
+    return '\n'.join([f'{source.name} to {width}x{height}', plain(header, rows),
                       f'an image and its label: {result["file_bytes"] / 1e6:.2f} MB as files, '
                       f'{result["cache_bytes"] / 1e6:.2f} MB in the cache; process: {held}', ''])
 

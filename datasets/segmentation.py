@@ -7,18 +7,23 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from torchvision.io import decode_image
 
 from datasets.augment import augment, draw
 from datasets.pairs import find_split, report_unpaired
 from utils.errors import UserError
 
+try:
+    from torchvision.io import decode_image
+except ImportError:     # announced for a release after 0.29
+    decode_image = None
+
 BAD = 255       # marks label values that the domain does not have
 PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
-FAST_RESIZE = torch.backends.cpu.get_cpu_capability().startswith('AVX')
+FAST = decode_image is not None and torch.backends.cpu.get_cpu_capability().startswith('AVX')
 # what Pillow raises for damaged files
 UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
+ORIENTATION = 0x0112    # EXIF tag
 CHECK_HINT = '; python -m datasets.check finds all such files'
 
 
@@ -31,13 +36,19 @@ def lookup_table(values):
 
 
 def open_image(path):
-    """The image as RGB, at the file's own size."""
+    """The image as RGB, at the file's own size, pixels as stored (an EXIF rotation is not applied).
+
+    Grey, palette, CMYK and images with alpha are converted; more than 8 bits per
+    channel is a UserError, as Pillow would clip them.
+    """
     try:
         image = Image.open(path)
         image.load()
-        return image if image.mode == 'RGB' else image.convert('RGB')
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read: {error}') from None
+    if image.mode.startswith(('I', 'F')):
+        raise UserError(f'{path}: mode {image.mode}, but 8 bits per channel are expected; convert it')
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def open_label(pair):
@@ -86,10 +97,9 @@ def decode_png(path, width_height):
             if head[:8] + head[16:] != PNG_START + struct.pack('>IIBB', *width_height, 8, 2):
                 return None
             file.seek(0)
-            pixels = decode_image(torch.from_numpy(np.fromfile(file, dtype=np.uint8)))
+            return decode_image(torch.from_numpy(np.fromfile(file, dtype=np.uint8)))
     except (OSError, RuntimeError):
         return None
-    return pixels if len(pixels) == 3 else None
 
 
 def halves(width_height, size):
@@ -100,7 +110,7 @@ def halves(width_height, size):
     weights change some pixels by 1, and Pillow shrinks upright images rows first.)
     """
     height, width = size
-    return FAST_RESIZE and width_height == (2 * width, 2 * height) and width >= height
+    return FAST and width_height == (2 * width, 2 * height) and width >= height
 
 
 def load_image(pair, width_height, size):
@@ -112,9 +122,15 @@ def load_image(pair, width_height, size):
     image = open_image(pair.image)
     if image.size != width_height:
         raise UserError(f'{pair.image} is {image.size[0]}x{image.size[1]} but its label {pair.label} '
-                        f'is {width_height[0]}x{width_height[1]}')
+                        f'is {width_height[0]}x{width_height[1]}{rotation_hint(pair.image)}')
     image = np.asarray(image.resize(size[::-1], Image.BILINEAR))
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def rotation_hint(path):
+    """What to say of an image that its EXIF data turns, where sizes do not fit."""
+    turned = Image.open(path).getexif().get(ORIENTATION, 1) != 1
+    return ' (the image has an EXIF rotation, which is not applied: store it turned)' if turned else ''
 
 
 def load_pair(pair, size):

@@ -1,11 +1,14 @@
 """datasets.cache: equal to loading without it, rebuilt when due, safe when builds meet or die."""
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import struct
 import time
+import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -18,7 +21,7 @@ from datasets.cache import cached
 from datasets.domains import DOMAINS, get_domain
 from datasets.loading import TrainBatches, make_loader
 from datasets.pairs import Pair
-from datasets.segmentation import FAST_RESIZE, SegmentationDataset, decode_png, halves, load_pair
+from datasets.segmentation import FAST, SegmentationDataset, decode_png, halves, load_pair
 from utils.errors import UserError
 
 FORK = multiprocessing.get_context('fork')
@@ -42,6 +45,10 @@ def loads(monkeypatch):
 
 def train_set(root, size=SIZE, name='cityscapes', **keywords):
     return SegmentationDataset(DOMAINS[name], root, 'train', size, **keywords)
+
+
+def subfolders(folder):
+    return [path for path in folder.iterdir() if path.is_dir()]
 
 
 def assert_equal(dataset, other):
@@ -69,32 +76,51 @@ def test_pixels_are_those_of_pillow(toy, size):
                 assert ours.dtype == torch.uint8 and ours.is_contiguous() and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize('seed', range(4))
+def pair_of(folder, image):
+    """Pair of `image`, an Image or the bytes of a file, and a label of class 0, in `folder`."""
+    path = folder / 'image.png'
+    path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    Image.new('L', Image.open(path).size).save(folder / 'label.png')
+    return Pair(path, folder / 'label.png', {0: 0})
+
+
+@pytest.mark.parametrize('seed', range(3))
 def test_half_size_is_exact_for_any_pixels(tmp_path, seed):
     random = np.random.default_rng(seed)
-    for number in range(20):
-        width = int(random.integers(2, 100))
-        size = int(random.integers(1, width + 1)), width
-        pixels = random.choice([random.integers(256, size=8), [0, 1, 254, 255] * 2, [0, 1] * 4][seed % 3],
-                               (2 * size[0], 2 * width, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / 'image.png')
-        Image.new('L', (2 * width, 2 * size[0])).save(tmp_path / 'label.png')
-        pair = Pair(tmp_path / 'image.png', tmp_path / 'label.png', {0: 0})
-        assert halves((2 * width, 2 * size[0]), size) == FAST_RESIZE
-        assert decode_png(pair.image, (2 * width, 2 * size[0])) is not None
+    values = [list(range(256)), [0, 1, 254, 255], [0, 1, 2]][seed]
+    for size in [(1, 1), (1, 2), (2, 2), (90, 30), *map(tuple, random.integers(1, 90, size=(30, 2)).tolist())]:
+        pixels = random.choice(values, (2 * size[0], 2 * size[1], 3)).astype(np.uint8)
+        pair = pair_of(tmp_path, Image.fromarray(pixels))
+        assert halves((2 * size[1], 2 * size[0]), size) == (FAST and size[1] >= size[0])
         assert torch.equal(load_pair(pair, size)[0], by_pillow(pair, size)[0])
 
 
-@pytest.mark.parametrize('mode', ['RGBA', 'L', 'P', '1', 'I;16', 'jpeg', 'transparent'])
-def test_other_images_are_left_to_pillow(tmp_path, mode):
+def png_of_16_bits():
+    """A 32x16 RGB PNG of 16 bits, which Pillow cannot write, as bytes."""
+    rows = b''.join(b'\0' + np.random.default_rng(row).bytes(32 * 6) for row in range(16))
+    chunks = (b'IHDR', struct.pack('>IIBBBBB', 32, 16, 16, 2, 0, 0, 0)), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(content)) + kind + content + struct.pack(
+        '>I', zlib.crc32(kind + content)) for kind, content in chunks)
+
+
+def image_of_kind(kind):
+    """A 32x16 image of Pillow's mode `kind`, or a file that is no plain 8-bit RGB PNG, as bytes."""
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(16, 32, 3), dtype=np.uint8))
-    keywords = {'transparency': (1, 2, 3)} if mode == 'transparent' else {}
-    image = image if mode in ('jpeg', 'transparent') else image.convert('L' if mode == 'I;16' else mode)
-    image = image.convert('I;16') if mode == 'I;16' else image
-    image.save(tmp_path / 'image.png', 'JPEG' if mode == 'jpeg' else 'PNG', **keywords)
-    Image.new('L', (32, 16)).save(tmp_path / 'label.png')
-    pair = Pair(tmp_path / 'image.png', tmp_path / 'label.png', {0: 0})
-    assert decode_png(pair.image, (32, 16)) is None
+    if kind == '16 bits':
+        return png_of_16_bits()
+    if kind in ('jpeg', 'transparent'):
+        file = io.BytesIO()
+        image.save(file, 'JPEG' if kind == 'jpeg' else 'PNG', transparency=(1, 2, 3))
+        return file.getvalue()
+    return image.convert('L').convert(kind) if kind == 'I;16' else image.convert(kind)
+
+
+@pytest.mark.skipif(not FAST, reason='Pillow does all on this machine')
+@pytest.mark.parametrize('kind', ['RGBA', 'L', 'P', '1', 'I;16', '16 bits', 'jpeg', 'transparent', 'RGB'])
+def test_images_of_other_kinds(tmp_path, kind):
+    pair = pair_of(tmp_path, image_of_kind(kind))
+    assert (decode_png(pair.image, (32, 16)) is None) == (kind not in ('RGB', 'transparent'))
+    assert decode_png(pair.image, (16, 32)) is None
     assert torch.equal(load_pair(pair, (8, 16))[0], by_pillow(pair, (8, 16))[0])
 
 
@@ -134,6 +160,14 @@ def test_equals_loading_without(toy, tmp_path, name, augmented):
     assert data.stored is None
 
 
+def test_build_is_only_a_little_ahead_of_the_disk(toy, loads):
+    building = cache.load_all(train_set(toy), workers=1)
+    next(building)
+    time.sleep(0.2)
+    assert 1 <= len(loads) <= 5
+    building.close()
+
+
 def test_is_built_once_for_each_split_and_size(toy, tmp_path, loads):
     data, val = train_set(toy), SegmentationDataset(DOMAINS['cityscapes'], toy, 'val', SIZE)
     for dataset in (data, val, train_set(toy, (16, 32)), train_set(toy, name='IDD')):
@@ -144,18 +178,20 @@ def test_is_built_once_for_each_split_and_size(toy, tmp_path, loads):
     assert len(loads) == 8 + 4 + 8 + 8
 
 
-def test_changed_file_rebuilds_and_replaces(roads, tmp_path, loads):
-    folder = tmp_path / 'cache'
-    first = cached(train_set(roads), folder)
-    before, image_time = first.load(2), first.pairs[2].image.stat().st_mtime_ns
-    image = Image.open(first.pairs[2].image)
-    Image.fromarray(255 - np.asarray(image)).save(first.pairs[2].image)
-    os.utime(first.pairs[2].image, ns=(image_time + 1, image_time + 1))
+@pytest.mark.parametrize('part, level', [('image', 0), ('image', 9), ('label', 0), ('label', 9)])
+def test_changed_file_rebuilds_and_replaces(roads, tmp_path, loads, part, level):
+    """Level 0 changes a file's time alone, level 9 its size alone."""
+    folder, path = tmp_path / 'cache', getattr(train_set(roads).pairs[2], part)
+    Image.open(path).save(path, compress_level=0)
+    first, before = cached(train_set(roads), folder), path.stat()
+    Image.open(path).transpose(Image.FLIP_TOP_BOTTOM).save(path, compress_level=level)
+    os.utime(path, ns=(0, before.st_mtime_ns + (level == 0)))
+    assert (path.stat().st_size == before.st_size) == (level == 0)
     second = cached(train_set(roads), folder)
     assert_equal(second, train_set(roads))
-    assert not torch.equal(second.load(2)[0], before[0]) and len(loads) == 16
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
-    assert torch.equal(first.load(2)[0], before[0]), 'a run under way keeps what it has mapped'
+    assert len(loads) == 16 and len(subfolders(folder)) == 1
+    number = ('image', 'label').index(part)
+    assert not torch.equal(first.load(2)[number], second.load(2)[number]), 'a run keeps what it has mapped'
     with pytest.raises(UserError, match='gone or damaged'):
         pickle.loads(pickle.dumps(first))
 
@@ -202,7 +238,7 @@ def test_too_small_disk_is_refused(toy, tmp_path, monkeypatch, loads):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(10 ** 9, 0, needed))
     with pytest.raises(UserError, match='train at 1024x512 needs 0.02 GB, .* has 0.02 GB free'):
         cached(train_set(toy, (512, 1024)), tmp_path)
-    assert not loads and not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not loads and not subfolders(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(10 ** 9, 0, needed + 2 ** 20))
     cached(train_set(toy, (512, 1024)), tmp_path)
     assert needed < sum(path.stat().st_size for path in tmp_path.rglob('*.npy')) < needed + 2 ** 20
@@ -222,20 +258,18 @@ def test_damaged_cache_is_named(toy, tmp_path):
 
 
 def test_own_domain_with_an_awkward_name_and_absolute_folders(tmp_path, loads):
-    for folder in ('images', 'labels'):
+    for folder in ('own', 'images', 'own/labels'):
         (tmp_path / folder).mkdir()
-    Image.new('RGB', (16, 16), (9, 8, 7)).save(tmp_path / 'images' / '1.png')
-    Image.new('L', (16, 16), 1).save(tmp_path / 'labels' / '1.png')
-    (tmp_path / 'domain.json').write_text(json.dumps({
+    Image.new('RGB', (16, 16), (9, 8, 7)).save(tmp_path / 'images/1.png')
+    Image.new('L', (16, 16), 1).save(tmp_path / 'own/labels/1.png')
+    (tmp_path / 'own/domain.json').write_text(json.dumps({
         'images': f'{tmp_path}/images', 'labels': 'labels', 'classes': [{'name': 'a', 'color': [0, 0, 0]}] * 2}))
-    domain = get_domain('a/b [*]', {'a/b [*]': tmp_path})
-    data = SegmentationDataset(domain, 'nowhere', 'train', (8, 8))
+    data = SegmentationDataset(get_domain('a/b [*]', {'a/b [*]': tmp_path / 'own'}), 'nowhere', 'train', (8, 8))
     for _ in range(2):
         assert_equal(cached(data, tmp_path / 'cache'), data)
-    assert len(loads) == 1
-    Image.new('L', (16, 16), 0).save(tmp_path / 'labels' / '1.png')
+    Image.new('L', (16, 16), 0).save(tmp_path / 'own/labels/1.png')
     assert_equal(cached(data, tmp_path / 'cache'), data)
-    assert len(loads) == 2 and len([path for path in (tmp_path / 'cache').iterdir() if path.is_dir()]) == 1
+    assert len(loads) == 2 and len(subfolders(tmp_path / 'cache')) == 1
 
 
 def slow_build(root, folder, log, barrier=None):
@@ -276,10 +310,10 @@ def test_killed_build_is_cleared_away(toy, tmp_path, loads):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
-    left = [path for path in folder.iterdir() if path.is_dir()]
+    left = subfolders(folder)
     assert process.exitcode == -signal.SIGKILL and len(log.read_text().splitlines()) < 8
     assert len(left) == 1 and list(left[0].rglob('images.npy'))
     data = train_set(toy)
     assert_equal(cached(data, folder), data)
     assert len(loads) == 8 and not left[0].exists()
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
+    assert len(subfolders(folder)) == 1

@@ -3,12 +3,16 @@ import copy
 import random
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from datasets import SegmentationDataset, get_domain
+from datasets.cache import cached
+from datasets.check import inspect_pair
 from datasets.class_weights import training_weights
+from datasets.create_labels import in_parallel
 from datasets.loading import EvalBatches, TrainBatches, make_loader
 from models import build_model, get_method
 from utils.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
@@ -65,8 +69,25 @@ def plain_weights(domain):
 
 
 def dataset(options, domain, split):
-    return SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
+    """The split of a domain as the options want it: without bad files, from the cache."""
+    data = SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
                                augmented=split == 'train', seed=options.seed)
+    if options.skip_bad_files:
+        leave_out_bad_files(data, max(1, options.num_workers))
+    return cached(data, options.cache) if options.cache else data
+
+
+def leave_out_bad_files(data, workers):
+    """Drops the pairs of which a file is bad, after reading all of them; says how many and which first."""
+    found = list(in_parallel(partial(inspect_pair, num_classes=data.domain.num_classes), data.pairs, workers,
+                             f'reading {data.domain.name} {data.split}'))
+    problems = [problem for problems, _ in found for problem in problems[:1]]
+    data.pairs = tuple(pair for pair, (problems, _) in zip(data.pairs, found) if not problems)
+    if not data.pairs:
+        raise UserError(f'all {len(found)} {data.split} pairs of {data.domain.name} are bad, e.g. {problems[0].message}')
+    if problems:
+        print(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. {problems[0].message}',
+              file=sys.stderr)
 
 
 def train_loader(options, place, data, samples):

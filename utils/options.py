@@ -128,7 +128,10 @@ def train_parser():
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
-    data_options(parser).add_argument(
+    group = data_options(parser)
+    group.add_argument('--cache', metavar='DIR', help='keep resized images and labels there, read from it after')
+    group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
+    group.add_argument(
         '--class-weights', default='published', metavar='HOW',
         help='cross-entropy weights: published (computed where there are none), computed, none, or a JSON file')
     method_options(parser)

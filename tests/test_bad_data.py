@@ -1,0 +1,135 @@
+"""Images and labels as they come: handled right, or refused by name."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from datasets import SegmentationDataset, get_domain
+from utils.errors import UserError
+
+SIZE = (16, 32)
+RGB = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A camvid of three random training and two validation images under tmp_path."""
+    for split, count in (('train', 3), ('val', 2)):
+        for number in range(count):
+            put(tmp_path / f'camvid/{split}/x{number}.png', Image.fromarray(RGB))
+            put(tmp_path / f'camvid/{split}annot/x{number}.png', Image.fromarray(np.full(SIZE, number, np.uint8)))
+    return tmp_path / 'camvid'
+
+
+def put(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def load(folder, index=0):
+    return SegmentationDataset(get_domain('camvid'), folder.parent, 'train', SIZE).load(index)
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'LA', 'CMYK', '1'])
+def test_other_colour_modes_become_rgb(folder, mode):
+    """What Pillow converts without loss of meaning is converted; alpha is dropped."""
+    image = Image.fromarray(RGB).convert('P', palette=Image.Palette.ADAPTIVE) if mode == 'P' else Image.fromarray(
+        RGB).convert(mode)
+    (folder / 'train/x0.png').unlink()
+    put(folder / f'train/x0.{"jpg" if mode == "CMYK" else "png"}', image, **({'quality': 100} if mode == 'CMYK' else {}))
+    pixels, _ = load(folder)
+    difference = np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - np.asarray(image.convert('RGB')).astype(int))
+    assert difference.mean() < (3 if mode == 'CMYK' else 1e-9)
+
+
+@pytest.mark.parametrize('kind, form', [(np.uint16, 'PNG'), (np.int32, 'TIFF'), (np.float32, 'TIFF')])
+def test_images_of_more_than_eight_bits_are_refused(folder, kind, form):
+    Image.fromarray(np.full(SIZE, 300, kind)).save(folder / 'train/x0.png', format=form)
+    with pytest.raises(UserError, match=r'x0.png: .* 8 bits per channel'):
+        load(folder)
+
+
+def test_sixteen_bit_labels_are_refused(folder):
+    Image.fromarray(np.full(SIZE, 3, np.uint16)).save(folder / 'trainannot/x0.png')
+    with pytest.raises(UserError, match='x0.png: label image has mode I'):
+        load(folder)
+
+
+def test_palette_labels_keep_their_indices(folder):
+    label = Image.fromarray(np.full(SIZE, 7, np.uint8), 'L').copy()
+    label = Image.fromarray(np.asarray(label))
+    label.putpalette([value for _ in range(256) for value in (9, 9, 9)])
+    put(folder / 'trainannot/x0.png', label)
+    assert load(folder)[1].unique().tolist() == [7]
+
+
+@pytest.mark.parametrize('orientation, refused', [(3, False), (6, True)])
+def test_exif_rotation_is_not_applied_and_said_where_sizes_differ(folder, orientation, refused):
+    """Labels lie on the pixels as stored; a label drawn on the rotated picture differs in size."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / 'train/x0.png').unlink()
+    put(folder / 'train/x0.jpg', Image.fromarray(RGB), exif=exif, quality=100)
+    if refused:
+        put(folder / 'trainannot/x0.png', Image.fromarray(np.zeros(SIZE[::-1], np.uint8)))
+        with pytest.raises(UserError, match='x0.jpg is 32x16 but its label .* is 16x32.*EXIF'):
+            load(folder)
+    else:
+        pixels = load(folder)[0].numpy().transpose(1, 2, 0).astype(int)
+        assert np.abs(pixels - np.asarray(Image.open(folder / 'train/x0.jpg').convert('RGB'))).max() == 0
+
+
+def learn(folder, savedir, *arguments):
+    train.main(['--data-root', str(folder.parent), '--savedir', str(savedir), '--domains', 'camvid', '--height', '16',
+                '--num-epochs', '1', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', *arguments])
+    return json.loads((savedir / 'metrics.jsonl').read_text())
+
+
+def test_bad_files_stop_training_by_name_or_are_left_out_and_counted(folder, tmp_path, capsys):
+    for name in ('train/x1.png', 'valannot/x0.png'):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match='x[01].png.*cannot be read'):
+        learn(folder, tmp_path / 'a', '--class-weights', 'none')
+    learn(folder, tmp_path / 'b', '--class-weights', 'none', '--skip-bad-files')
+    said = capsys.readouterr().err
+    assert 'camvid train: 1 bad files left out' in said and 'camvid val: 1 bad files left out' in said
+
+
+def test_nothing_but_bad_files_is_refused(folder, tmp_path):
+    for path in (folder / 'train').iterdir():
+        path.write_bytes(b'')
+    with pytest.raises(UserError, match='all 3 .* are bad'):
+        learn(folder, tmp_path / 'a', '--class-weights', 'none', '--skip-bad-files')
+
+
+def test_all_void_training_labels_change_nothing_but_statistics(folder, tmp_path):
+    for path in (folder / 'trainannot').iterdir():
+        put(path, Image.fromarray(np.full(SIZE, 11, np.uint8)))
+    assert learn(folder, tmp_path / 'a', '--class-weights', 'none')['train']['loss'] == 0
+
+
+def test_all_void_validation_labels_are_refused(folder, tmp_path):
+    for path in (folder / 'valannot').iterdir():
+        put(path, Image.fromarray(np.full(SIZE, 11, np.uint8)))
+    with pytest.raises(UserError, match='no pixel that is not void in the val images of camvid'):
+        learn(folder, tmp_path / 'a', '--class-weights', 'none')
+
+
+def test_an_empty_split_is_refused(folder, tmp_path):
+    for path in (folder / 'val').iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match='no val images of camvid: looked in'):
+        learn(folder, tmp_path / 'a')
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch):
+    learn(folder, tmp_path / 'a', '--class-weights', 'none')
+    kept = (tmp_path / 'a/checkpoint.pth.tar').read_bytes()
+    monkeypatch.setattr('utils.task.cross_entropy', lambda *_: torch.tensor(float('inf'), requires_grad=True))
+    with pytest.raises(UserError, match='the loss is inf in epoch 1; no weight was touched.*x[0-2].png, .*x[0-2].png'):
+        learn(folder, tmp_path / 'a', '--class-weights', 'none')
+    assert (tmp_path / 'a/checkpoint.pth.tar').read_bytes() == kept
