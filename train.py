@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import records, resume
+from utils import building, records, resume
 from utils.dashboard import Dashboard
 from utils.errors import UserError, run_main
 from utils.evaluation import evaluate
@@ -59,16 +59,17 @@ def batches(run):
 def train_epoch(run, interrupt):
     """The rest of the epoch; returns images per second. Saves and exits on a signal."""
     run.start_epoch()
-    device, images_seen, start = run.place.device, 0, time.perf_counter()
+    images_seen, start = 0, time.perf_counter()
     bar = tqdm(total=len(run.learnt) * len(run.learnt[0].train), initial=run.batch, unit='batch', leave=False,
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
     with bar:
-        for feed, (images, labels, indices) in batches(run):
+        for feed, batch in batches(run):
+            images, labels = building.on_device(feed, batch, run.options.seed, run.epoch + 1, run.place)
             try:
-                losses = train_batch(run, images.to(device, non_blocking=True), labels.to(device, non_blocking=True),
-                                     feed.number)
+                losses = train_batch(run, images, labels, feed.number)
             except NotFinite as error:
-                files = ', '.join(str(feed.train.dataset.pairs[index].image) for index in indices.tolist())
+                pairs = feed.train.dataset.pairs
+                files = ', '.join(str(pairs[number % len(pairs)].image) for number in batch[2].tolist())
                 raise UserError(f'the loss is {error} in epoch {run.epoch + 1}; no weight was touched and the last '
                                 f'checkpoint is kept. Try a lower --lr or --precision fp32. Batch: {files}') from None
             run.totals = {name: run.totals.get(name, 0) + value.double() for name, value in losses.items()}

@@ -12,10 +12,7 @@ MAX_SHIFT = 2
 
 
 class Draw(NamedTuple):
-    """One sample's random numbers: whether to flip, and the shift in pixels, right and down.
-
-    A loader collates the Draws of a batch to a Draw of three (B,) tensors.
-    """
+    """One sample's random numbers: whether to flip, and the shift in pixels, right and down."""
     flip: bool
     right: int
     down: int
@@ -34,17 +31,16 @@ def augment(image, label, drawn, void):
             moved(label, drawn, torch.full_like(label, void)))
 
 
-def augment_batch(images, labels, drawn, void):
+def augment_batch(images, labels, draws, void):
     """Flips and shifts images (B, 3, H, W) and labels (B, H, W), uint8, on their device.
 
-    drawn: a Draw of (B,) tensors on the CPU, as a loader gives it. The result is that of
-    `augment` sample by sample. Samples are copied one by one into the batch: that is four
-    copies each, without index tensors, and nothing waits for the device.
+    draws: B Draws. The result is that of `augment` sample by sample. Samples are copied
+    one by one into the batch, without index tensors, and nothing waits for the device.
     """
     out_images, out_labels = torch.full_like(images, 0), torch.full_like(labels, void)
-    for number, one in enumerate(zip(*(values.tolist() for values in drawn))):
-        moved(images[number], Draw(*one), out_images[number])
-        moved(labels[number], Draw(*one), out_labels[number])
+    for number, drawn in enumerate(draws):
+        moved(images[number], drawn, out_images[number])
+        moved(labels[number], drawn, out_labels[number])
     return out_images, out_labels
 
 

@@ -148,10 +148,10 @@ class SegmentationDataset(Dataset):
     """A domain's split, resized to (height, width).
 
     Indexed by (epoch, number); gives image (3, H, W) uint8, label (H, W) uint8 class
-    indices (void = domain.void), and the image's index, number % len. With `augmented`,
-    flip and shift are drawn from (seed, epoch, number); with augmented='later' they are
-    left to `augment_batch` and the Draw comes in place of the index. `stored` holds the
-    resized pairs where there is a cache (see datasets.cache).
+    indices (void = domain.void), and number; the image is that of index number % len.
+    With `augmented`, flip and shift are drawn from (seed, epoch, number); without, that
+    is left to `augment_batch`, or not wanted. `stored` holds the resized pairs where
+    there is a cache (see datasets.cache).
     """
 
     def __init__(self, domain, root, split, size, augmented=False, seed=0):
@@ -170,11 +170,7 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, number = key
-        index = number % len(self)
-        image, label = self.load(index)
-        if not self.augmented:
-            return image, label, index
-        drawn = draw(self.seed, epoch, number)
-        if self.augmented == 'later':
-            return image, label, drawn
-        return *augment(image, label, drawn, self.domain.void), index
+        image, label = self.load(number % len(self))
+        if self.augmented:
+            image, label = augment(image, label, draw(self.seed, epoch, number), self.domain.void)
+        return image, label, number

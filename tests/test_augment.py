@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from datasets.augment import MAX_SHIFT, Draw, augment, augment_batch, draw
-from datasets.domains import DOMAINS
-from datasets.loading import TrainBatches, make_loader
 from datasets.segmentation import SegmentationDataset
+from utils import building
+from utils.options import parse_train
+from utils.parallel import Place
 
 SHIFTS = range(-MAX_SHIFT, MAX_SHIFT + 1)
 EVERY_DRAW = [Draw(*values) for values in itertools.product((False, True), SHIFTS, SHIFTS)]
@@ -46,24 +47,24 @@ def test_batch_equals_single_samples(device):
     labels = torch.randint(20, (len(EVERY_DRAW), 8, 16), dtype=torch.uint8, generator=random)
     before = images.clone(), labels.clone()
     singles = [augment(image, label, one, VOID) for image, label, one in zip(images, labels, EVERY_DRAW)]
-    drawn = Draw(*(torch.tensor(values) for values in zip(*EVERY_DRAW)))
-    out = augment_batch(images.to(device), labels.to(device), drawn, VOID)
+    out = augment_batch(images.to(device), labels.to(device), EVERY_DRAW, VOID)
     for got, one_by_one in zip(out, zip(*singles)):
         assert got.device.type == device and torch.equal(got.cpu(), torch.stack(one_by_one))
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_later_equals_at_once(toy, workers):
-    domain = DOMAINS['cityscapes']
+@pytest.mark.parametrize('where', ['workers', 'device'])
+def test_a_run_feeds_the_same_batches_wherever_it_augments(toy, where):
+    options = parse_train(['--domains', 'CS', '--savedir', 'x', '--data-root', str(toy), '--height', '32', '--seed', '3',
+                           '--batch-size', '3', '--num-workers', '0', '--class-weights', 'none', '--augment', where])
+    place = Place(torch.device('cpu'))
+    feed = building.build_feeds(options, place)[0]
+    assert feed.train.dataset.augmented == (where == 'workers')
     for epoch in (1, 2):
-        batches = {}
-        for augmented in (True, 'later'):
-            data = SegmentationDataset(domain, toy, 'train', (32, 64), augmented, seed=3)
-            order = TrainBatches(len(data), 3, 3)
-            order.epoch = epoch
-            batches[augmented] = list(make_loader(data, order, workers, pin=False))
-        for (images, labels, _), (raw, raw_labels, drawn) in zip(batches[True], batches['later'], strict=True):
-            assert not torch.equal(raw, images)
-            late = augment_batch(raw, raw_labels, drawn, domain.void)
-            assert torch.equal(late[0], images) and torch.equal(late[1], labels)
+        feed.train.batch_sampler.epoch = epoch
+        for batch in feed.train:
+            images, labels = building.on_device(feed, batch, options.seed, epoch, place)
+            for image, label, number in zip(images, labels, batch[2].tolist()):
+                source = SegmentationDataset(feed.domain, toy, 'train', (32, 64))
+                wanted = augment(*source.load(number), draw(3, epoch, number), feed.domain.void)
+                assert torch.equal(image, wanted[0]) and torch.equal(label, wanted[1])

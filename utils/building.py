@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from datasets import SegmentationDataset, get_domain
+from datasets.augment import augment_batch, draw
 from datasets.cache import cached
 from datasets.check import inspect_pair
 from datasets.class_weights import training_weights
@@ -71,10 +72,20 @@ def plain_weights(domain):
 def dataset(options, domain, split):
     """The split of a domain as the options want it: without bad files, from the cache."""
     data = SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
-                               augmented=split == 'train', seed=options.seed)
+                               augmented=split == 'train' and options.augment == 'workers', seed=options.seed)
     if options.skip_bad_files:
         leave_out_bad_files(data, max(1, options.num_workers))
     return cached(data, options.cache) if options.cache else data
+
+
+def on_device(feed, batch, seed, epoch, place):
+    """A training batch's images and labels on the device, augmented there unless the workers did it."""
+    images, labels, numbers = batch
+    images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
+    if feed.train.dataset.augmented:
+        return images, labels
+    draws = [draw(seed, epoch, number) for number in numbers.tolist()]
+    return augment_batch(images, labels, draws, feed.domain.void)
 
 
 def leave_out_bad_files(data, workers):

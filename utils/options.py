@@ -148,6 +148,8 @@ def train_parser():
     group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
                        help='write checkpoints within epochs too, M minutes apart')
     group = machine_options(parser)
+    group.add_argument('--augment', choices=('workers', 'device'), default='workers',
+                       help='who flips and shifts; the result is the same')
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
                        help='several devices: auto is ddp under torchrun, else dp')
     group = parser.add_argument_group('live curves (visdom)')
