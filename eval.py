@@ -1,24 +1,27 @@
 """Evaluates one checkpoint, or a sequence of them in step order.
 
     python eval.py --state runs/3/model_best.pth.tar --data-root DATA
-    python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --json result.json
+    python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --json result.json --latex table.tex
+    python eval.py --state STEP3 --data-root DATA --resolution native --cross-heads --common-classes
+    python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --save-panels forgetting.png
 
-Prints mIoU per domain; several checkpoints give the step x domain matrix with forgetting
-and transfer. Images and labels are resized to --width x --height, the published protocol.
+One checkpoint gives mIoU, pixel accuracy and the IoU of every class for each domain; several
+give the step x domain matrix with forgetting and transfer. Void pixels never count. Images and
+labels are resized to --width x --height, the published protocol, unless --resolution says native.
 """
-import sys
 from pathlib import Path
 
-from datasets import SegmentationDataset, get_domain
-from datasets.loading import EvalBatches, make_loader
 from models import METHODS
 from utils import metrics, pictures, records, tables
-from utils.checkpoint import check_known, load_network, read_checkpoint
 from utils.errors import UserError, run_main
-from utils.evaluation import evaluate
-from utils.options import Parser, complete_size, data_options, data_paths, machine_options, positive, size_options
+from utils.evaluation import Evaluator, check_order
+from utils.options import Parser, complete_size, data_options, machine_options, positive, size_options
 from utils.parallel import session
-from utils.building import plain_weights
+
+FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
+FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
+           'confusion': 'save_confusion'}
+PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch_size', 'limit_batches', 'precision')
 
 
 def eval_parser():
@@ -28,141 +31,168 @@ def eval_parser():
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     group.add_argument('--domains', nargs='+', metavar='NAME',
                        help='domains of the last checkpoint, in order (published files do not name them)')
-    group.add_argument('--method', choices=tuple(METHODS), help='method of a published file, where its keys fit several')
+    group.add_argument('--method', choices=tuple(METHODS), help='method of a published file whose keys fit several')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
-    group.add_argument('--published-metric', action='store_true', help='absent classes count 0 in the mIoU')
+    group.add_argument('--cross-heads', action='store_true',
+                       help='also every head of the last checkpoint on every domain of its classes (with '
+                            '--common-classes: on all)')
     group.add_argument('--split', default='val', help='split of the data sets')
-    size_options(group)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
+    group = parser.add_argument_group('how it is scored')
+    size_options(group)
+    group.add_argument('--resolution', choices=('published', 'native'), default='published',
+                       help="labels resized as published, or logits upsampled to each label's own size")
+    group.add_argument('--published-metric', action='store_true', help='absent classes count 0 in the mIoU')
+    group.add_argument('--common-classes', action='store_true',
+                       help='also in the classes that all domains share (IDD level 1)')
     data_options(parser)
     machine_options(parser)
-    group = parser.add_argument_group('results')
-    group.add_argument('--json', metavar='FILE', help='write all figures as JSON')
-    group.add_argument('--per-class', action='store_true', help='print the IoU of every class')
-    group.add_argument('--save-overlays', metavar='DIR', help='input, truth and prediction of every image as PNG')
+    result_options(parser)
     return parser
 
 
-class Evaluator:
-    """Networks meet data: loaders are made once for each domain."""
-
-    def __init__(self, options, place):
-        self.options, self.place = options, place
-        self.paths, self.loaders = data_paths(options.data), {}
-
-    def domains_of(self, checkpoint):
-        """The Domain objects that a checkpoint knows."""
-        count = len(checkpoint.found.num_classes)
-        names = checkpoint.domains or (self.options.domains or [])[:count]
-        if len(names) < count:
-            raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
-        domains = [get_domain(name, self.paths) for name in names]
-        check_known(checkpoint, domains)
-        return domains
-
-    def loader(self, domain):
-        options = self.options
-        if domain.name not in self.loaders:
-            data = SegmentationDataset(domain, options.data_root, options.split, (options.height, options.width))
-            batches = EvalBatches(len(data), options.batch_size, self.place.rank, self.place.world,
-                                  options.limit_batches)
-            self.loaders[domain.name] = make_loader(data, batches, options.num_workers,
-                                                    self.place.device.type == 'cuda')
-        return self.loaders[domain.name]
-
-    def score(self, model, domains):
-        """{domain: {'miou', 'accuracy', 'loss', 'iou': {class: IoU}}} of a network."""
-        results = {}
-        for number, domain in enumerate(domains):
-            score = evaluate(model, number, self.loader(domain), plain_weights(domain), self.place,
-                             self.options.precision, domain.name)
-            published = self.options.published_metric
-            iou = metrics.iou_per_class(score.matrix, published).tolist()
-            results[domain.name] = {
-                'miou': score.miou(published), 'accuracy': metrics.pixel_accuracy(score.matrix), 'loss': score.loss,
-                'iou': {name: None if value != value else value for name, value in zip(domain.classes, iou)}}
-        return results
+def result_options(parser):
+    """Adds where results and pictures go."""
+    group = parser.add_argument_group('results')
+    group.add_argument('--per-class', action='store_true',
+                       help='IoU of every class in the tables (one checkpoint: always)')
+    for name, text in (('json', 'all figures as JSON'), ('csv', 'all figures as CSV, one a line'),
+                       ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
+        group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
+    group = parser.add_argument_group('pictures')
+    for name, text in (('overlays', 'input, truth and prediction of every image, with a legend'),
+                       ('color', "the prediction of every image in the domain's colours, and their legend"),
+                       ('extremes', f'the {pictures.EXTREMES} worst and best images of each domain, by mIoU'),
+                       ('confusion', 'the confusion matrix of each domain')):
+        group.add_argument(f'--save-{name}', metavar='DIR', help=text)
+    group.add_argument('--save-panels', metavar='FILE', help='input, truth, prediction after each step, a figure')
+    group.add_argument('--images', nargs='+', default=[], metavar='[DOMAIN=]NAME|INDEX',
+                       help='images of --save-panels, by part of the name or by index (default: the one with the most '
+                            'classes of each domain)')
 
 
-def load(path, evaluator):
-    """(network on the device, its Domain objects) of a checkpoint."""
-    checkpoint = read_checkpoint(path)
-    domains = evaluator.domains_of(checkpoint)
-    return load_network(checkpoint, evaluator.options.method).to(evaluator.place.device), domains
+def check_options(options):
+    """Refuses what cannot be written or does not fit together, before hours of evaluation."""
+    complete_size(options)
+    for name in (*FILES, *FOLDERS.values()):
+        if getattr(options, name):
+            tables.check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values())
+    paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
+    if len(set(paths)) < len(paths):
+        raise UserError('two kinds of results go into one file: ' + ', '.join(map(str, paths)))
+    if options.save_panels:
+        pictures.figure_format(options.save_panels)
+    elif options.images:
+        raise UserError('--images chooses the images of --save-panels FILE, which is not given')
 
 
 def single_task_scores(items, evaluator):
-    """{domain: mIoU} of --single-task items: NAME=mIoU, or a checkpoint to evaluate."""
+    """{domain: entry} of --single-task items, NAME=mIoU or a checkpoint; the former has an 'miou' alone."""
     scores = {}
     for item in items:
-        name, _, value = item.partition('=')
-        if value and not Path(item).exists():
-            try:
-                scores[get_domain(name, evaluator.paths).name] = float(value)
-            except ValueError:
-                raise UserError(f'--single-task {item}: neither NAME=mIoU nor a checkpoint') from None
+        name, equals, value = item.partition('=')
+        if equals and not Path(item).exists():
+            scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
             continue
-        model, domains = load(item, evaluator)
-        if len(domains) > 1:
-            raise UserError(f'--single-task {item} knows {len(domains)} domains, one is expected')
-        scores[domains[0].name] = evaluator.score(model, domains)[domains[0].name]['miou']
+        model, (domain, *others) = evaluator.load(item)
+        if others:
+            raise UserError(f'--single-task {item} knows {len(others) + 1} domains, one is expected')
+        scores[domain.name] = evaluator.entry(evaluator.score(model, 0, domain).matrix, domain, domain)
     return scores
 
 
-def summarise(steps, single):
-    """The sequence's figures, from [{domain: mIoU}] after each step and {domain: single-task mIoU}."""
-    return {'forgetting': metrics.forgetting(steps), 'backward_transfer': metrics.backward_transfer(steps),
-            'forward_transfer': metrics.forward_transfer(steps, single),
-            'delta_m': metrics.delta_m(steps[-1], single), 'single_task': single}
+def stated_miou(item, value):
+    """The mIoU of --single-task NAME=mIoU."""
+    try:
+        miou = float(value)
+    except ValueError:
+        raise UserError(f'--single-task {item}: neither NAME=mIoU nor a checkpoint') from None
+    if not 0 < miou <= 100:
+        raise UserError(f'--single-task {item}: an mIoU in percent, above 0 and up to 100, is expected')
+    return miou
 
 
-def print_results(results, steps, options):
-    """The terminal's tables."""
-    print(f'mIoU in percent over the non-void classes at {options.width}x{options.height}; void pixels do not count, '
-          f'classes absent from truth and prediction {"count 0" if options.published_metric else "are left out"}')
-    print(tables.plain(*tables.step_rows(steps)))
-    summary = results['summary']
-    for name, value in summary['forgetting'].items():
-        print(f'forgetting of {name}: {tables.number(value)}')
-    for key, label in (('backward_transfer', 'backward transfer'), ('forward_transfer', 'forward transfer'),
-                       ('delta_m', 'Delta_m%')):
-        if summary[key] is not None:
-            print(f'{label}: {tables.number(summary[key])}')
-    if options.per_class:
-        for name, entry in results['domains'].items():
-            print(f'\n{name}, pixel accuracy {tables.number(entry["accuracy"])}')
-            print(tables.plain(*tables.class_rows(entry['iou'])))
+def evaluate_step(evaluator, options, step, model, domains):
+    """({domain: Score}, {domain: entry}) of a checkpoint; its pictures go into folders called `step`."""
+    scores, entries = {}, {}
+    folders = {kind: getattr(options, name) for kind, name in FOLDERS.items()}
+    for number, domain in enumerate(domains):
+        album = None
+        if any(folders.values()):
+            album = pictures.Album(folders, step, evaluator.loader(domain).dataset)
+        scores[domain.name] = score = evaluator.score(model, number, domain, album)
+        if album:
+            album.finish(score.own, evaluator.place)
+        entries[domain.name] = {**evaluator.entry(score.matrix, domain, domain), 'loss': score.loss}
+    return scores, entries
+
+
+def summarise(steps, single, common=False):
+    """The sequence's figures, from the entries after each step and the single-task ones."""
+    if common:
+        single = {name: entry for name, entry in single.items() if 'common' in entry}
+    *miou, single = [{name: entry['miou'] for name, entry in tables.in_space(entries, common).items()}
+                     for entries in (*steps, single)]
+    return metrics.summary(miou, single)
+
+
+def draw_panels(options, networks, known, datasets, chosen, place):
+    """Writes --save-panels: a column for each checkpoint."""
+    titles = [f'step {number} ({domains[-1].name})' for number, domains in enumerate(known, 1)]
+    models = dict(zip(titles if len(known) > 1 else ['prediction'], networks))
+    pictures.save_panels(options.save_panels, datasets, models, place, chosen, options.precision)
 
 
 def run(options, place):
-    """Evaluates all checkpoints; returns what --json writes."""
+    """Evaluates all checkpoints, makes the pictures; returns what --json writes."""
     evaluator, steps = Evaluator(options, place), []
-    for path in options.state:
-        model, domains = load(path, evaluator)
-        steps.append({'state': str(path), 'domains': evaluator.score(model, domains)})
-        if options.save_overlays and place.main:
-            for number, domain in enumerate(domains):
-                pictures.save_overlays(model, number, evaluator.loader(domain).dataset,
-                                       Path(options.save_overlays) / f'step{len(steps)}', place.device)
+    networks, known = zip(*map(evaluator.load, options.state))
+    check_order(options.state, known)
+    datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
+    chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
-    miou = [{name: entry['miou'] for name, entry in step['domains'].items()} for step in steps]
-    return {'domains': steps[-1]['domains'], 'steps': steps, 'summary': summarise(miou, single),
-            'protocol': {'height': options.height, 'width': options.width, 'split': options.split,
-                         'published_metric': options.published_metric},
-            'versions': records.environment(place.device)}, miou
+    for number, (model, domains) in enumerate(zip(networks, known), 1):
+        folder = f'step{number}' if len(networks) > 1 else ''
+        scores, entries = evaluate_step(evaluator, options, folder, model, domains)
+        steps.append({'state': str(options.state[number - 1]), 'domains': entries})
+    entries = [step['domains'] for step in steps]
+    results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
+    if options.common_classes:
+        results['common_summary'] = summarise(entries, single, common=True)
+    if options.cross_heads:
+        results['cross_heads'] = evaluator.cross_heads(networks[-1], known[-1], scores)
+    if options.save_panels and place.main:
+        draw_panels(options, networks, known, datasets, chosen, place)
+    protocol = {name: getattr(options, name) for name in PROTOCOL}
+    return tables.without_nan({**results, 'protocol': protocol, 'versions': records.environment(place.device)})
+
+
+def report(results, options):
+    """Prints the tables and writes the files."""
+    about = tables.describe(results['protocol'])
+    shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
+    print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
+    if classes:
+        print('\n' + tables.packed(list(map(tables.terminal, classes))))
+    if options.json:
+        records.write_json(options.json, results)
+    if options.csv:
+        tables.write(options.csv, tables.csv_text(results))
+    if options.markdown:
+        tables.write(options.markdown, tables.markdown_document(about, shown + classes))
+    if options.latex:
+        tables.write(options.latex, tables.latex_document(about, shown + classes))
 
 
 def main(argv=None):
     options = eval_parser().parse_args(argv)
-    complete_size(options)
+    check_options(options)
     with session(options.device) as place:
-        results, miou = run(options, place)
+        results = run(options, place)
         if place.main:
-            print_results(results, miou, options)
-            if options.json:
-                records.write_json(options.json, results)
+            report(results, options)
 
 
 if __name__ == '__main__':

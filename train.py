@@ -115,7 +115,7 @@ def finish_epoch(run, rate, dashboard):
     if run.place.main:
         line = {'epoch': run.epoch, 'train': train, 'val': val, 'lr': lr}
         records.append_metrics(run.folder, line)
-        dashboard.show(line)
+        dashboard.show(line, run)
         scores = ', '.join(f'{name} {entry["miou"]:.2f}' for name, entry in val.items()) or 'not validated'
         print(f'epoch {run.epoch}/{total}: loss {train["loss"]:.4f} (ce {train["ce"]:.4f}, kd {train["kd"]:.4f}), '
               f'{rate:.1f} images/s, mIoU: {scores}', flush=True)

@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from datasets.cache import cached
+from datasets.class_weights import output_file
 from datasets.domains import DOMAINS
 from datasets.loading import TrainBatches, make_loader
 from datasets.segmentation import SegmentationDataset
@@ -111,15 +112,15 @@ def float_batches(dataset):
 
 def routes(source, root, size, cache):
     """{name: function that yields the batches of an epoch} of everything that is compared."""
-    plainly, later = (SegmentationDataset(source.domain, root, 'train', size, augmented)
+    augmented, raw = (SegmentationDataset(source.domain, root, 'train', size, augmented)
                       for augmented in (True, False))
-    stored, stored_later = (cached(dataset, cache) for dataset in (plainly, later))
-    return {PUBLISHED: partial(published_batches, plainly.pairs, size),
-            '(b) no cache, float': partial(float_batches, plainly),
-            '(b) no cache, uint8': partial(our_batches, plainly),
+    stored, stored_raw = (cached(dataset, cache) for dataset in (augmented, raw))
+    return {PUBLISHED: partial(published_batches, augmented.pairs, size),
+            '(b) no cache, float': partial(float_batches, augmented),
+            '(b) no cache, uint8': partial(our_batches, augmented),
             '(c) cache, float': partial(float_batches, stored),
             '(c) cache, uint8': partial(our_batches, stored),
-            '(c) cache, raw': partial(our_batches, stored_later)}
+            '(c) cache, raw': partial(our_batches, stored_raw)}
 
 
 def rate(epoch, seconds):
@@ -144,9 +145,13 @@ def measure(source, options, bar):
                 if round_number:        # the first goes to warm up
                     rates[name].append(found)
                 bar.update()
-        used = (sum(path.stat().st_size for path in place.rglob('*') if path.is_file()) for place in (root, cache))
-        return {'rates': dict(rates), 'size': size, 'file_bytes': next(used) / options.images,
-                'cache_bytes': next(used) / options.images, 'memory_mib': memory()}
+        return {'rates': dict(rates), 'size': size, 'file_bytes': bytes_below(root) / options.images,
+                'cache_bytes': bytes_below(cache) / options.images, 'memory_mib': memory()}
+
+
+def bytes_below(folder):
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
 
 
 def memory():
@@ -178,6 +183,7 @@ def main(arguments=None):
     parser.add_argument('--seconds', type=float, default=1.0, help='length of a measurement at least')
     parser.add_argument('--json', metavar='FILE', help='write all figures')
     options = parser.parse_args(arguments)
+    output_file(options.json)
     torch.set_num_threads(1)
     random.seed(0)
     results = {}

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.create_labels import in_parallel, replace_file
+from datasets.create_labels import in_parallel
 from datasets.domains import get_domain
 from datasets.pairs import find_split
 from datasets.segmentation import open_label, to_classes
+from utils.checkpoint import write_atomically
 from utils.errors import UserError, run_main
 from utils.options import Parser, data_options, data_paths, positive
 
@@ -101,7 +102,7 @@ def output_file(text):
 def write_result(path, content):
     """Writes `content` as JSON in place of `path`, whole or not at all."""
     text = json.dumps(content, indent=1) + '\n'
-    replace_file(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def class_weights_parser():

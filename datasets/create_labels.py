@@ -140,7 +140,7 @@ def make_label(source, encoding, force=False):
             image, unknown = draw_labels(*read_annotation(path), encoding)
         else:
             image = train_id_image(path)
-        replace_file(target, lambda file: image.save(file, 'PNG', compress_level=COMPRESSION))
+        write_atomically(target, lambda file: image.save(file, 'PNG', compress_level=COMPRESSION))
     except UserError as error:
         return Outcome(path, 'broken', str(error))
     return Outcome(path, 'made', unknown=unknown)
@@ -156,14 +156,6 @@ def up_to_date(target, source):
     except UNREADABLE:
         return False
     return True
-
-
-def replace_file(path, write):
-    """Puts what write(file) writes in place of `path`, whole or not at all; UserError if it cannot."""
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror or error}') from None
 
 
 def ignore_interrupt():

@@ -7,6 +7,8 @@ entries of `decoder`.
 import re
 from dataclasses import dataclass
 
+import torch
+
 from models.erfnet import ERFNet
 from models.methods import METHODS
 from utils.errors import UserError
@@ -16,8 +18,9 @@ PLAIN_ENCODER = (
     (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.0.'))
 IGNORED = re.compile(r'^(classifier\.|features\.extralayer|encoder\.output_conv\.)')
 PLAIN_DECODER = re.compile(r'^decoder\.(layers|output_conv)\.')
-NAMED_DECODER = re.compile(r'^decoder_(old|old\d+|new)\.')
-OUTPUT = re.compile(r'^decoder\.(\d+)\.output_conv\.weight$')
+NAMED_DECODER = re.compile(r'^decoder_(old|old[0-9]{1,3}|new)\.')
+OUTPUT = re.compile(r'^decoder\.([0-9]{1,3})\.output_conv\.weight\Z')
+CLASSES = range(2, 257)        # labels are bytes
 
 
 @dataclass
@@ -65,8 +68,11 @@ def recognise(state, source):
     if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):
         raise UserError(f'{source}: no ERFNet in it; the first of its {len(state)} tensors is '
                         f'{next(iter(state), "none")!r}, encoder.initial_block.conv.weight is expected')
-    if any(len(shape) != 4 for shape in heads.values()):
-        raise UserError(f'{source}: an output layer is not four-dimensional')
+    if len(native) + len(ignored) < len(state):
+        raise UserError(f'{source}: {len(state) - len(native) - len(ignored)} of its {len(state)} tensors have the '
+                        'names of others in another layout')
+    if any(len(shape) != 4 or shape[1] not in CLASSES for shape in heads.values()):
+        raise UserError(f'{source}: an output layer is not four-dimensional with {CLASSES[0]} to {CLASSES[-1]} classes')
     adapter = next((kind for kind in ('parallel', 'series')
                     if any(f'.{kind}_conv_1.' in key for key in native)), None)
     norms = len({key.split('.')[3] for key in native if key.startswith('encoder.initial_block.bn_ini.')})
@@ -96,10 +102,17 @@ def network_of(found, method, source):
     if method not in names:
         raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
                         f'but of {", ".join(names) or "none"}')
-    row = METHODS[method]
-    model = ERFNet(found.num_classes, adapter=row.adapter, domain_bn=row.domain_bn)
+    with torch.device('meta'):      # takes no memory, whatever the file claims
+        check_fit(empty_network(found, method).state_dict(), found, source)
+    model = empty_network(found, method)
     load(model, found, source)
     return model
+
+
+def empty_network(found, method):
+    """The ERFNet of `method` for the found domains, its weights drawn."""
+    row = METHODS[method]
+    return ERFNet(found.num_classes, adapter=row.adapter, domain_bn=row.domain_bn)
 
 
 def load(model, found, source):
@@ -107,7 +120,15 @@ def load(model, found, source):
 
     Files older than `num_batches_tracked` lack that counter only; it stays 0.
     """
-    own = model.state_dict()
+    check_fit(model.state_dict(), found, source)
+    broken = faults(model.state_dict(), found.state)
+    if broken:
+        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
+    model.load_state_dict(found.state, strict=False)
+
+
+def check_fit(own, found, source):
+    """UserError unless the names and shapes found are those of the state dict `own`."""
     missing = [key for key in own if key not in found.state and not key.endswith('num_batches_tracked')]
     surplus = [key for key in found.state if key not in own]
     misshapen = [key for key, value in found.state.items() if key in own and value.shape != own[key].shape]
@@ -117,10 +138,19 @@ def load(model, found, source):
                  or f'{surplus[0]} is surplus')
         raise UserError(f'{source} fits no known layout; the closest is {found.kind}: {fit} of {len(own)} '
                         f'tensors fit, {first}')
-    broken = [key for key, value in found.state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UserError(f'{source}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)')
-    model.load_state_dict(found.state, strict=False)
+
+
+def faults(own, given):
+    """What is wrong, in words, with the values of the tensors `given` that are to be put into those of `own`."""
+    wrong = []
+    for key, value in given.items():
+        if value.is_complex() or value.is_floating_point() != own[key].is_floating_point():
+            wrong.append(f'{key} holds {value.dtype}, {own[key].dtype} is expected')
+        elif not value.to(own[key].dtype).isfinite().all():
+            wrong.append(f'{key} holds values that are not finite')
+        elif key.endswith('running_var') and (value < 0).any():
+            wrong.append(f'{key} holds negative variances')
+    return wrong
 
 
 def load_encoder(model, found, source, batch_norms=True):
@@ -136,6 +166,9 @@ def load_encoder(model, found, source, batch_norms=True):
     lacking = [key for key in own if '_conv_' not in key and '.bn' not in key and key not in given]
     if wrong or lacking:
         raise UserError(f'{source}: not the encoder of ERFNet; {(wrong or lacking)[0]} does not fit')
+    broken = faults(own, given)
+    if broken:
+        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
     model.load_state_dict(given, strict=False)
     return list(given), [key for key in model.state_dict() if key not in given]
 

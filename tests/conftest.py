@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)     # the tests run two at a time
 
 
 @pytest.fixture(scope='session')
@@ -32,6 +32,6 @@ def real():
 def run_script(*arguments, expect=0, **environment):
     """Runs a script of the project with this Python; returns the finished process."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '2', **environment})
+                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
     assert done.returncode == expect, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
     return done

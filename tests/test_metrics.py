@@ -60,3 +60,31 @@ def test_published_table():
     assert metrics.delta_m({'CS': 59.19, 'BDD': 49.66, 'IDD': 59.16}, single) == pytest.approx(-10.39, abs=0.01)
     assert metrics.delta_m({'CS': 30.49, 'BDD': 32.05, 'IDD': 61.03}, single) == pytest.approx(-33.42, abs=0.01)
     assert metrics.delta_m({'CS': 65.21, 'BDD': 55.73}, single) == pytest.approx(-3.55, abs=0.01)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_iou_and_accuracy_equal_torchmetrics(seed):
+    """The same random maps as above, void (6) ignored in the truth, void answers misses."""
+    classification = pytest.importorskip('torchmetrics.classification')
+    random = np.random.default_rng(100 + seed)
+    present = random.choice(6, size=4, replace=False)
+    truth = torch.tensor(random.choice([*present, 6], size=(3, 20, 30)))
+    guess = torch.where(torch.tensor(random.random(truth.shape)) < 0.6, truth,
+                        torch.tensor(random.choice([*present, 6], size=truth.shape)))
+    keywords = {'num_classes': 7, 'ignore_index': 6}
+    want = classification.MulticlassJaccardIndex(average='none', **keywords)(guess, truth)[:6]
+    accuracy = classification.MulticlassAccuracy(average='micro', **keywords)(guess, truth)
+    matrix = metrics.confusion(guess, truth, 7)
+    assert np.allclose(metrics.iou_per_class(matrix).nan_to_num(0), want, atol=1e-6)
+    assert metrics.mean_iou(matrix) == pytest.approx(100 * want[present].mean().item(), abs=1e-4)
+    assert metrics.pixel_accuracy(matrix) == pytest.approx(100 * accuracy.item(), abs=1e-4)
+
+
+def test_folding_a_matrix_equals_relabelling_the_maps():
+    random = torch.Generator().manual_seed(0)
+    truth, guess = (torch.randint(0, count, (500,), generator=random) for count in (9, 5))
+    rows, columns = [0, 0, 1, 2, 3, 3, 1, 2, 3], [1, 0, 2, 2, 3]
+    matrix = metrics.confusion(guess, truth, 5, truths=9)
+    assert matrix.shape == (9, 5) and (matrix[4, 2] == ((truth == 4) & (guess == 2)).sum())
+    relabelled = metrics.confusion(torch.tensor(columns)[guess], torch.tensor(rows)[truth], 4)
+    assert torch.equal(metrics.fold(matrix, rows, columns), relabelled)

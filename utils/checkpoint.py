@@ -1,7 +1,16 @@
-"""Checkpoints: written atomically, read without running code from the file."""
+"""Checkpoints: written atomically, read without running code from the file and without trusting it.
+
+torch.load compares no checksum and believes what a file says of itself; `read` looks first. Files
+in torch's old format, which is no archive, have no checksums: a number that changed in them
+cannot be told from the right one.
+"""
+import contextlib
+import io
+import itertools
+import math
 import os
-import pickle
-import re
+import pickletools
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +29,19 @@ VERSION = 1
 NUMPY_SCALARS = [(np.float64(0).__reduce__()[0], name)
                  for name in ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar')]
 NUMPY_SCALARS += [np.dtype, type(np.dtype('f8')), type(np.dtype('f4')), type(np.dtype('i8'))]
+# All that a file of tensors has to name. torch allows more, such as functions that fill any amount of memory.
+NAMES = {'collections.OrderedDict', 'torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2',
+         'torch._utils._rebuild_parameter', 'torch.Size', 'numpy.core.multiarray.scalar',
+         'numpy._core.multiarray.scalar', 'numpy.dtype', '_codecs.encode'}
+NAMES |= {f'torch.{kind}Storage' for kind in ('Float', 'Double', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char',
+                                              'Byte', 'Bool')}
+ARCHIVE, PICKLE = b'PK\x03\x04', b'\x80'      # how files of either format begin
+OLD_PICKLES = 5         # a file in the old format: five pickles, then the numbers
+DEEPEST, MOST = 8, 10 ** 6      # levels of nesting and objects, more than any checkpoint has
+
+
+class Refused(Exception):
+    """What is wrong with a file's content, in words; `read` adds which file."""
 
 
 @dataclass
@@ -33,52 +55,237 @@ class Checkpoint:
 
 
 def write_atomically(path, write, previous=None):
-    """Calls write(file) on a new binary file that takes the place of `path` once complete.
+    """Calls write(file) on a new binary file that takes the place of `path` once complete and on the disk.
 
     previous: where the file that was at `path` goes instead of vanishing. UserError if
     the disk does not take it; `path` is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = temporary_name(path)
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
+        if previous is not None and path.is_file():
+            keep_as(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:    # writers of torch report a full disk as RuntimeError
         raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); what was there before '
                         'is kept') from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_name(path):
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+
+
+def keep_as(path, previous):
+    """Gives the file at `path` the name `previous` too, so that at no moment there is none at `path`.
+
+    File systems without hard links have it moved instead.
+    """
+    link = temporary_name(previous)
+    try:
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:
+        os.replace(path, previous)
+    finally:
+        with contextlib.suppress(OSError):
+            link.unlink()       # it stays where both names were the same file already
+
+
+def sync_folder(folder):
+    """Waits until the names in `folder` are on the disk, where the file system can be asked to."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_leftovers(folder, names):
+    """Removes what killed processes left half-written of the files `names` in `folder`, which nobody else writes."""
+    for name in names:
+        for path in folder.glob(f'.{name}.*.tmp'):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def save(content, path, previous=None):
     """Writes a checkpoint dict; the file at `path` is the old one or the new one, never a part."""
-    write_atomically(path, lambda file: torch.save(content, file), previous)
+    made = io.BytesIO()         # so that a full disk meets a plain write, which says so
+    torch.save(content, made)
+    write_atomically(path, lambda file: file.write(made.getbuffer()), previous)
 
 
 def read(path):
     """The object in a checkpoint file, tensors on the CPU; UserError if it cannot be read safely."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f'{path} does not exist')
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f'{path} is not a file')
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
-        reason = f'it names {forbidden.group(1)}, which could run code' if forbidden else \
-            f'{" ".join(str(error.__context__ or error).split())[:200]}'
-        raise UserError(f'{path}: refused, it is not a plain file of tensors ({reason})') from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError,
-            OverflowError, MemoryError, AssertionError, zipfile.BadZipFile) as error:
+        with open(path, 'rb') as file:
+            return read_from(file)
+    except Refused as error:
+        raise UserError(f'{path}: refused, {error}') from None
+    except Exception as error:      # a damaged file makes zipfile, pickle and torch fail in any way at all
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: damaged or no checkpoint ({type(error).__name__}: {reason[:200]})') from None
+
+
+def read_from(file):
+    """What torch.load reads from an open file, once its form is checked and before its content is believed."""
+    size, head = os.fstat(file.fileno()).st_size, file.read(len(ARCHIVE))
+    file.seek(0)
+    if head == ARCHIVE:
+        pickles = checked_pickles(file, size)
+    elif head.startswith(PICKLE):
+        pickles = itertools.repeat(file, OLD_PICKLES)
+    else:
+        raise ValueError('it begins like no file of torch.save')
+    for pickled in pickles:
+        unknown = set(named_in(pickled)) - NAMES
+        if unknown:
+            raise Refused(f'it is not a plain file of tensors (it names {min(unknown)[:100]!r}, which could run code)')
+    file.seek(0)
+    with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # torch's remarks on odd pickles
+        content = torch.load(file, map_location='cpu', weights_only=True)
+    if head != ARCHIVE and file.tell() != size:
+        raise ValueError(f'it ends after {file.tell()} of {size} bytes')
+    check_plain(content, size)
+    return content
+
+
+def checked_pickles(file, size):
+    """The pickles in an archive of `size` bytes; BadZipFile unless its entries are whole and match their checksums."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        total = sum(entry.file_size for entry in entries)
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+            raise zipfile.BadZipFile('its entries are compressed, which torch.save never does')
+        if total > size:
+            raise zipfile.BadZipFile(f'its entries claim {total} bytes, the file has {size}')
+        if len(set(archive.namelist())) < len(entries) or archive.comment:
+            raise zipfile.BadZipFile('it has a comment or two entries of one name, which torch.save never writes')
+        broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f'{broken} does not match its checksum')
+        return [archive.read(entry) for entry in entries if entry.filename.endswith('.pkl')]
+
+
+def named_in(pickled):
+    """Names of the globals in a pickle (bytes, or a file at its start), without running any of it."""
+    strings, memo, last = ['', ''], {}, None
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ('GLOBAL', 'INST'):
+            yield argument.replace(' ', '.')
+        elif opcode.name == 'STACK_GLOBAL':
+            yield '.'.join(strings[-2:])
+        elif opcode.name == 'MEMOIZE':
+            memo[len(memo)] = last
+        elif opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT'):
+            memo[argument] = last
+        last = memo.get(argument) if opcode.name in ('GET', 'BINGET', 'LONG_BINGET') else argument
+        if isinstance(last, str) and opcode.name != 'GLOBAL':
+            strings = [strings[-1], last]
+
+
+def check_plain(content, size):
+    """Refused unless a file of `size` bytes can hold `content`: dense tensors on the CPU, not larger than it."""
+    held = 0
+    for name, value in leaves(content):
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_nested:
+                raise Refused(f'{name} is no plain tensor')
+            held += value.numel() * value.element_size()
+    if held > size:
+        raise Refused(f'its tensors claim {held} bytes, the file has {size}')
+
+
+def leaves(content):
+    """(name, value) of everything in nested dicts, lists and tuples; Refused if no checkpoint is like that."""
+    level, count = [('', content)], 0
+    for _ in range(DEEPEST):
+        below = []
+        for name, value in level:
+            if not isinstance(value, (dict, list, tuple)):
+                yield name, value
+                continue
+            count += len(value)
+            if count > MOST or getattr(value, '__dict__', {}).keys() - {'_metadata'}:
+                raise Refused('it is not a plain dict of tensors')
+            items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+            below.extend((entry_name(name, key), item) for key, item in items)
+        level = below
+    if level:
+        raise Refused('its dicts are nested too deep')
+
+
+def entry_name(name, key):
+    """Name of the entry `key` of the dict called `name`, fit for one line."""
+    if not (isinstance(key, int) or isinstance(key, str) and key.isprintable() and len(key) <= 200):
+        raise Refused('the keys of its dicts are not names')
+    return f'{name}.{key}'.lstrip('.')
+
+
+def whole(value):
+    """Whether it is an int that can count something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 31
+
+
+def score(value):
+    """Whether it is an mIoU: a number (numpy's and tensors too) up to 100, or -inf before the first validation."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1 or isinstance(value, (bool, str, bytes)):
+        return False
+    try:
+        return 0 <= float(value) <= 100 or float(value) == -math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def named_classes(value):
+    """Whether it is the list of {name, classes} that says which domains a network knows."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
+        and whole(entry.get('classes')) for entry in value)
+
+
+def plain_options(value):
+    """Whether it is a dict of options: numbers, strings, None, and lists of them."""
+    single = (str, int, float, type(None))
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value) and all(
+        isinstance(item, single) or isinstance(item, list) and all(isinstance(part, single) for part in item)
+        for item in value.values())
+
+
+def sums(value):
+    """Whether it is a dict of finite sums."""
+    return isinstance(value, dict) and all(isinstance(part, float) and math.isfinite(part) for part in value.values())
+
+
+# Entry of a checkpoint: (test of its value, what it has to be).
+KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number of epochs'),
+         'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
+         'domains': (named_classes, 'a list of {name, classes}'),
+         'method': (lambda value: isinstance(value, str) and value in METHODS, 'one of ' + ', '.join(METHODS)),
+         'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
+
+
+def check_kinds(content, path, kinds):
+    """UserError if an entry of `content` is not what `kinds` ({name: (test, words)}) says; those not there pass."""
+    for name, (test, words) in kinds.items():
+        if name in content and not test(content[name]):
+            raise UserError(f'{path}: its {name} is not {words}')
 
 
 def read_checkpoint(path):
@@ -90,27 +297,32 @@ def read_checkpoint(path):
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)
                                               for key, value in state.items()):
         raise UserError(f'{path}: its state_dict is not a dict of tensors')
-    if not isinstance(content.get('version', VERSION), int) or content.get('version', VERSION) > VERSION:
-        raise UserError(f'{path}: version {content["version"]}, this code reads up to {VERSION}')
+    if state is not content:
+        check_content(content, path)
     found = recognise(state, path)
-    domains, method = stated_domains(content, found, path), content.get('method')
-    if method is not None and method not in METHODS:
-        raise UserError(f'{path}: made by an unknown method {method!r}')
-    return Checkpoint(str(path), found, domains, method, content)
+    return Checkpoint(str(path), found, stated_domains(content, found, path), content.get('method'), content)
+
+
+def check_content(content, path):
+    """UserError if an entry beside the state_dict is not of its kind; of foreign files, if it is one that is used."""
+    if 'version' not in content:
+        check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method')})
+        return
+    check_kinds(content, path, KINDS)
+    if not 1 <= content['version'] <= VERSION:
+        raise UserError(f'{path}: version {content["version"]}, this code reads up to {VERSION}')
+    if content.get('epoch', 0) > content.get('options', {}).get('num_epochs', math.inf):
+        raise UserError(f'{path}: says {content["epoch"]} epochs are done of {content["options"]["num_epochs"]}')
 
 
 def stated_domains(content, found, path):
     """Names of the domains in a file of ours, None for one that has none."""
-    entries = content.get('domains')
-    if entries is None:
+    if 'domains' not in content or 'state_dict' not in content:
         return None
-    try:
-        names, counts = [str(e['name']) for e in entries], [int(e['classes']) for e in entries]
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f'{path}: its domains are not a list of {{name, classes}}') from None
+    counts = [entry['classes'] for entry in content['domains']]
     if counts != found.num_classes:
         raise UserError(f'{path}: says {counts} classes but its output layers have {found.num_classes}')
-    return names
+    return [entry['name'] for entry in content['domains']]
 
 
 def check_known(checkpoint, domains):

@@ -2,43 +2,98 @@
 
     python -m utils.compare ours=runs/demo/ours fine-tune=runs/demo/fine-tune \\
         --data-root DATA --out runs/demo
+    python -m utils.compare ours='runs/seed*/ours' fine-tune='runs/seed*/fine-tune' \\
+        --data-root DATA --out runs
 
 Reads the `results.json` that eval.py wrote into each folder, prints the matrices, writes
-`comparison.md` and `comparison.png` (input, truth, one column for each method) into --out.
+`comparison.md`, `comparison.tex` and `comparison.png` (input, truth, one column for each method)
+into --out. Several folders of one NAME (a pattern, or NAME given again) are seeds of one method:
+mean and sample standard deviation are shown. The picture is of each method's first folder.
 """
+import argparse
+import glob
 import json
 from pathlib import Path
 
-from datasets import SegmentationDataset, get_domain
+from datasets import get_domain
 from utils import pictures, tables
-from utils.checkpoint import load_network, read_checkpoint, write_atomically
+from utils.checkpoint import load_network, read_checkpoint
 from utils.errors import UserError, run_main
+from utils.evaluation import split_of
 from utils.options import Parser, data_options, data_paths
-from utils.parallel import pick_device
+from utils.parallel import Place, pick_device
+from utils.tables import Table, number, spread
+
 
 
 def parse(argv=None):
     parser = Parser(prog='python -m utils.compare', description='Compares evaluated sequences.')
-    parser.add_argument('results', nargs='+', metavar='NAME=FOLDER', help='folders with a results.json of eval.py')
-    parser.add_argument('--out', required=True, metavar='DIR', help='where the table and the picture go')
+    parser.add_argument('results', nargs='+', metavar='NAME=FOLDER',
+                        help="folders with a results.json of eval.py, a pattern in quotes, or such a file; several of "
+                             'one NAME are seeds')
+    parser.add_argument('--out', required=True, metavar='DIR', help='where the tables and the picture go')
+    parser.add_argument('--picture', action=argparse.BooleanOptionalAction, default=True,
+                        help='draw comparison.png, which takes data and checkpoints')
+    parser.add_argument('--images', nargs='+', default=[], metavar='[DOMAIN=]NAME|INDEX',
+                        help='images of the picture, by part of the name or by index (default: the one with the most '
+                             'classes of each domain)')
     parser.add_argument('--device', default='auto', help='device that draws the predictions')
     data_options(parser)
     return parser.parse_args(argv)
 
 
+def files_of(item):
+    """(name, paths of results files) of a NAME=FOLDER item."""
+    name, equals, pattern = item.partition('=')
+    if not (name and equals and pattern):
+        raise UserError(f'{item!r} is not NAME=FOLDER')
+    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+    if not found:
+        raise UserError(f'{item}: no folder fits the pattern {pattern}')
+    return name, [Path(place) / 'results.json' if not Path(place).is_file() else Path(place) for place in found]
+
+
 def read_results(items):
-    """{name: content of results.json} of NAME=FOLDER items."""
+    """{name: contents of its results.json files, one for each seed} of NAME=FOLDER items."""
     results = {}
     for item in items:
-        name, _, folder = item.partition('=')
-        path = Path(folder) / 'results.json'
-        try:
-            results[name] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
-    if len({tuple(result['domains']) for result in results.values()}) > 1:
-        raise UserError('the folders hold different domains or orders; compare like with like')
+        name, paths = files_of(item)
+        for path in paths:
+            try:
+                result = json.loads(path.read_text())
+                matrix(result), protocol(result), result['summary']['forgetting'], result['versions']
+            except (OSError, ValueError) as error:
+                raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f'{item}: {path} is no result of eval.py --json') from None
+            results.setdefault(name, []).append(result)
+    check_alike(results)
     return results
+
+
+def protocol(result):
+    """{setting: value} of what must be equal for figures to be compared."""
+    stated = result['protocol']
+    limit = stated.get('limit_batches')
+    return {**{key: stated[key] for key in ('height', 'width', 'split', 'published_metric')},
+            'resolution': stated.get('resolution', 'published'),
+            'images at most': limit and limit * stated['batch_size']}
+
+
+def check_alike(results):
+    """Refuses results that are of different domains, protocols, or, within a name, steps."""
+    everything = [result for seeds in results.values() for result in seeds]
+    if len({tuple(result['domains']) for result in everything}) > 1:
+        raise UserError('the folders hold different domains or orders; compare like with like')
+    protocols = [protocol(result) for result in everything]
+    for key in protocols[0]:
+        values = sorted({str(settings[key]) for settings in protocols})
+        if len(values) > 1:
+            raise UserError(f'the folders were evaluated differently, {key} is {" and ".join(values)}; '
+                            'compare like with like')
+    for name, seeds in results.items():
+        if len({tuple(tuple(step) for step in matrix(result)) for result in seeds}) > 1:
+            raise UserError(f'{name}: its folders hold different steps, so they are not seeds of one sequence')
 
 
 def matrix(result):
@@ -46,53 +101,70 @@ def matrix(result):
     return [{name: entry['miou'] for name, entry in step['domains'].items()} for step in result['steps']]
 
 
-def summary_rows(results):
-    """Header and rows: forgetting of every earlier domain and the mean mIoU of each method."""
-    old = list(next(iter(results.values()))['summary']['forgetting'])
-    header = ['method', *(f'forgotten of {name}' for name in old), 'mean mIoU']
-    rows = [[name, *(tables.number(result['summary']['forgetting'][domain]) for domain in old),
-             tables.number(sum(e['miou'] for e in result['domains'].values()) / len(result['domains']))]
-            for name, result in results.items()]
-    return header, rows
+def step_table(name, seeds):
+    """The step x domain matrix of a method."""
+    steps = [{domain: [step[domain] for step in across] for domain in across[0]}
+             for across in zip(*map(matrix, seeds))]
+    header, rows = tables.step_rows(steps, spread)
+    return Table(name if len(seeds) == 1 else f'{name}, {len(seeds)} seeds', f'steps-{name}', header, [rows])
 
 
-def report(results):
-    """(text for the terminal, Markdown) of all results."""
-    blocks = [f'{name}\n{tables.plain(*tables.step_rows(matrix(result)))}' for name, result in results.items()]
-    text = blocks[0]
-    for block in blocks[1:]:
-        text = tables.side_by_side(text, block)
-    text += '\n\n' + tables.plain(*summary_rows(results))
-    first = next(iter(results.values()))
-    protocol, versions = first['protocol'], first['versions']
-    about = (f'mIoU in percent over the non-void classes at {protocol["width"]}x{protocol["height"]}, split '
-             f'{protocol["split"]}; torch {versions["torch"]} on {versions["device"]}, revision {versions["git"]}.')
-    parts = [about] + [f'**{name}**\n\n{tables.markdown(*tables.step_rows(matrix(result)))}'
-                       for name, result in results.items()]
-    return text, '\n\n'.join(parts + [tables.markdown(*summary_rows(results))]) + '\n'
+def mean_miou(result):
+    """Mean over the domains after the last step; None if one is unknown."""
+    values = [entry['miou'] for entry in result['domains'].values()]
+    return None if None in values else sum(values) / len(values)
+
+
+def summary_table(results):
+    """Forgetting of every earlier domain, mean mIoU and, where known, Delta_m% of each method."""
+    sequences = [result['summary'] for seeds in results.values() for result in seeds]
+    old = list(dict.fromkeys(name for summary in sequences for name in summary['forgetting']))
+    figures = {**{f'forgotten of {name}': lambda result, name=name: result['summary']['forgetting'].get(name)
+                  for name in old}, 'mean mIoU': mean_miou}
+    if any(summary.get('delta_m') is not None for summary in sequences):
+        figures[tables.DELTA] = lambda result: result['summary'].get('delta_m')
+    rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
+            for name, seeds in results.items()]
+    return Table('Methods', 'methods', ['method', *figures], [rows])
+
+
+def describe(results):
+    """What the figures mean and what they were made with, one paragraph."""
+    first = next(iter(results.values()))[0]
+    versions = first['versions']
+    several = any(len(seeds) > 1 for seeds in results.values())
+    return (tables.describe(first['protocol'])
+            + (' Several seeds: mean and sample standard deviation.' if several else '')
+            + f' torch {versions["torch"]} on {versions["device"]}, revision {versions["git"]}.')
 
 
 def draw(results, options):
-    """Writes the picture from each sequence's last checkpoint."""
-    protocol = next(iter(results.values()))['protocol']
-    device, paths, models = pick_device(options.device), data_paths(options.data), {}
-    for name, result in results.items():
-        models[name] = load_network(read_checkpoint(result['steps'][-1]['state'])).to(device)
-    size = protocol['height'], protocol['width']
-    sets = [SegmentationDataset(get_domain(domain, paths), options.data_root, protocol['split'], size)
-            for domain in next(iter(results.values()))['domains']]
-    pictures.save_panels(Path(options.out) / 'comparison.png', sets, models, device)
+    """Writes the picture from the last checkpoint of each method's first folder."""
+    firsts = {name: seeds[0] for name, seeds in results.items()}
+    first, place = next(iter(firsts.values())), Place(pick_device(options.device))
+    settings, paths = protocol(first), data_paths(options.data)
+    sets = [split_of(get_domain(domain, paths), options.data_root, settings['split'],
+                     (settings['height'], settings['width']), settings['resolution']) for domain in first['domains']]
+    chosen = pictures.choose(sets, options.images)
+    models = {name: load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
+              for name, result in firsts.items()}
+    pictures.save_panels(Path(options.out) / 'comparison.png', sets, models, place, chosen)
 
 
 def main(argv=None):
     options = parse(argv)
     results = read_results(options.results)
-    text, table = report(results)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(options.out) / 'comparison.md', lambda file: file.write(table.encode()))
-    draw(results, options)
-    print(text)
-    print(f'\nwritten: {options.out}/comparison.md, {options.out}/comparison.png')
+    tables.check_writable('--out', options.out, folder=True)
+    about, summary = describe(results), summary_table(results)
+    matrices = [step_table(name, seeds) for name, seeds in results.items()]
+    blocks = tables.packed([tables.terminal(table) for table in matrices])
+    print(tables.wrapped(about), blocks, tables.terminal(summary), sep='\n\n')
+    written = {'comparison.md': tables.markdown_document, 'comparison.tex': tables.latex_document}
+    for name, document in written.items():
+        tables.write(Path(options.out) / name, document(about, [*matrices, summary]))
+    if options.picture:
+        draw(results, options)
+    print(f'\nwritten to {options.out}: {", ".join([*written, *(["comparison.png"] if options.picture else [])])}')
 
 
 if __name__ == '__main__':

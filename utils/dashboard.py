@@ -1,43 +1,229 @@
-"""Live curves in visdom, for runs with --port."""
+"""A dashboard in visdom while a run trains: its records, drawn anew after every epoch.
+
+    python train.py ... --port 8097 [--server http://localhost] [--env NAME]
+
+Every window is replaced by what metrics.jsonl says, so that neither a reload nor a resumed
+run doubles a point. `curves` is what report.py draws too.
+"""
+import html
+import json
+import logging
+import math
+import re
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from models.methods import METHODS
+from utils import pictures, records
+from utils.options import show
+
+TIMEOUT = 5         # seconds that the server may take for an answer
+PICTURES = 2        # validation images of each domain
+PICTURE_WIDTH = 960
+PANE = {'width': 480, 'height': 340}
+GAP = (math.nan, math.nan)
+
+
+@dataclass
+class Step:
+    """What a run has written so far: content of opts.json ({} if there is none) and lines of metrics.jsonl."""
+    folder: Path
+    record: dict
+    lines: list
+
+    @property
+    def options(self):
+        """Options of the run, {} if unknown."""
+        return self.record.get('options', {})
+
+    @property
+    def title(self):
+        """What the run learns, in words: its last domain, or all of a joint method."""
+        domains = self.options.get('domains') or [self.folder.name]
+        row = METHODS.get(self.options.get('method'))
+        return ' + '.join(domains) if row and row.joint else domains[-1]
+
+
+@dataclass
+class Plot:
+    """Curves over epochs: `lines` {name: [(epoch, value)]}, a GAP where a step ends."""
+    title: str
+    unit: str
+    lines: dict
+    log: bool = False
+
+
+def read_step(folder):
+    """The Step in `folder`."""
+    try:
+        record = json.loads((Path(folder) / 'opts.json').read_text())
+    except (OSError, ValueError):
+        record = {}
+    return Step(Path(folder), record if isinstance(record, dict) else {}, records.read_metrics(folder))
+
+
+def history(folder):
+    """Steps up to the one in `folder`, oldest first: each from the run that its --state lies with."""
+    steps = [read_step(folder)]
+    while steps[0].options.get('state'):
+        before = read_step(Path(steps[0].options['state']).parent)
+        if not before.lines or before.options.get('domains') != steps[0].options['domains'][:-1]:
+            break
+        steps.insert(0, before)
+    return steps
+
+
+def starts(steps):
+    """Epochs of the sequence that were finished when each step began."""
+    counts = [step.lines[-1]['epoch'] if step.lines else 0 for step in steps]
+    return [sum(counts[:number]) for number in range(len(steps))]
+
+
+def rates(line, options):
+    """Learning rates of an epoch: of the new domain, and of the shared weights where it is another."""
+    row, base = METHODS.get(options.get('method')), options.get('lr')
+    alone = len(options.get('domains', [])) < 2 or row is None or row.joint
+    if alone or not base or options.get('shared_lr') in (None, 0, base):
+        return {'learnt weights': line['lr']}
+    return {'learnt weights': line['lr'], 'shared weights': line['lr'] / base * options['shared_lr']}
+
+
+def plot(steps, title, unit, values, log=False):
+    """The Plot of values(line of metrics.jsonl, options of its run) -> {name: value} over the epochs of all Steps."""
+    lines = {}
+    for start, step in zip(starts(steps), steps):
+        for points in lines.values():
+            points.append(GAP)
+        for line in step.lines:
+            for name, value in values(line, step.options).items():
+                lines.setdefault(name, []).append((start + line['epoch'], value))
+    return Plot(title, unit, lines, log)
+
+
+def curves(steps):
+    """Plots of a sequence of Steps, its epochs counted on from step to step; those of zeros alone are left out."""
+    def validation(key):
+        return lambda line, _: {name: entry[key] for name, entry in line['val'].items()}
+
+    plots = [
+        plot(steps, 'mIoU on the validation images', '%', validation('miou')),
+        plot(steps, 'training loss', '', lambda line, _: {name: line['train'][name] for name in ('loss', 'ce')}),
+        plot(steps, 'distillation term, before its weight', '', lambda line, _: {'kd': line['train']['kd']}),
+        plot(steps, 'validation loss (by class weights while learnt)', '', validation('loss')),
+        plot(steps, 'learning rates', '', rates, log=True),
+        plot(steps, 'speed', 'images/s', lambda line, _: {'images/s': line['train']['images_per_second']})]
+    return [plot for plot in plots if any(value and value == value for points in plot.lines.values()
+                                          for _, value in points)]
+
+
+def environment_name(options):
+    """The dashboard's name: --env, --model-name-suffix, or the last two folders of --savedir."""
+    name = options.env or options.model_name_suffix or '-'.join(Path(options.savedir).absolute().parts[-2:])
+    return re.sub(r'[^\w.-]+', '-', name)
+
+
+def connect(options):
+    """A visdom client that raises OSError where the server does not answer in time."""
+    import visdom
+    logging.getLogger('visdom').setLevel(logging.ERROR)
+
+    class Client(visdom.Visdom):
+        def _handle_post(self, url, data=None):
+            answer = self.session.post(url, data=data or {}, timeout=TIMEOUT)
+            answer.raise_for_status()
+            return answer.text
+
+    return Client(server=options.server, port=options.port, env=environment_name(options), raise_exceptions=True,
+                  use_incoming_socket=False)
+
+
+def options_page(step):
+    """HTML of the text pane: options and versions of a run."""
+    rows = {**step.options, **step.record.get('versions', {})}
+    cells = ''.join(f'<tr><td><b>{html.escape(name)}</b>&nbsp;</td><td>{html.escape(show(value))}</td></tr>'
+                    for name, value in rows.items())
+    return f'<table>{cells}</table>'
+
+
+def shrunk(pixels, width):
+    """An image (H, W, 3) uint8 at most `width` wide."""
+    height = round(pixels.shape[0] * width / pixels.shape[1])
+    return pixels if pixels.shape[1] <= width else np.asarray(Image.fromarray(pixels).resize((width, height)))
+
+
+def validation_pictures(run, feed):
+    """The same few validation images of a domain each time, (H, W, 3) uint8: input, truth, prediction."""
+    data, rows = feed.val.dataset, []
+    for index in sorted({number * len(data) // PICTURES for number in range(PICTURES)}):
+        image, truth = data.load(index)
+        predicted = pictures.predict(run.student, feed.number, image, truth, run.place, run.options.precision)
+        rows.append(pictures.comparison(feed.domain, image, truth, predicted, data.pairs[index].image.stem))
+    return shrunk(pictures.stacked(rows), PICTURE_WIDTH)
 
 
 class Dashboard:
-    """Sends each epoch's numbers to a visdom server; silent without --port.
+    """The visdom windows of a run with `options`; silent without --port.
 
-    visdom is imported only when asked for; a server that is not there costs one
-    warning and training goes on.
+    visdom is imported only when asked for. A server that is not there costs one warning;
+    after every epoch it is asked again, and once it answers it gets everything.
     """
 
     def __init__(self, options):
-        self.vis = None
-        self.env = (options.model_name_suffix or options.method) + '-' + '-'.join(options.domains)
-        if options.port is None:
+        self.options, self.vis, self.warned = options, None, False
+        self.draw()
+
+    def show(self, line, run=None):
+        """Draws the records, `line` of metrics.jsonl being the last; after a validation, pictures of the Run too."""
+        self.draw(run if line['val'] else None)
+
+    def draw(self, run=None):
+        if self.options.port is None:
             return
         try:
-            import visdom
-            self.vis = visdom.Visdom(server=options.server, port=options.port, env=self.env, raise_exceptions=True)
-        except ImportError:
-            self.give_up('visdom is not installed')
-        except Exception as error:      # visdom raises whatever its HTTP client does
-            self.give_up(f'no visdom server at {options.server}:{options.port} ({type(error).__name__})')
+            self.vis = self.vis or connect(self.options)
+            self.draw_records()
+            if run is not None:
+                self.draw_pictures(run)
+            self.vis.save([self.vis.env])
+        except Exception as error:      # whatever goes wrong in drawing, training goes on
+            self.vis = None
+            if not self.warned:
+                reason = ' '.join(f'{type(error).__name__} {error}'.split())[:150]
+                print(f'live curves are off, training goes on: visdom at {self.options.server}:{self.options.port}: '
+                      f'{reason}', file=sys.stderr)
+            self.warned = True
 
-    def give_up(self, reason):
-        self.vis = None
-        print(f'live curves are off: {reason}', file=sys.stderr)
+    def draw_records(self):
+        """The text pane and the curves."""
+        steps = history(self.options.savedir)
+        self.vis.text(options_page(steps[-1]), win='options', opts={'title': f'options: {steps[-1].folder}', **PANE})
+        for plot in curves(steps):
+            points = np.full((max(map(len, plot.lines.values())), len(plot.lines), 2), math.nan)
+            for number, line in enumerate(plot.lines.values()):
+                points[:len(line), number] = line
+            opts = {'title': plot.title, 'xlabel': 'epoch', 'ylabel': plot.unit, 'legend': list(plot.lines),
+                    'markers': True, 'markersize': 4, 'ytype': 'log' if plot.log else 'linear', 'margintop': 30,
+                    'layoutopts': {'plotly': step_marks(steps)}, **PANE}
+            self.vis.line(X=points[..., 0], Y=points[..., 1], win=plot.title, opts=opts)
 
-    def show(self, line):
-        """Appends a line of metrics.jsonl to the curves."""
-        if self.vis is None:
-            return
-        train = dict(line['train'])
-        curves = {'images/s': {'images/s': train.pop('images_per_second')}, 'losses': train,
-                  'mIoU': {name: entry['miou'] for name, entry in line['val'].items()},
-                  'validation loss': {name: entry['loss'] for name, entry in line['val'].items()}}
-        try:
-            for title, values in curves.items():
-                for name, value in values.items():
-                    self.vis.line(X=[line['epoch']], Y=[value], win=title, name=name, update='append',
-                                  opts={'title': title, 'showlegend': True})
-        except Exception as error:      # as above
-            self.give_up(f'visdom went away ({type(error).__name__})')
+    def draw_pictures(self, run):
+        """A few validation images of every domain with truth and prediction."""
+        for feed in run.feeds:
+            if feed.val:
+                self.vis.image(validation_pictures(run, feed).transpose(2, 0, 1), win=f'pictures of {feed.domain.name}',
+                               opts={'title': feed.domain.name, 'jpgquality': 90})
+
+
+def step_marks(steps):
+    """Layout of plotly: a vertical line with the domain's name where each step starts; the pane bears the title."""
+    places = [start + 0.5 for start in starts(steps)]
+    line = {'color': '#888', 'width': 1, 'dash': 'dot'}
+    shapes = [{'type': 'line', 'x0': x, 'x1': x, 'y0': 0, 'y1': 1, 'yref': 'paper', 'line': line} for x in places]
+    notes = [{'x': x, 'y': 1, 'yref': 'paper', 'yanchor': 'top', 'xanchor': 'left', 'textangle': -90,
+              'showarrow': False, 'text': html.escape(f'step {number}: {step.title}')}
+             for number, (x, step) in enumerate(zip(places, steps), 1)]
+    return {'title': '', 'shapes': shapes, 'annotations': notes}

@@ -1,43 +1,229 @@
-"""Running a network over a split: confusion matrix and loss."""
+"""Running networks over a split: confusion matrices, losses, and the figures made of them."""
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets import SegmentationDataset, common, get_domain
+from datasets.loading import EvalBatches, make_loader
+from datasets.segmentation import load_image, open_label, to_classes
 from losses import cross_entropy_parts
-from utils.metrics import confusion, mean_iou
+from utils import metrics
+from utils.building import plain_weights
+from utils.checkpoint import check_known, load_network, read_checkpoint
+from utils.errors import UserError
+from utils.options import data_paths
 from utils.parallel import summed
 from utils.task import autocast, memory_format, to_float
 
 
 @dataclass
 class Score:
-    """A network's result on one domain: confusion matrix int64 (C, C) on the CPU, mean loss."""
+    """A network's result on one domain: confusion matrix int64 (T, C) on the CPU, mean loss.
+
+    T > C where labels tell more than the classes (see datasets.common.with_finer_labels).
+    """
     matrix: torch.Tensor
     loss: float
 
+    @property
+    def own(self):
+        """The confusion matrix (C, C) of the domain's own classes."""
+        truths, classes = self.matrix.shape
+        return metrics.fold(self.matrix, [min(row, classes - 1) for row in range(truths)], range(classes))
+
     def miou(self, published=False):
         """Mean IoU in percent."""
-        return mean_iou(self.matrix, published)
+        return metrics.mean_iou(self.own, published)
+
+
+def logits_of(model, number, images, place, precision):
+    """Logits (B, C, H, W) of the model's domain `number` for images (B, 3, H, W) uint8, on the place's device."""
+    images = to_float(images.to(place.device, non_blocking=True))
+    with autocast(place.device, precision):
+        return model(images.contiguous(memory_format=memory_format(precision)), number)
+
+
+def at_label_size(logits, labels):
+    """Yields (slice of the batch, logits (N, C, H, W), labels (N, H, W) of the same size).
+
+    labels: (B, H, W) as large as the logits, or a list of B labels of any size, to which
+    the logits are upsampled bilinearly.
+    """
+    if isinstance(labels, torch.Tensor):
+        yield slice(None), logits, labels
+        return
+    for number, label in enumerate(labels):
+        larger = interpolate(logits[number:number + 1].float(), label.shape, mode='bilinear', align_corners=False)
+        yield slice(number, number + 1), larger, label[None]
 
 
 @torch.inference_mode()
-def evaluate(model, number, loader, weights, place, precision='fp32', name=''):
+def answers(model, number, loader, place, precision, name):
+    """Yields (indices, images on the CPU, logits, labels int64) over a loader; logits and labels on the device."""
+    model.eval()
+    for images, labels, indices in tqdm(loader, desc=f'eval {name}', leave=False, disable=None if place.main else True):
+        logits = logits_of(model, number, images, place, precision)
+        for part, scored, truth in at_label_size(logits, labels):
+            yield indices[part], images[part], scored, truth.to(place.device, non_blocking=True).long()
+
+
+@torch.inference_mode()
+def evaluate(model, number, loader, weights, place, precision='fp32', name='', truths=None, watch=None):
     """The Score of `model`'s domain `number` over `loader`, summed over all ranks.
 
-    weights: (C,) cross-entropy weights. The model is left in eval mode.
+    weights: (C,) cross-entropy weights. truths: how many label values there are, those
+    from C - 1 on being void (default: C). watch: called for each of this rank's images as
+    watch(index, image uint8 (3, H, W), label, prediction), class indices (H, W) on the
+    CPU. The model is left in eval mode.
     """
-    model.eval()
-    classes = len(weights)
+    classes, truths = len(weights), truths or len(weights)
     weights = weights.to(place.device)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=place.device)
+    matrix = torch.zeros(truths, classes, dtype=torch.int64, device=place.device)
     loss = torch.zeros(2, dtype=torch.float64, device=place.device)
-    for images, labels, _ in tqdm(loader, desc=f'eval {name}', leave=False, disable=None if place.main else True):
-        images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
-        with autocast(place.device, precision):
-            logits = model(to_float(images).contiguous(memory_format=memory_format(precision)), number)
-        loss += torch.stack(cross_entropy_parts(logits, labels.long(), weights)).double()
-        matrix += confusion(logits.argmax(dim=1), labels, classes)
+    for indices, images, logits, labels in answers(model, number, loader, place, precision, name):
+        own = labels if truths == classes else labels.clamp(max=classes - 1)
+        predictions = logits.argmax(dim=1)
+        loss += torch.stack(cross_entropy_parts(logits, own, weights)).double()
+        matrix += metrics.confusion(predictions, labels, classes, truths)
+        if watch:
+            for item in zip(indices.tolist(), images, own.cpu(), predictions.cpu()):
+                watch(*item)
     summed(matrix, place)
     total, mass = summed(loss, place).tolist()
     return Score(matrix.cpu(), total / mass if mass else 0.0)
+
+
+def cross_confusion(model, number, loader, classes, truths, place, precision, name):
+    """Confusion matrix int64 (truths, classes) of a domain's head on another domain's images, over all ranks."""
+    matrix = torch.zeros(truths, classes, dtype=torch.int64, device=place.device)
+    for _, _, logits, labels in answers(model, number, loader, place, precision, name):
+        matrix += metrics.confusion(logits.argmax(dim=1), labels, classes, truths)
+    return summed(matrix, place).cpu()
+
+
+class NativeLabels(SegmentationDataset):
+    """A domain's split with images resized to (height, width) and labels of their files' own size."""
+
+    def load(self, index):
+        """Image (3, height, width) and label (H, W) of `index`, uint8."""
+        pair = self.pairs[index]
+        label = open_label(pair)
+        image = load_image(pair, label.size, self.size)
+        return image, torch.from_numpy(to_classes(np.asarray(label), pair))
+
+
+def split_of(domain, root, split, size, resolution):
+    """The data set of a domain's split, images resized to `size`; resolution: 'published' or 'native' labels."""
+    return (NativeLabels if resolution == 'native' else SegmentationDataset)(domain, root, split, size)
+
+
+def keep_labels(samples):
+    """Collates samples whose labels differ in size: images (B, 3, H, W), a list of labels, indices (B,)."""
+    images, labels, indices = zip(*samples)
+    return torch.stack(images), list(labels), torch.tensor(indices)
+
+
+def check_order(states, known):
+    """Refuses checkpoints whose domains do not continue those of the one before."""
+    names = [[domain.name for domain in domains] for domains in known]
+    for number in range(1, len(names)):
+        if names[number][:len(names[number - 1])] != names[number - 1]:
+            raise UserError(f'--state is not in step order: {states[number - 1]} knows {", ".join(names[number - 1])}, '
+                            f'but the next, {states[number]}, {", ".join(names[number])}')
+
+
+class Evaluator:
+    """Networks meet data, as the options of eval.py say; a loader is made once for each domain."""
+
+    def __init__(self, options, place):
+        self.options, self.place = options, place
+        self.paths, self.loaders = data_paths(options.data), {}
+
+    def load(self, path):
+        """(network on the device, its Domain objects) of a checkpoint."""
+        checkpoint = read_checkpoint(path)
+        count = len(checkpoint.found.num_classes)
+        names = checkpoint.domains or (self.options.domains or [])[:count]
+        if len(names) < count:
+            raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
+        domains = [self.domain(name) for name in names]
+        check_known(checkpoint, domains)
+        if self.options.common_classes:
+            for domain in domains:
+                common.to_common(domain)
+        return load_network(checkpoint, self.options.method).to(self.place.device), domains
+
+    def domain(self, name):
+        """The Domain called `name`."""
+        return get_domain(name, self.paths)
+
+    def loader(self, domain):
+        """The loader of a domain's split."""
+        if domain.name not in self.loaders:
+            self.loaders[domain.name] = self.make_loader(domain)
+        return self.loaders[domain.name]
+
+    def make_loader(self, domain):
+        options = self.options
+        data = split_of(common.with_finer_labels(domain) if options.common_classes else domain, options.data_root,
+                        options.split, (options.height, options.width), options.resolution)
+        batches = EvalBatches(len(data), options.batch_size, self.place.rank, self.place.world, options.limit_batches)
+        pin = self.place.device.type == 'cuda'
+        if options.resolution == 'published':
+            return make_loader(data, batches, options.num_workers, pin)
+        return DataLoader(data, batch_sampler=batches, num_workers=options.num_workers, pin_memory=pin,
+                          persistent_workers=options.num_workers > 0, collate_fn=keep_labels)
+
+    def score(self, model, number, domain, watch=None):
+        """The Score of the model's domain `number`, which is `domain`."""
+        return evaluate(model, number, self.loader(domain), plain_weights(domain), self.place, self.options.precision,
+                        domain.name, self.truths(domain), watch)
+
+    def truths(self, domain):
+        """How many label values the domain's loader gives."""
+        return domain.num_classes + (len(common.CLASSES) if self.options.common_classes else 0)
+
+    def entry(self, matrix, head, domain):
+        """{'miou', 'accuracy', 'iou': {class: IoU}} of a confusion matrix of `head`'s answers on `domain`.
+
+        With --common-classes the same of the common classes under 'common'. The figures of
+        a head whose classes are not the domain's are None.
+        """
+        published = self.options.published_metric
+        result = {'miou': None, 'accuracy': None, 'iou': None}
+        if head.classes == domain.classes:
+            result = figures(Score(matrix, 0.0).own, domain.classes, published)
+        if self.options.common_classes:
+            rows = common.to_common(domain) + list(range(len(common.CLASSES)))
+            folded = metrics.fold(matrix, rows, common.to_common(head))
+            result['common'] = figures(folded, common.CLASSES, published)
+        return result
+
+    def cross_heads(self, model, domains, scores):
+        """{head: {domain: entry}} of every head of a network on the images of every domain.
+
+        scores: {domain: Score} of each head on its own domain. Only heads whose classes are
+        the domain's are run, or all with --common-classes.
+        """
+        return {head.name: {domain.name: self.cross_head(model, number, head, domain, scores) for domain in domains}
+                for number, head in enumerate(domains)}
+
+    def cross_head(self, model, number, head, domain, scores):
+        """The entry of the model's domain `number`, which is `head`, on the images of `domain`."""
+        matrix = None
+        if head.name == domain.name:
+            matrix = scores[domain.name].matrix
+        elif head.classes == domain.classes or self.options.common_classes:
+            matrix = cross_confusion(model, number, self.loader(domain), head.num_classes, self.truths(domain),
+                                     self.place, self.options.precision, f'{head.name} on {domain.name}')
+        return self.entry(matrix, head, domain)
+
+
+def figures(matrix, classes, published):
+    """{'miou', 'accuracy' in percent, 'iou': {class: IoU in [0, 1]}} of a confusion matrix; NaN where undefined."""
+    return {'miou': metrics.mean_iou(matrix, published), 'accuracy': metrics.pixel_accuracy(matrix),
+            'iou': dict(zip(classes, metrics.iou_per_class(matrix, published).tolist()))}

@@ -2,13 +2,26 @@
 import torch
 
 
-def confusion(prediction, labels, num_classes):
-    """Confusion matrix int64 (C, C), rows truth, columns prediction, where they are.
+def confusion(prediction, labels, num_classes, truths=None):
+    """Confusion matrix int64 (T, C), rows truth, columns prediction, where they are.
 
-    prediction, labels: integer tensors of one shape with values in [0, C).
+    prediction, labels: integer tensors of one shape with values in [0, C) and [0, T);
+    truths: T, equal to C = num_classes unless given.
     """
+    truths = truths or num_classes
     index = labels.long().flatten() * num_classes + prediction.long().flatten()
-    return torch.bincount(index, minlength=num_classes ** 2).view(num_classes, num_classes)
+    return torch.bincount(index, minlength=truths * num_classes).view(truths, num_classes)
+
+
+def fold(matrix, truths, answers):
+    """A confusion matrix (T, C) in another label space, int64 (N, N).
+
+    truths, answers: the index there of each row and column; N - 1, the largest, is void.
+    """
+    size = max(*truths, *answers) + 1
+    index = torch.tensor(truths)[:, None] * size + torch.tensor(answers)
+    folded = torch.zeros(size * size, dtype=matrix.dtype)
+    return folded.index_add_(0, index.flatten(), matrix.flatten()).view(size, size)
 
 
 def iou_per_class(matrix, published=False):
@@ -77,3 +90,10 @@ def delta_m(miou, single):
     if not all(single.get(name) for name in miou):
         return None
     return sum(100 * (miou[name] - single[name]) / single[name] for name in miou) / len(miou)
+
+
+def summary(steps, single):
+    """All figures of a sequence, from [{domain: mIoU}] after each step and {domain: single-task mIoU}."""
+    return {'forgetting': forgetting(steps), 'backward_transfer': backward_transfer(steps),
+            'forward_transfer': forward_transfer(steps, single), 'delta_m': delta_m(steps[-1], single),
+            'single_task': single}

@@ -155,6 +155,7 @@ def train_parser():
     group = parser.add_argument_group('live curves (visdom)')
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='its address')
+    group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
     paper_options(parser)
     return parser
 

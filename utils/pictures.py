@@ -1,11 +1,24 @@
-"""Predictions made visible: colour maps, overlays, panels."""
+"""Predictions made visible: colour maps, overlays, panels, best and worst images, confusion matrices.
+
+All pictures show what is scored: the prediction is the largest logit, void included, at the
+size of the label that it is compared with.
+"""
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 
-from utils.task import to_float
+from datasets.segmentation import open_label, to_classes
+from utils import metrics, tables
+from utils.checkpoint import write_atomically
+from utils.errors import UserError
+from utils.evaluation import at_label_size, logits_of
+
+EXTREMES = 3        # images at either end of --save-extremes
+INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
 def colorize(labels, palette):
@@ -20,65 +33,285 @@ def overlay(image, labels, palette, alpha=0.55):
     return np.where((labels == len(palette) - 1)[..., None], image, blended)
 
 
-@torch.inference_mode()
-def predict(model, number, image, device='cpu'):
-    """Class indices (H, W), numpy, of an image (3, H, W) uint8 by the model's domain `number`.
+def hwc(image, size):
+    """(3, H, W) uint8 tensor -> array (*size, 3), enlarged or shrunk where need be."""
+    pixels = image.permute(1, 2, 0).numpy()
+    if pixels.shape[:2] != tuple(size):
+        pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BILINEAR))
+    return pixels
 
-    Void is not among the answers: the picture shows the best of the real classes.
+
+def save_picture(path, pixels):
+    """Writes RGB uint8 (H, W, 3) as PNG, atomically."""
+    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, 'PNG'))
+
+
+def text_size(width):
+    """Height of letters in a picture that is `width` pixels wide."""
+    return max(11, min(width // 45, 20 + width // 150))
+
+
+def band(texts, widths):
+    """A line of text above pictures: RGB (H, sum of widths, 3), each text over the picture of that width."""
+    font = ImageFont.load_default(text_size(sum(widths)))
+    height = int(1.7 * font.size)
+    strip = Image.new('RGB', (sum(widths), height), PAPER)
+    for text, width, left in zip(texts, widths, np.cumsum([0, *widths])):
+        while font.getlength(text) > width - 8 and len(text) > 4:
+            text = text[:-4] + '...'
+        ImageDraw.Draw(strip).text((int(left) + 4, height // 2), text, INK, font, anchor='lm')
+    return np.asarray(strip)
+
+
+def legend(names, colors, width):
+    """Coloured squares with class names, RGB uint8 (H, width, 3)."""
+    font = ImageFont.load_default(text_size(width))
+    line, gap = int(1.6 * font.size), font.size // 2
+    cell = max(int(font.getlength(name)) for name in names) + line + 2 * gap
+    columns = min(len(names), max(1, width // cell))
+    strip = Image.new('RGB', (max(width, cell), line * -(-len(names) // columns) + gap), PAPER)
+    pen = ImageDraw.Draw(strip)
+    for number, (name, color) in enumerate(zip(names, colors)):
+        left, top = number % columns * cell + gap, number // columns * line + gap // 2
+        pen.rectangle((left, top + 2, left + font.size, top + 2 + font.size), color, INK)
+        pen.text((left + line, top + 2 + font.size // 2), name, INK, font, anchor='lm')
+    return np.asarray(strip)
+
+
+def stacked(pictures):
+    """RGB pictures one below the other, filled up to the widest with white."""
+    width = max(picture.shape[1] for picture in pictures)
+    return np.concatenate([np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+                           for picture in pictures])
+
+
+def comparison(domain, image, truth, prediction, name):
+    """Input, truth and prediction beside each other with titles and legend, RGB uint8 (h, w, 3).
+
+    image: (3, H, W) uint8; truth, prediction: class indices of one size; name: the image's.
     """
-    model.eval()
-    logits = model(to_float(image[None].to(device)), number)[0]
-    return logits[:-1].argmax(dim=0).cpu().numpy()
+    pixels = hwc(image, truth.shape)
+    row = [pixels, overlay(pixels, truth, domain.palette), overlay(pixels, prediction, domain.palette)]
+    widths = [picture.shape[1] for picture in row]
+    miou = tables.number(image_miou(truth, prediction, domain))
+    titles = [band([f'{domain.name}  {name}'], [sum(widths)]),
+              band(['input', 'truth', f'prediction, mIoU {miou}'], widths)]
+    return stacked([*titles, np.concatenate(row, axis=1), legend(domain.classes, domain.colors, sum(widths))])
 
 
-def hwc(image):
-    """(3, H, W) tensor -> (H, W, 3) array."""
-    return image.permute(1, 2, 0).numpy()
+def image_miou(truth, prediction, domain):
+    """mIoU in percent of one image over the classes in truth or prediction; NaN where all is void."""
+    return metrics.mean_iou(metrics.confusion(prediction, truth, domain.num_classes))
 
 
-def save_overlays(model, number, dataset, folder, device, count=None):
-    """Writes input, truth and prediction beside each other as PNG, one for each image; returns the paths."""
-    folder = Path(folder) / dataset.domain.name
-    folder.mkdir(parents=True, exist_ok=True)
-    palette, paths = dataset.domain.palette, []
-    for index in range(min(len(dataset), count or len(dataset))):
-        image, truth = dataset.load(index)
-        predicted = predict(model, number, image, device)
-        row = [hwc(image), overlay(hwc(image), truth, palette), overlay(hwc(image), predicted, palette)]
-        paths.append(folder / f'{index:04d}-{dataset.pairs[index].image.stem}.png')
-        Image.fromarray(np.concatenate(row, axis=1)).save(paths[-1])
-    return paths
+class Album:
+    """The pictures that are made while a domain is evaluated; each rank saves those of its own images.
+
+    Called as `watch` of `evaluate`; `finish` adds what needs all images. folders: {'overlays',
+    'color', 'extremes', 'confusion': folder or None}; the pictures go into <folder>/<step>/<domain>.
+    """
+
+    def __init__(self, folders, step, dataset):
+        place = Path(step) / quote(dataset.domain.name, safe='')
+        self.folders = {kind: Path(folder) / place for kind, folder in folders.items() if folder}
+        self.dataset, self.domain, self.ends = dataset, dataset.domain, []
+        for kind, folder in self.folders.items():
+            make(folder)
+            if kind == 'color':
+                save_picture(folder / 'legend.png', legend([*self.domain.classes, 'void'], self.domain.palette, 640))
+
+    def __call__(self, index, image, truth, prediction):
+        stem = self.dataset.pairs[index].image.stem
+        if 'color' in self.folders:
+            save_picture(self.folders['color'] / f'{index:04d}-{stem}.png', colorize(prediction, self.domain.palette))
+        if 'overlays' not in self.folders and 'extremes' not in self.folders:
+            return
+        picture = comparison(self.domain, image, truth, prediction, stem)
+        if 'overlays' in self.folders:
+            save_picture(self.folders['overlays'] / f'{index:04d}-{stem}.png', picture)
+        miou = image_miou(truth, prediction, self.domain)
+        if 'extremes' in self.folders and miou == miou:
+            self.ends = ends([*self.ends, (miou, index, picture)])
+
+    def finish(self, matrix, place):
+        """Writes the worst and best images of all ranks, and the figure of the confusion matrix (C, C)."""
+        if 'extremes' in self.folders:
+            ranked = ends(gathered(self.ends, place))
+            count = min(EXTREMES, len(ranked) // 2 or len(ranked))
+            for number in range(count) if place.main else ():
+                save_picture(self.folders['extremes'] / f'worst-{number + 1}.png', ranked[number][2])
+                save_picture(self.folders['extremes'] / f'best-{number + 1}.png', ranked[-1 - number][2])
+        if 'confusion' in self.folders and place.main:
+            save_confusion(self.folders['confusion'] / 'confusion.png', matrix, self.domain)
+
+
+def make(folder):
+    """Makes a folder; UserError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made: {error.strerror}') from None
+
+
+def ends(ranked):
+    """The EXTREMES first and last of (mIoU, index, picture) triples, in rising order."""
+    ranked = sorted(ranked, key=lambda item: item[:2])
+    return ranked if len(ranked) <= 2 * EXTREMES else ranked[:EXTREMES] + ranked[-EXTREMES:]
+
+
+def gathered(items, place):
+    """The list `items` of every rank, joined."""
+    if place.world == 1:
+        return items
+    everyones = [None] * place.world
+    dist.all_gather_object(everyones, items)
+    return [item for items in everyones for item in items]
 
 
 def richest(dataset):
     """Index of the image whose label has the most classes, the first of equals; void is no class."""
-    kinds = [len(set(np.unique(dataset.load(index)[1])) - {dataset.domain.void}) for index in range(len(dataset))]
-    return int(np.argmax(kinds))
+    return int(np.argmax([classes_of(pair, dataset.size, dataset.domain.void) for pair in dataset.pairs]))
 
 
-def save_panels(path, datasets, models, device):
-    """A figure: a row for each domain; columns input, truth and the prediction of each model.
+def classes_of(pair, size, void):
+    """How many classes the label of a pair has at `size` (height, width)."""
+    label = np.asarray(open_label(pair).resize(size[::-1], Image.NEAREST))
+    return int((np.unique(to_classes(label, pair)) < void).sum())
 
-    datasets: of each domain, in the networks' order; models: {name: network}. Shows the
-    image of each domain whose label has the most classes.
+
+def choose(datasets, wanted):
+    """[(number of the data set, index of the image)] for figures, in the order of the data sets.
+
+    wanted: items WHAT or DOMAIN=WHAT, WHAT being an index or a part of the image's path that
+    no other image of the domain has; without an item the richest image of each domain.
+    UserError for an item that names no image.
     """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    if not wanted:
+        return [(number, richest(dataset)) for number, dataset in enumerate(datasets)]
+    chosen = []
+    for item in wanted:
+        name, equals, what = item.partition('=')
+        searched = [(number, dataset) for number, dataset in enumerate(datasets)
+                    if not equals or name.lower() in map(str.lower, (dataset.domain.name, *dataset.domain.aliases))]
+        found = [(number, index) for number, dataset in searched
+                 for index in [find_image(dataset, what if equals else item)] if index is not None]
+        if not found:
+            places = ', '.join(dataset.domain.name for _, dataset in searched) or f'no domain called {name!r}'
+            raise UserError(f'--images {item}: no image, or more than one, of that name or index in {places}')
+        chosen += found
+    return sorted(set(chosen))
+
+
+def find_image(dataset, what):
+    """Index of the one image that `what` names (see `choose`), or None."""
+    paths = [pair.image.relative_to(dataset.folder).as_posix() for pair in dataset.pairs]
+    exact = [index for index, path in enumerate(paths) if Path(path).stem == what]
+    if not exact and what.isdecimal() and str(int(what)) == what:
+        return int(what) if int(what) < len(paths) else None
+    found = exact or [index for index, path in enumerate(paths) if what in path]
+    return found[0] if len(found) == 1 else None
+
+
+@torch.inference_mode()
+def predict(model, number, image, label, place, precision='fp32'):
+    """Class indices (H, W) of an image (3, h, w) uint8 at the size of its label, by the model's domain `number`."""
+    model.eval()
+    labels = label[None] if label.shape == image.shape[1:] else [label]
+    _, logits, _ = next(at_label_size(logits_of(model, number, image[None], place, precision), labels))
+    return logits[0].argmax(dim=0).cpu()
+
+
+def figure_format(path):
+    """The format that a figure's file name asks for; UserError if there is none such."""
+    from matplotlib.backend_bases import FigureCanvasBase
+    suffix = Path(path).suffix[1:].lower()
+    if suffix not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f'{path}: figures are .png, .pdf or .svg, not {Path(path).suffix or "without suffix"}')
+    return suffix
+
+
+def new_figure(**keywords):
+    """A matplotlib Figure that takes dollar signs as they are."""
+    from matplotlib.figure import Figure
+    return Figure(layout='constrained', **keywords)
+
+
+def save_figure(path, figure, dpi=110):
+    """Writes a figure in the format of the file's name, atomically."""
+    write_atomically(path, lambda file: figure.savefig(file, format=figure_format(path), dpi=dpi))
+
+
+def save_panels(path, datasets, models, place, chosen, precision='fp32'):
+    """A figure: a row for each chosen image; columns input, truth, the prediction of each model, legend.
+
+    datasets: of each domain, in the networks' order; models: {title: network}, which may
+    lack the later domains; chosen: what `choose` gives.
+    """
     columns = ['input', 'truth', *models]
-    figure, axes = plt.subplots(len(datasets), len(columns), squeeze=False, layout='constrained',
-                                figsize=(3.2 * len(columns), 1.9 * len(datasets)))
-    for number, (dataset, row) in enumerate(zip(datasets, axes)):
-        image, truth = dataset.load(richest(dataset))
-        pixels, palette = hwc(image), dataset.domain.palette
-        maps = [truth, *(predict(model, number, image, device) for model in models.values())]
-        pictures = [pixels, *(overlay(pixels, labels, palette, 0.8) for labels in maps)]
-        for axis, title, picture in zip(row, columns, pictures):
-            axis.imshow(picture)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if number == 0:
-                axis.set_title(title)
-        row[0].set_ylabel(dataset.domain.name)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    shapes = [dataset.size for dataset in datasets]
+    height = 3.2 * max(h / w for h, w in shapes) + 0.35
+    figure = new_figure(figsize=(3.2 * (len(columns) + 1), height * len(chosen) + 0.3))
+    axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
+    for (number, index), row in zip(chosen, axes):
+        draw_row(row, datasets[number], number, index, models, place, precision)
+    for axis, title in zip(axes[0], columns):
+        axis.set_title(title, parse_math=False)
+    save_figure(path, figure)
+
+
+def draw_row(row, dataset, number, index, models, place, precision):
+    """Fills a row of axes of `save_panels`."""
+    domain, (image, truth) = dataset.domain, dataset.load(index)
+    truth = truth.long().clamp(max=domain.void)
+    pixels, shown = hwc(image, truth.shape), set(truth.unique().tolist())
+    row[0].imshow(pixels)
+    row[0].set_ylabel(domain.name, parse_math=False)
+    row[0].set_xlabel(dataset.pairs[index].image.stem, fontsize=7, parse_math=False)
+    row[1].imshow(overlay(pixels, truth, domain.palette, 0.8))
+    for axis, model in zip(row[2:], models.values()):
+        if number >= len(model.num_classes):
+            axis.imshow(np.full_like(pixels, 235))
+            axis.text(0.5, 0.5, 'not learnt yet', ha='center', va='center', transform=axis.transAxes)
+            continue
+        prediction = predict(model, number, image, truth, place, precision)
+        shown |= set(prediction.unique().tolist())
+        axis.imshow(overlay(pixels, prediction, domain.palette, 0.8))
+        axis.set_xlabel(f'mIoU {image_miou(truth, prediction, domain):.1f}', fontsize=8)
+    for axis in row[:-1]:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    draw_legend(row[-1], domain, sorted(shown - {domain.void}))
+
+
+def draw_legend(axis, domain, classes):
+    """Fills an axis with the colours and names of those classes (indices)."""
+    from matplotlib.patches import Patch
+    axis.axis('off')
+    patches = [Patch(facecolor=np.divide(domain.colors[index], 255), edgecolor='black', linewidth=0.5,
+                     label=domain.classes[index]) for index in classes]
+    found = axis.legend(handles=patches, loc='center left', ncols=1 + len(classes) // 10, fontsize=7, frameon=False,
+                        borderaxespad=0, columnspacing=1)
+    for text in found.get_texts():
+        text.set_parse_math(False)
+
+
+def save_confusion(path, matrix, domain):
+    """A figure of a confusion matrix (C, C): percent of each true class's pixels (row) by prediction (column)."""
+    matrix = matrix[:-1].double()
+    percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()     # NaN: no such pixels
+    names, answers = domain.classes, [*domain.classes, 'void']
+    side = 2.2 + 0.42 * len(answers)
+    figure = new_figure(figsize=(side + 1.2, side))
+    axis = figure.subplots()
+    image = axis.imshow(percent, cmap='Blues', vmin=0, vmax=100)
+    axis.set_xticks(range(len(answers)), answers, rotation=60, ha='right', rotation_mode='anchor', parse_math=False)
+    axis.set_yticks(range(len(names)), names, parse_math=False)
+    axis.set_xlabel('prediction')
+    axis.set_ylabel('truth')
+    axis.set_title(f'{domain.name}: percent of the pixels of each true class', parse_math=False)
+    for (row, column), value in np.ndenumerate(percent):
+        if value >= 0.5:
+            axis.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=7,
+                      color='white' if value > 55 else 'black')
+    figure.colorbar(image, ax=axis, label='percent', fraction=0.04)
+    save_figure(path, figure)

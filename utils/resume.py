@@ -1,44 +1,165 @@
 """Going on where a run stopped: which file, whether it fits, and that nobody else is at it."""
 import contextlib
 import fcntl
+import math
+import os
 import signal
 import sys
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
 
+from models.layouts import faults
 from utils import checkpoint
 from utils.errors import UserError
 
 # Options that change no result, or only where the data lies; a change of the second kind is said.
 HARMLESS = {'resume', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',
-            'cache', 'model_name_suffix'}
+            'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel'}
 INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume
 
 
+# What a run's checkpoint holds beside what every checkpoint may: (test, what it has to be).
+PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
+         'teacher': (lambda value: value is None or isinstance(value, dict), 'a dict or None'),
+         'optimizer': (lambda value: isinstance(value, dict) and isinstance(value.get('state'), dict)
+                       and isinstance(value.get('param_groups'), list), 'the state of an optimiser'),
+         'scheduler': (lambda value: isinstance(value, dict), 'a dict'),
+         'scaler': (lambda value: isinstance(value, dict), 'a dict'),
+         'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
+                    and isinstance(value.get('cuda'), list), 'a dict of random states')}
+LOSSES = {'loss', 'ce', 'kd'}
+# What an optimiser's groups hold in every version of torch, beside the rate.
+SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
+
+
 def find(folder, names):
-    """The content of the first readable checkpoint of `names` in `folder`; None if there is none at all.
+    """The content of the first readable checkpoint of `names` in `folder`, its name added as 'file'; None if none is there.
 
     A damaged file is said, and the next name tried; UserError if all that exist are damaged.
     """
+    check_places(folder, names)
     reasons = []
     for name in names:
         path = folder / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             content = checkpoint.read(path)
-            if not isinstance(content, dict) or 'optimizer' not in content or 'random' not in content:
-                raise UserError(f'{path} is no checkpoint of a run of train.py')
+            check_run(content, path)
             if reasons:
                 print(f'{"; ".join(reasons)}; going on from {path}', file=sys.stderr)
-            return content
+            return {**content, 'file': name}
         except UserError as error:
             reasons.append(str(error))
     if reasons:
         raise UserError(f'--resume: {"; ".join(reasons)}; move the file away to start fresh')
     return None
+
+
+def check_places(folder, names):
+    """UserError if a file to be written is a directory, which no writing could replace."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise UserError(f'{folder / name} is a directory; move it away, the run writes a file of that name')
+
+
+def check_run(content, path):
+    """UserError unless `content` is whole and agrees with itself, as what a run of train.py saved does."""
+    wanted = {**PARTS, **checkpoint.KINDS}
+    lacking = [name for name in wanted if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise UserError(f'{path} is no checkpoint of a run of train.py: it has no {lacking[0]}')
+    checkpoint.check_kinds(content, path, PARTS)
+    checkpoint.check_content(content, path)
+    options, names = content['options'], [entry['name'] for entry in content['domains']]
+    if (content['method'], names) != (options.get('method'), options.get('domains')):
+        raise UserError(f'{path}: its method and domains are not those of its options')
+    if bool(content['batch']) != (content['totals'].keys() == LOSSES):
+        raise UserError(f'{path}: its batch {content["batch"]} does not go with the sums {list(content["totals"])}')
+    if bool(content['scaler']) != (options.get('precision') == 'fp16'):
+        raise UserError(f'{path}: its scaler is not that of its --precision')
+    if content['scheduler'].get('last_epoch') != content['epoch']:
+        raise UserError(f'{path}: its epoch {content["epoch"]} is not that of its scheduler')
+    for part in ('state_dict', 'teacher', 'optimizer'):
+        for name, value in checkpoint.leaves(content[part]):
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise UserError(f'{path}: {part}.{name} holds values that are not finite')
+
+
+def check_alike(saved, own, name):
+    """ValueError unless `saved` is nested as `own` is, with the same names, types and shapes."""
+    if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
+        if saved.shape != own.shape:
+            raise ValueError(f'{name} has the shape {list(saved.shape)}, {list(own.shape)} is expected')
+    elif type(saved) is not type(own) and {type(saved), type(own)} != {dict, OrderedDict}:
+        raise ValueError(f'{name} is of type {type(saved).__name__}, {type(own).__name__} is expected')
+    elif isinstance(own, dict):
+        odd = sorted(map(str, own.keys() ^ saved.keys()))
+        if odd:
+            raise ValueError(f'{odd[0]} is in one {name} only')
+        for key in own:
+            check_alike(saved[key], own[key], f'{name} {key}')
+    elif isinstance(own, (list, tuple)):
+        if len(own) != len(saved):
+            raise ValueError(f'{name} has {len(saved)} entries, {len(own)} are expected')
+        for number, pair in enumerate(zip(saved, own)):
+            check_alike(*pair, f'{name} {number}')
+
+
+def check_optimizer(saved, optimizer, complete):
+    """ValueError unless `saved` holds the settings of `optimizer` and Adam's moments of its parameters.
+
+    complete: whether every parameter must have moments.
+    """
+    groups = optimizer.state_dict()['param_groups']
+    for name in SETTINGS:
+        check_equal([group[name] for group in saved['param_groups']], [group[name] for group in groups], name)
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group['params']))
+    odd = saved['state'].keys() ^ parameters.keys() if complete else saved['state'].keys() - parameters.keys()
+    if odd:
+        raise ValueError(f'the moments of parameter {min(map(str, odd))} are missing or surplus')
+    for number, moments in saved['state'].items():
+        like = {'step': torch.tensor(0.0), 'exp_avg': parameters[number], 'exp_avg_sq': parameters[number]}
+        check_alike(moments, like, f'optimiser state {number}')
+        wrong = faults(like, moments)
+        if wrong or moments['step'] < 0 or (moments['exp_avg_sq'] < 0).any():
+            raise ValueError(f'optimiser state {number}: {(wrong or ["a value is negative where none can be"])[0]}')
+
+
+def check_equal(saved, own, name):
+    """ValueError if a setting was another."""
+    if saved != own:
+        raise ValueError(f'{name} was {saved}, is {own}')
+
+
+def checked_schedule(saved, schedule):
+    """The saved schedule's state for `schedule`; ValueError unless its rates are those of the saved epoch."""
+    own = schedule.state_dict()
+    # Versions of torch differ in what else there is.
+    state = {name: value for name, value in saved['scheduler'].items() if name in own}
+    check_alike(state, {name: own[name] for name in state}, 'scheduler')
+    check_equal(state['base_lrs'], schedule.base_lrs, 'base rates')
+    rates = [base * factor(saved['epoch']) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    groups = [group['lr'] for group in saved['optimizer']['param_groups']]
+    for found in (groups, state['_last_lr']):
+        if not all(map(math.isclose, found, rates)):
+            raise ValueError(f'the rates of epoch {saved["epoch"]} are {rates}, not {found}')
+    return state
+
+
+def check_scaler(saved, scaler):
+    """ValueError unless `saved` is a possible state of `scaler`."""
+    own = scaler.state_dict()
+    if not saved or not own:        # another --precision, which may be
+        return
+    check_alike(saved, own, 'scaler')
+    for name in own.keys() - {'scale', '_growth_tracker'}:
+        check_equal(saved[name], own[name], name)
+    if not (0 < saved['scale'] < math.inf and checkpoint.whole(saved['_growth_tracker'])):
+        raise ValueError(f'scaler: {saved["scale"]} is no scale')
 
 
 def differences(saved, options):
@@ -56,10 +177,7 @@ def differences(saved, options):
 
 def check_options(content, options):
     """Refuses to go on with other options than the checkpoint's run had, unless they are harmless."""
-    saved = content.get('options')
-    if not isinstance(saved, dict):
-        raise UserError(f'--resume: the checkpoint in {options.savedir} holds no options; use another --savedir')
-    refused, said = differences(saved, options)
+    refused, said = differences(content['options'], options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '
                         'repeat them, or use another --savedir')
@@ -69,12 +187,23 @@ def check_options(content, options):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Holds `folder` for this process; UserError if another one does. A dead process holds nothing."""
-    with open(folder / '.lock', 'w') as file:
+    """Holds `folder` for this process; UserError if another one does. A dead process holds nothing.
+
+    The lock belongs to the process alone: loader workers, which outlive a killed run
+    by seconds, do not hold it.
+    """
+    path = folder / '.lock'
+    try:
+        file = open(path, 'w')
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror}); use another --savedir') from None
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(f'another run is at work in {folder}; wait for it, or use another --savedir') from None
+        except OSError as error:
+            print(f'{folder} is not locked ({error.strerror}); take care that no second run uses it', file=sys.stderr)
         yield
 
 

@@ -4,22 +4,28 @@ from pathlib import Path
 
 import torch
 
+from models.layouts import faults
 from utils import building, checkpoint, resume
 from utils.errors import UserError
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
+WRITTEN = LATEST, PREVIOUS, BEST, 'metrics.jsonl', 'opts.json'
 
 
 class Run:
     """Everything that a training step consists of.
 
     epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. saved: the checkpoint dict to go on from, or None.
+    the loss parts over those batches. sound: whether the file at LATEST is worth keeping.
+    saved: the checkpoint to go on from, as `resume.find` gives it, or None.
     """
 
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed)
         self.options, self.place = options, place
+        resume.check_places(self.folder, WRITTEN)
+        if place.main:
+            checkpoint.remove_leftovers(self.folder, WRITTEN)
         self.feeds = building.build_feeds(options, place)
         domains = [feed.domain for feed in self.feeds]
         build = building.rebuild_networks if saved else building.build_networks
@@ -31,7 +37,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
         self.parts = building.loss_parts(options, self.teacher)
         self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
-        self.written = time.monotonic()
+        self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:
             self.restore(saved)
 
@@ -77,21 +83,38 @@ class Run:
     def restore(self, state):
         """Goes on from `state`, a dict that `state()` made with the same options."""
         try:
+            self.check_fit(state)
             self.student.load_state_dict(state['state_dict'])
             if self.teacher is not None:
                 self.teacher.load_state_dict(state['teacher'])
             self.optimizer.load_state_dict(state['optimizer'])
-            self.schedule.load_state_dict(state['scheduler'])
-            self.scaler.load_state_dict(state['scaler'])
+            self.schedule.load_state_dict(resume.checked_schedule(state, self.schedule))
+            if state['scaler']:
+                self.scaler.load_state_dict(state['scaler'])
             torch.set_rng_state(state['random']['torch'])
             if self.place.device.type == 'cuda' and state['random']['cuda']:
                 torch.cuda.set_rng_state_all(state['random']['cuda'])
             self.totals = {name: torch.tensor(value, dtype=torch.float64, device=self.place.device)
                            for name, value in state['totals'].items()}
-            self.epoch, self.batch, self.best = state['epoch'], state['batch'], state['best_acc']
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f'{self.folder / LATEST} does not fit this run '
+            self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f'the checkpoint in {self.folder} does not fit this run '
                             f'({" ".join(str(error).split())[:200]}); use another --savedir') from None
+
+    def check_fit(self, state):
+        """ValueError unless every part of `state` has the form of this run's own and a possible value."""
+        # fp16 leaves a batch's step out where the scaled gradients overflow.
+        stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.learnt))
+        resume.check_optimizer(state['optimizer'], self.optimizer, complete=stepped)
+        resume.check_scaler(state['scaler'], self.scaler)
+        for name, network in (('state_dict', self.student), ('teacher', self.teacher)):
+            own = network.state_dict() if network is not None else {}
+            resume.check_alike(state[name] or {}, own, name)
+            if wrong := faults(own, state[name] or {}):
+                raise ValueError(wrong[0])
+        batches = len(self.learnt) * len(self.learnt[0].train)
+        if state['batch'] > batches:
+            raise ValueError(f'batch {state["batch"]} of {batches} in an epoch')
 
     def save(self, best=False):
         """Writes the checkpoint, the one before it kept beside; with `best`, the best model too."""
@@ -100,8 +123,9 @@ class Run:
         state = self.state()
         if best:
             checkpoint.save(state, self.folder / BEST)
-        checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS)
-        self.written = time.monotonic()
+        # A damaged file must not take the place of the copy that this run went on from.
+        checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS if self.sound else None)
+        self.written, self.sound = time.monotonic(), True
 
     def save_when_due(self):
         """Writes a checkpoint within the epoch once --checkpoint-minutes have passed since the last."""

@@ -1,38 +1,96 @@
-"""Tables of results as plain text and Markdown."""
+"""Tables of results: as text for the terminal, as Markdown, LaTeX and CSV."""
+import csv
+import io
 import math
+import re
+import statistics
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checkpoint import write_atomically
+from utils.errors import UserError
+
+WIDTH = 80          # columns of the terminal
+LONGEST = 28        # characters of a cell there
+DELTA = 'Delta_m%'
+COMMON = '7 common classes (IDD level 1)'
+TRANSFERS = (('backward_transfer', 'backward transfer'), ('forward_transfer', 'forward transfer'), ('delta_m', DELTA))
+TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}',
+       '>': r'\textgreater{}', '|': r'\textbar{}', **{mark: '\\' + mark for mark in '&%$#_{}'}}
+
+
+@dataclass
+class Table:
+    """title: one line. key: short name. groups: lists of rows that a line parts; cells are str. notes: sentences."""
+    title: str
+    key: str
+    header: list
+    groups: list
+    notes: tuple = ()
 
 
 def number(value, digits=2):
     """A figure as text; '-' for None and NaN."""
-    return '-' if value is None or math.isnan(value) else f'{value:.{digits}f}'
+    return '-' if value is None or math.isnan(value) else f'{round(value, digits) + 0.0:.{digits}f}'    # no -0.00
 
 
-def plain(header, rows):
-    """An aligned text table: first column left, the others right."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ['  '.join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
+def spread(values, digits=2):
+    """Figures of several seeds as text: mean +- sample standard deviation; '-' if one is missing."""
+    if any(number(value) == '-' for value in values):
+        return '-'
+    mean = number(statistics.fmean(values), digits)
+    return f'{mean} +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
-def markdown(header, rows):
-    """The same as a Markdown table."""
-    line = lambda cells: '| ' + ' | '.join(str(cell) for cell in cells) + ' |'
-    return '\n'.join([line(header), '|' + ' --- |' + ' ---: |' * (len(header) - 1), *map(line, rows)])
+def plain(header, *groups):
+    """An aligned text table: first column left, the others right, a line above each group of rows."""
+    cells = [[[str(cell) for cell in row] for row in group] for group in ([header], *groups)]
+    widths = [max(len(row[column]) for group in cells for row in group) for column in range(len(header))]
+    lines = [['  '.join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in group]
+             for group in cells]
+    rule = '-' * max(len(line) for group in lines for line in group)
+    return f'\n{rule}\n'.join('\n'.join(group) for group in lines if group)
 
 
-def step_rows(steps):
-    """(header, rows) of the step x domain mIoU matrix; steps: list of {domain: mIoU}."""
-    names = list(steps[-1])
-    return (['mIoU after step', *names],
-            [[f'{index} ({list(step)[-1]})', *(number(step.get(name)) for name in names)]
-             for index, step in enumerate(steps, 1)])
+def fitted(header, groups, width=WIDTH):
+    """The same within `width`: long cells cut, columns that do not fit in further blocks below."""
+    rows = [[short(cell) for cell in header]], *([[short(cell) for cell in row] for row in group] for group in groups)
+    widths = [max(len(row[column]) for group in rows for row in group) for column in range(len(header))]
+    blocks, used = [[0]], widths[0]
+    for column in range(1, len(header)):
+        if used + 2 + widths[column] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += 2 + widths[column]
+    return '\n\n'.join(plain(*([[row[column] for column in block] for row in group] if number else
+                               [group[0][column] for column in block]
+                               for number, group in enumerate(rows))) for block in blocks)
 
 
-def class_rows(classes):
-    """(header, rows) of per-class IoU in percent; classes: {name: IoU in [0, 1] or None}."""
-    return ['class', 'IoU'], [[name, number(None if iou is None else 100 * iou)] for name, iou in classes.items()]
+def short(cell):
+    """A cell as text of at most LONGEST characters."""
+    return cell if len(cell) <= LONGEST else cell[:LONGEST - 3] + '...'
+
+
+def wrapped(text):
+    """A paragraph in lines of the terminal's width."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def packed(blocks, gap='    '):
+    """Text blocks beside each other as far as they fit, else below."""
+    done = blocks[:1]
+    for block in blocks[1:]:
+        beside = side_by_side(done[-1], block, gap)
+        if max(map(len, beside.splitlines())) <= WIDTH:
+            done[-1] = beside
+        else:
+            done.append(block)
+    return '\n\n'.join(done)
 
 
 def side_by_side(left, right, gap='    '):
@@ -41,3 +99,209 @@ def side_by_side(left, right, gap='    '):
     width, height = max(map(len, left), default=0), max(len(left), len(right))
     left, right = left + [''] * (height - len(left)), right + [''] * (height - len(right))
     return '\n'.join(f'{a.ljust(width)}{gap}{b}'.rstrip() for a, b in zip(left, right))
+
+
+def terminal(table):
+    """A Table as text of at most WIDTH columns."""
+    body = fitted(table.header, table.groups)
+    return '\n'.join([wrapped(table.title), body, *map(wrapped, table.notes)])
+
+
+def markdown(header, *groups):
+    """The rows as a Markdown table."""
+    line = lambda cells: '| ' + ' | '.join(str(cell).replace('|', r'\|').replace('+-', '±') for cell in cells) + ' |'
+    rows = [row for group in groups for row in group]
+    return '\n'.join([line(header), '|' + ' --- |' + ' ---: |' * (len(header) - 1), *map(line, rows)])
+
+
+def markdown_document(about, tables):
+    """A paragraph and Tables as Markdown."""
+    parts = [f'**{table.title}**\n\n' + '\n\n'.join([markdown(table.header, *table.groups), *table.notes])
+             for table in tables]
+    return '\n\n'.join([about, *parts]) + '\n'
+
+
+def tex(text):
+    """Text as LaTeX; figures with a sign or a deviation in mathematics, '-' (no figure) as a dash."""
+    if text == '-':
+        return '--'
+    if re.fullmatch(r'-?\d+\.\d+( \+- \d+\.\d+)?', text) and ('-' in text):
+        return f'${text.replace("+-", chr(92) + "pm")}$'
+    marked = r'$\Delta_m$\%'.join(''.join(TEX.get(letter, letter) for letter in part) for part in text.split(DELTA))
+    return re.sub(r'(?<= )-(?=\d)', '$-$', marked)
+
+
+def latex(table, about=''):
+    """A Table as a LaTeX table of the package booktabs; its caption has title, `about` and notes."""
+    row = lambda cells: '    ' + ' & '.join(map(tex, cells)) + r' \\'
+    body = [line for group in table.groups if group for line in (r'    \midrule', *map(row, group))]
+    caption = ' '.join(tex(part.rstrip('.') + '.') for part in (table.title, about, *table.notes) if part)
+    label = re.sub(r'[^A-Za-z0-9]+', '-', table.key)
+    return '\n'.join([
+        r'\begin{table}[t]', r'  \centering', rf'  \caption{{{caption}}}', rf'  \label{{tab:{label}}}', r'  \smallskip',
+        rf'  \begin{{tabular}}{{l{"r" * (len(table.header) - 1)}}}', r'    \toprule', row(table.header), *body,
+        r'    \bottomrule', r'  \end{tabular}', r'\end{table}'])
+
+
+def latex_document(about, tables):
+    """Tables as LaTeX to be included with \\input; the first caption says how the figures were made."""
+    parts = [latex(table, '' if index else about) for index, table in enumerate(tables)]
+    return '\n\n'.join(['% \\usepackage{booktabs} in the preamble', *parts]) + '\n'
+
+
+def describe(protocol):
+    """What the figures mean, one paragraph, from the protocol in the results."""
+    size = f'{protocol["width"]}x{protocol["height"]}'
+    how = (f"at each label's own size (native): logits of the images resized to {size} are upsampled bilinearly"
+           if protocol.get('resolution') == 'native' else f'at {size}: images and labels resized, as published')
+    absent = 'counts 0' if protocol['published_metric'] else 'is left out'
+    limit = protocol.get('limit_batches')
+    return (f'mIoU in percent over the non-void classes, split {protocol["split"]}, {how}. Void pixels do not count, '
+            f'void predicted elsewhere is a miss; a class absent from truth and prediction {absent}.'
+            + (f' Trial: {limit} batches of {protocol["batch_size"]} images of each domain at most.' if limit else ''))
+
+
+def step_rows(steps, show=number):
+    """(header, rows) of the step x domain mIoU matrix; steps: list of {domain: mIoU}, which `show` turns into text."""
+    names = list(steps[-1])
+    return (['mIoU after step', *names],
+            [[f'{index} ({list(step)[-1]})', *(show(step[name]) if name in step else '-' for name in names)]
+             for index, step in enumerate(steps, 1)])
+
+
+def in_space(entries, common):
+    """{domain: figures} of a step's entries, in the common classes or the domains' own."""
+    return {name: entry['common'] if common else entry for name, entry in entries.items()}
+
+
+def transfer_note(summary):
+    """The sequence's single figures in one sentence; '' if there are none."""
+    known = [f'{label} {number(summary[key])}' for key, label in TRANSFERS if summary[key] is not None]
+    return f'{known[0][0].upper()}{", ".join(known)[1:]}.' if known else ''
+
+
+def domain_table(entries, summary):
+    """One checkpoint: mIoU and pixel accuracy of each domain."""
+    single, note = summary['single_task'], transfer_note(summary)
+    header = ['domain', 'mIoU', 'pixel accuracy', *(['single-task mIoU'] if single else [])]
+    rows = [[name, number(entry['miou']), number(entry['accuracy']), *([number(single.get(name))] if single else [])]
+            for name, entry in entries.items()]
+    return Table('Scores of each domain', 'domains', header, [rows], (note,) if note else ())
+
+
+def step_table(steps, summary):
+    """A sequence: mIoU of each domain after each step, forgetting and single-task results."""
+    header, rows = step_rows([{name: entry['miou'] for name, entry in step.items()} for step in steps])
+    extra = [[label, *(number(summary[key].get(name)) for name in header[1:])]
+             for key, label in (('forgetting', 'forgetting'), ('single_task', 'single-task')) if summary[key]]
+    note = transfer_note(summary)
+    return Table('mIoU of each domain after each step', 'steps', header, [rows, extra], (note,) if note else ())
+
+
+def class_rows(title, key, columns):
+    """Table of the IoU in percent of each class, their mean and the pixel accuracy; columns: {header: entry}."""
+    percent = lambda value: number(None if value is None else 100 * value)
+    classes = next(iter(columns.values()))['iou']
+    rows = [[label, *(percent(entry['iou'][label]) for entry in columns.values())] for label in classes]
+    means = [[label, *(number(entry[key]) for entry in columns.values())]
+             for label, key in (('mIoU', 'miou'), ('pixel accuracy', 'accuracy'))]
+    return Table(title, key, ['class', *columns], [rows, means])
+
+
+def class_tables(steps):
+    """For each domain, the IoU of each class after each step that knows it; steps: [{domain: entry}]."""
+    tables = []
+    for name in steps[-1]:
+        columns = {f'step {index}' if len(steps) > 1 else 'IoU': step[name]
+                   for index, step in enumerate(steps, 1) if name in step}
+        tables.append(class_rows(f'IoU of the classes of {name}', f'classes-{name}', columns))
+    return tables
+
+
+def head_table(heads):
+    """mIoU of every head on the images of every domain."""
+    names = list(heads)
+    rows = [[head, *(number(row[name]['miou']) for name in names)] for head, row in heads.items()]
+    other = any(row[name]['iou'] is None for row in heads.values() for name in names)
+    note = ('No figure where the head has other classes than the domain.',) if other else ()
+    return Table('mIoU of every head on the images of every domain', 'heads', ['head', *names], [rows], note)
+
+
+def sequence_tables(results, common):
+    """Tables of all domains, in the common classes or the domains' own."""
+    steps = [in_space(step['domains'], common) for step in results['steps']]
+    summary = results['common_summary' if common else 'summary']
+    tables = [step_table(steps, summary) if len(steps) > 1 else domain_table(steps[0], summary)]
+    if 'cross_heads' in results:
+        tables.append(head_table({head: in_space(row, common) for head, row in results['cross_heads'].items()}))
+    return tables
+
+
+def result_tables(results, per_class):
+    """(Tables of all domains, Tables of the IoU of every class if `per_class`) of what eval.py found."""
+    steps, common = [step['domains'] for step in results['steps']], []
+    tables, classes = sequence_tables(results, False), class_tables(steps) if per_class else []
+    if 'common_summary' in results:
+        common = sequence_tables(results, True)
+        for table in common:
+            table.title, table.key = f'{table.title} in the {COMMON}', f'{table.key}-common'
+        if per_class:
+            common.append(class_rows(f'IoU of the {COMMON}', 'classes-common', in_space(steps[-1], True)))
+    return tables + common, classes
+
+
+def entry_rows(step, head, domain, entry):
+    """Rows of the CSV file of one entry: its own classes' figures and the common ones'."""
+    rows = []
+    for space, values in (('own', entry), ('common', entry.get('common', {}))):
+        place = [step, head, domain, space]
+        rows += [[*place, '', key, values[key]] for key in ('miou', 'accuracy', 'loss') if values.get(key) is not None]
+        classes = (values.get('iou') or {}).items()
+        rows += [[*place, label, 'iou', 100 * iou] for label, iou in classes if iou is not None]
+    return rows
+
+
+def csv_text(results):
+    """All figures, one a line: step, head, domain, classes (own, common), class, metric, value (loss, else percent)."""
+    rows, last = [], len(results['steps'])
+    for step, content in enumerate(results['steps'], 1):
+        for name, entry in content['domains'].items():
+            rows += entry_rows(step, name, name, entry)
+    for head, row in results.get('cross_heads', {}).items():
+        for name, entry in row.items():
+            rows += entry_rows(last, head, name, entry) if name != head else []
+    for space, summary in (('own', results['summary']), ('common', results.get('common_summary', {}))):
+        for key, value in summary.items():
+            values = value.items() if isinstance(value, dict) else [('', value)]
+            rows += [[last, '', name, space, '', key, figure] for name, figure in values if figure is not None]
+    file = io.StringIO()
+    csv.writer(file, lineterminator='\n').writerows(
+        [['step', 'head', 'domain', 'classes', 'class', 'metric', 'value'], *rows])
+    return file.getvalue()
+
+
+def without_nan(value):
+    """The same with None for every NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write(path, text):
+    """Writes text, atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_writable(option, path, folder=False):
+    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be."""
+    place = Path(path) if folder else Path(path).parent
+    if not folder and Path(path).is_dir():
+        raise UserError(f'{option} {path} is a folder, a file name is expected')
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None

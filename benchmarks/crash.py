@@ -1,0 +1,407 @@
+"""Kills training runs at random moments, resumes them, and compares their end with a run left alone.
+
+    python -m benchmarks.crash [--kills 50 --seed 0 --json FILE]
+
+trains on toy roads, a checkpoint after every batch. SIGKILL falls at the start of a run, at any
+moment, and, most often, while a checkpoint is being written; the run is resumed at once, until it is
+at its end and the next one begins. After every kill all files that were there must be there, whole
+and not older; at every end all tensors, the optimiser's moments, the best model and metrics.jsonl
+(but for its images per second) must be those of the run left alone, to the last bit. Then the files
+of a stopped run are damaged in one way after the other, and disks made full or read-only. Exit status
+1 if anything was lost or differs.
+"""
+import collections
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train
+from datasets.toy_roads import write_toy_roads
+from utils import checkpoint
+from utils.errors import UserError, run_main
+from utils.options import Parser, natural, positive
+from utils.records import environment, read_metrics, write_json
+from utils.run import BEST, LATEST, PREVIOUS
+from utils.tables import plain
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES, EPOCHS, BATCH = 12, 3, 2
+PER_EPOCH = IMAGES // BATCH
+OPTIONS = ['--domains', 'cityscapes', '--height', '32', '--width', '64', '--batch-size', str(BATCH), '--num-epochs',
+           str(EPOCHS), '--class-weights', 'none', '--device', 'cpu', '--checkpoint-minutes', '0', '--resume']
+STOP = 8        # batches after which the run whose files are damaged is stopped
+WAIT = 300      # seconds that one life of a run may take at most
+WHERE = 'start', 'any moment', 'writing'
+SHARES = 1, 3, 6
+
+
+def live(progress, *arguments):
+    """One life of a run, in a process of its own: train.py, a byte added to `progress` after every batch."""
+    real, file = train.train_batch, os.open(progress, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def noted(*batch):
+        losses = real(*batch)
+        os.write(file, b'.')
+        return losses
+    train.train_batch = noted
+    run_main(partial(train.main, arguments))
+
+
+@dataclass
+class Place:
+    """A run's --savedir; `root` holds the data and the file in which the run notes its batches."""
+    root: Path
+    folder: Path
+
+    @property
+    def progress(self):
+        return self.root / f'{self.folder.name}.progress'
+
+    @property
+    def batches(self):
+        """Batches finished in all lives together."""
+        return self.progress.stat().st_size if self.progress.exists() else 0
+
+    def start(self, *more, limit=None):
+        """A process that goes on with the run; files that it writes have at most `limit` bytes."""
+        code = 'import sys; from benchmarks.crash import live; live(*sys.argv[1:])'
+        limiting = limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        return subprocess.Popen([sys.executable, '-c', code, str(self.progress), '--data-root', str(self.root / 'data'),
+                                 '--savedir', str(self.folder), *OPTIONS, *more], cwd=ROOT, preexec_fn=limiting,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
+
+    def finish(self, *more, limit=None):
+        """Goes on to the end: (exit status, what it said on stderr)."""
+        process = self.start(*more, limit=limit)
+        _, said = process.communicate(timeout=WAIT)
+        return process.returncode, said.strip()
+
+    def copy(self, name):
+        """A Place whose folder is a copy of this one's."""
+        shutil.copytree(self.folder, self.root / name)
+        return Place(self.root, self.root / name)
+
+
+@dataclass
+class Tally:
+    """What the kills did. where: how many fell where. batches: done in all lives; repeated: more than once."""
+    where: collections.Counter = field(default_factory=collections.Counter)
+    kills: int = 0
+    resumed: int = 0
+    runs: int = 0
+    batches: int = 0
+    repeated: int = 0
+    lost: list = field(default_factory=list)
+    differing: list = field(default_factory=list)
+
+
+def position(folder):
+    """Batches done according to the latest checkpoint, 0 if there is none."""
+    if not (folder / LATEST).exists():
+        return 0
+    content = checkpoint.read(folder / LATEST)
+    return content['epoch'] * PER_EPOCH + content['batch']
+
+
+def half_written(folder):
+    """Files that a run was writing when it was killed."""
+    return list(folder.glob('.*.tmp'))
+
+
+def kill(process, place, where, chance):
+    """Kills the process at a moment drawn from `chance`; returns whether it was before its end."""
+    begun, before, batches = time.monotonic(), place.batches, chance.randrange(4)
+    delay = {'start': chance.uniform(0, 5), 'any moment': chance.uniform(0, 0.5), 'writing': chance.uniform(0, 0.05)}[where]
+    reached = {'start': lambda: True, 'any moment': lambda: place.batches >= before + batches,
+               'writing': lambda: place.batches >= before + batches and half_written(place.folder)}[where]
+    while process.poll() is None and not reached():
+        if time.monotonic() > begun + WAIT:
+            raise TimeoutError(f'a run in {place.folder} took more than {WAIT} seconds')
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def lost_files(folder, known, least):
+    """What is gone, damaged or older, in words. known: names seen before; least: position seen before."""
+    lost = []
+    for name in known | {LATEST} if (folder / LATEST).exists() else known:
+        try:
+            checkpoint.read(folder / name)
+        except UserError as error:
+            lost.append(str(error))
+    if lost:
+        return lost
+    if position(folder) < least:
+        lost.append(f'{LATEST} fell from batch {least} to {position(folder)}')
+    if len(read_metrics(folder)) < position(folder) // PER_EPOCH:
+        lost.append(f'metrics.jsonl has {len(read_metrics(folder))} epochs at batch {position(folder)}')
+    return lost
+
+
+def killed_run(place, kills, chance, tally, bar):
+    """A run killed until there are `kills` of all runs together, or it is at its end; then undisturbed to the end."""
+    known, least, killed = set(), 0, False
+    while tally.kills < kills and not tally.lost:
+        before = place.batches
+        # Loader processes outlive a killed run by seconds: they must not keep it from being resumed.
+        process = place.start('--num-workers', str(tally.kills % 2))
+        survived = not kill(process, place, chance.choices(WHERE, SHARES)[0], chance)
+        if survived and process.returncode:
+            tally.lost.append(f'run {tally.runs} ended with exit status {process.returncode}')
+        tally.resumed += killed and not tally.lost
+        if survived:
+            return
+        killed = True
+        tally.kills += 1
+        tally.where['while a file was written' if half_written(place.folder) else 'elsewhere'] += 1
+        tally.lost += lost_files(place.folder, known, least)
+        known |= {name for name in (LATEST, PREVIOUS, BEST) if (place.folder / name).exists()}
+        reached, least = least + place.batches - before, position(place.folder)
+        tally.repeated += reached - least
+        bar.update()
+    status, said = place.finish()
+    tally.resumed += not status
+    if status:
+        tally.lost.append(f'run {tally.runs} could not be resumed: {said}')
+
+
+def difference(a, b, name=''):
+    """Where two values differ first, in words; None if they are equal to the last bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return None if a.dtype == b.dtype and torch.equal(a, b) else name
+    if isinstance(a, dict) and isinstance(b, dict):
+        odd = sorted(map(str, a.keys() ^ b.keys()))
+        return f'{name}.{odd[0]}' if odd else first(difference(a[key], b[key], f'{name}.{key}') for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        if len(a) != len(b):
+            return f'the length of {name}'
+        return first(difference(*pair, f'{name}.{number}') for number, pair in enumerate(zip(a, b)))
+    return None if a == b else name
+
+
+def first(found):
+    return next((item for item in found if item is not None), None)
+
+
+def result(folder):
+    """What a run is compared by: latest and best checkpoint, metrics.jsonl without times."""
+    files = {name: {key: value for key, value in checkpoint.read(folder / name).items() if key != 'options'}
+             for name in (LATEST, BEST)}
+    lines = read_metrics(folder)
+    for line in lines:
+        line['train'].pop('images_per_second')
+    return {**files, 'metrics.jsonl': lines}
+
+
+def kill_many(root, options, straight):
+    """Runs killed `options.kills` times in all: the Tally."""
+    chance, tally = random.Random(options.seed), Tally()
+    with tqdm(total=options.kills, unit='kill', leave=False, disable=None) as bar:
+        while tally.kills < options.kills and not tally.lost:
+            tally.runs += 1
+            place = Place(root, root / f'run{tally.runs}')
+            killed_run(place, options.kills, chance, tally, bar)
+            odd = not tally.lost and difference(straight, result(place.folder))
+            if odd:
+                tally.differing.append(f'run {tally.runs}: {odd}')
+            tally.batches += place.batches
+            shutil.rmtree(place.folder)
+    return tally
+
+
+def cut(name, part, place):
+    """Cuts a file to a part of its length."""
+    data = (place.folder / name).read_bytes()
+    (place.folder / name).write_bytes(data[:int(part * len(data))])
+
+
+def flip(name, place):
+    """Changes one bit in the middle of a file."""
+    data = bytearray((place.folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (place.folder / name).write_bytes(data)
+
+
+def both(place):
+    cut(LATEST, 0.5, place)
+    cut(PREVIOUS, 0.5, place)
+
+
+def make_directory(place):
+    (place.folder / LATEST).unlink()
+    (place.folder / LATEST).mkdir()
+
+
+def remove(place):
+    (place.folder / LATEST).unlink()
+
+
+def leave_half(place):
+    """What a run killed while writing leaves behind."""
+    (place.folder / f'.{LATEST}.4711.tmp').write_bytes((place.folder / LATEST).read_bytes()[:1000])
+
+
+def cut_metrics(place):
+    with open(place.folder / 'metrics.jsonl', 'a') as file:
+        file.write('{"epoch": 2, "tra')
+
+
+def nothing(place):
+    """Leaves the files as they are."""
+
+
+# (what happened to the files of a stopped run, how, options of the resumed one, whether it goes on).
+DAMAGE = [
+    ('nothing', nothing, (), True), ('latest cut in half', partial(cut, LATEST, 0.5), (), True),
+    ('latest empty', partial(cut, LATEST, 0), (), True), ('one bit of latest flipped', partial(flip, LATEST), (), True),
+    ('latest gone', remove, (), True), ('latest a directory', make_directory, (), False),
+    ('latest and previous cut', both, (), False), ('a half-written file left', leave_half, (), True),
+    ('metrics.jsonl cut within a line', cut_metrics, (), True),
+    ('another method', nothing, ('--method', 'fine-tune'), False),
+    ('another domain', nothing, ('--domains', 'BDD'), False)]
+
+
+def verdict(place, straight, status, said, goes_on=True):
+    """(outcome in words, whether it is as it must be) of a run that ended."""
+    if not goes_on:
+        return said, status == 2 and said.startswith('error: ') and '\n' not in said
+    if status:
+        return f'exit {status}: {said}', False
+    odd = difference(straight, result(place.folder))
+    left = half_written(place.folder)
+    told = f'{said}; ' if said else ''
+    if odd or left:
+        return f'{told}{odd or left[0].name} differs', False
+    return f'{told}equal at the end', True
+
+
+def damaged(stopped, straight):
+    """Yields (name, outcome, good) of every damage to the files of the Place `stopped`."""
+    for name, harm, more, goes_on in DAMAGE:
+        place = stopped.copy('damaged')
+        harm(place)
+        yield name, *verdict(place, straight, *place.finish(*more), goes_on)
+        shutil.rmtree(place.folder)
+
+
+def file_size_limit(stopped, straight):
+    """(name, outcome, good): no checkpoint can be written for a while; the run goes on later."""
+    place = stopped.copy('limited')
+    least, files = position(place.folder), {LATEST, PREVIOUS, BEST}
+    status, said = place.finish(limit=(place.folder / LATEST).stat().st_size // 2)
+    lost = lost_files(place.folder, files, least) + [path.name for path in half_written(place.folder)]
+    outcome, good = verdict(place, straight, *place.finish())
+    shutil.rmtree(place.folder)
+    refused = status == 2 and said.startswith('error: ') and '\n' not in said
+    return 'no room for a checkpoint (RLIMIT_FSIZE)', f'{said}; {len(lost)} files lost; later {outcome}', \
+        good and refused and not lost
+
+
+def mount(folder, *options):
+    """Mounts, or changes, a file system in memory; returns why not, or ''."""
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join(options), 'tmpfs', str(folder)],
+                          capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+def full_disk(root, straight):
+    """Yields (name, outcome, good) of a small file system that fills up, and is then read-only, and then grows."""
+    place = Place(root, root / 'disk' / 'run')
+    place.folder.parent.mkdir()
+    reason = mount(place.folder.parent, 'size=60m')
+    if reason:
+        yield 'full disk (tmpfs)', f'not tried: {reason}', True
+        return
+    try:
+        status, said = place.finish()
+        lost = lost_files(place.folder, {LATEST}, 1) + [path.name for path in half_written(place.folder)]
+        good = status == 2 and said.startswith('error: ') and '\n' not in said and not lost
+        yield 'full disk (tmpfs)', f'{said}; {len(lost)} files lost', good
+        mount(place.folder.parent, 'remount', 'ro')
+        yield 'read-only disk', *verdict(place, straight, *place.finish(), goes_on=False)
+        mount(place.folder.parent, 'remount', 'rw', 'size=400m')
+        yield 'the disk grown', *verdict(place, straight, *place.finish())
+    finally:
+        subprocess.run(['umount', str(place.folder.parent)], check=True)
+
+
+def below_a_file(root, straight):
+    """(name, outcome, good) of a --savedir that cannot be, whoever asks."""
+    (root / 'file').write_text('')
+    place = Place(root, root / 'file' / 'run')
+    return '--savedir below a file', *verdict(place, straight, *place.finish(), goes_on=False)
+
+
+def stopped_run(root):
+    """A Place where a run was stopped by SIGTERM after STOP batches or a few more."""
+    place = Place(root, root / 'stopped')
+    process = place.start()
+    while process.poll() is None and place.batches < STOP:
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=WAIT)
+    return place
+
+
+def trials(root, straight):
+    """Yields (name, outcome, good) of everything but kills."""
+    stopped = stopped_run(root)
+    yield from damaged(stopped, straight)
+    yield file_size_limit(stopped, straight)
+    yield from full_disk(root, straight)
+    yield below_a_file(root, straight)
+
+
+def report(tally, tried):
+    """The tables of the terminal."""
+    rows = [['kills', tally.kills], *([f'  {where}', count] for where, count in sorted(tally.where.items())),
+            ['resumed', tally.resumed], ['runs', tally.runs], ['batches', tally.batches],
+            ['  of them repeated', tally.repeated], ['files lost', len(tally.lost)],
+            ['runs that differ from the one left alone', len(tally.differing)]]
+    trials_rows = [f'{"ok " if good else "BAD"}  {name}: {outcome}' for name, outcome, good in tried]
+    return '\n'.join([plain(['SIGKILL', ''], rows), '', *tally.lost, *tally.differing, *trials_rows])
+
+
+def main(arguments=None):
+    parser = Parser(prog='python -m benchmarks.crash', description='Kills training runs and damages their files.')
+    parser.add_argument('--kills', type=positive, default=50, help='kills in all')
+    parser.add_argument('--seed', type=natural, default=0, help='seed of the moments')
+    parser.add_argument('--json', metavar='FILE', help='write all figures')
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_toy_roads(root / 'data', train=IMAGES, val=2, height=32, width=64, seed=1)
+        alone = Place(root, root / 'alone')
+        status, said = alone.finish()
+        if status:
+            raise UserError(f'the run left alone ended with exit status {status}: {said}')
+        straight = result(alone.folder)
+        tally = kill_many(root, options, straight)
+        tried = [(name, outcome.replace(folder, ''), good) for name, outcome, good in trials(root, straight)]
+    print(report(tally, tried))
+    if options.json:
+        write_json(options.json, {
+            'options': vars(options), 'versions': environment(torch.device('cpu')), 'train': OPTIONS,
+            'kills': vars(tally), 'trials': [{'name': n, 'outcome': o, 'good': g} for n, o, g in tried]})
+    return int(bool(tally.lost or tally.differing) or not all(good for _, _, good in tried))
+
+
+if __name__ == '__main__':
+    run_main(main)

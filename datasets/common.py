@@ -1,0 +1,61 @@
+"""The label space that all domains share, IDD's level 1, to compare figures of different class sets.
+
+A class belongs to one of the common classes by its name: those of Cityscapes, BDD100K and IDD as
+in IDD's own label table, those of CamVid as below. A user's own domain takes part if its class
+names are among these. Void stays void; only Cityscapes' label ids tell more than its classes do
+(parking is drivable, a guard rail a roadside object), and truth keeps that.
+"""
+from dataclasses import replace
+
+from datasets.domains import DOMAINS, Labels
+from datasets.labels import label_table
+from utils.errors import UserError
+
+CLASSES = DOMAINS['idd-lite'].classes
+VOID = len(CLASSES)
+CAMVID = {'sky': 6, 'building': 5, 'pole': 4, 'road': 0, 'sidewalk': 1, 'tree': 5, 'sign': 4, 'fence': 4, 'car': 3,
+          'pedestrian': 2, 'bicyclist': 2}
+LABEL_IDS = '_gtFine_labelIds.png'
+
+
+def places():
+    """{class name: index in CLASSES} of the classes of all built-in domains."""
+    found = {name: index for index, name in enumerate(CLASSES)}
+    found.update(CAMVID)
+    for row in label_table('idd'):
+        for domain, column in (('cityscapes', 'csTrainId'), ('IDD', 'level3Id')):
+            if row[column] < len(DOMAINS[domain].classes):
+                found[DOMAINS[domain].classes[row[column]]] = row['level1Id']
+    return found
+
+
+def to_common(domain):
+    """Index in CLASSES, or VOID, of every class index of `domain`, void included, as a list.
+
+    UserError for a domain with a class that has no place among them.
+    """
+    known = places()
+    strange = [name for name in domain.classes if name not in known]
+    if strange:
+        more = f' and {len(strange) - 3} more' if len(strange) > 3 else ''
+        raise UserError(f'--common-classes: domain {domain.name!r} has no mapping to the common classes: '
+                        f'{", ".join(map(repr, strange[:3]))}{more} is no class name of the built-in domains; '
+                        'name its classes as those do, or leave --common-classes out')
+    return [known[name] for name in domain.classes] + [VOID]
+
+
+def with_finer_labels(domain):
+    """`domain` with labels that keep what the common classes tell apart in its void.
+
+    The label of such a pixel is num_classes + its index in CLASSES, instead of void. Only
+    Cityscapes' label ids hold more than its classes; they are then read before train ids.
+    """
+    finer = {row['csId']: domain.num_classes + row['level1Id'] for row in label_table('idd') if row['level1Id'] < VOID}
+    layouts = []
+    for layout in domain.layouts:
+        kinds = [kind if kind.suffix != LABEL_IDS or domain.name != 'cityscapes' else
+                 Labels(LABEL_IDS, {value: finer.get(value, index) if index == domain.void else index
+                                    for value, index in kind.values.items()}) for kind in layout.label_kinds]
+        kinds.sort(key=lambda kind: kind.suffix != LABEL_IDS)
+        layouts.append(replace(layout, label_kinds=tuple(kinds)))
+    return replace(domain, layouts=tuple(layouts))

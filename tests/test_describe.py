@@ -1,0 +1,84 @@
+"""The model card: parameters, costs, what is known of the training."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from models.layouts import published_keys
+from tests.fill import fill
+from tests.test_checkpoints import published_file
+from tests.test_tsne import save_network
+from utils import describe
+from utils.checkpoint import load_network, read_checkpoint
+
+
+def counted(model, number, height, width):
+    """GFLOP by hooks: 2 for each weight of a convolution and each place it is applied at."""
+    total = [0]
+
+    def hook(layer, inputs, output):
+        places = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        total[0] += 2 * layer.weight.numel() * places.shape[2] * places.shape[3]
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(hook)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, height, width), number)
+    return total[0] / 1e9
+
+
+@pytest.mark.parametrize('method', ['ours', 'fine-tune', 'series-adapters'])
+def test_cost_equals_a_count_by_hooks(method):
+    model = build_model([20, 12], method)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for number in (0, 1):
+        assert describe.gflop(model, number, 64, 96) == pytest.approx(counted(model, number, 64, 96), rel=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_methods_cost_and_size_are_the_known_ones():
+    model = build_model([20, 20])
+    assert describe.gflop(model, 0, 512, 1024) == pytest.approx(60.2, abs=0.05)
+    counts = describe.parameter_counts(model)
+    assert counts == {'shared': 1868252, 'total': 2871844, 'domains': [305792 + 5792 + 190212] * 2}
+
+
+def test_card_of_a_run(tmp_path, capsys):
+    path = save_network(tmp_path / 'run/model_best.pth.tar', ['cityscapes', 'IDD'], 'ours', 0)
+    content = torch.load(path, weights_only=True)
+    content.update(epoch=2, best_acc=41.25, options={'num_epochs': 3, 'lr': 5e-4, 'domains': ['cityscapes', 'IDD'],
+                                                     'recipe': 'corrected', 'limit_batches': None})
+    torch.save(content, path)
+    lines = [{'epoch': epoch, 'val': {'cityscapes': {'miou': 60.0 + epoch, 'loss': 0.5},
+                                      'IDD': {'miou': 41.25, 'loss': 1}}} for epoch in (1, 2, 3)]
+    (path.parent / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    describe.main([str(path), '--height', '64'])
+    out = ' '.join(capsys.readouterr().out.split())
+    for expected in ('2 domains (20, 27 classes)', 'ours: parallel adapters', '501,796', '1,868,252', '128x64',
+                     'cityscapes: road, sidewalk', 'autorickshaw', 'when it was best: 41.25',
+                     'cityscapes: mIoU 62.00, loss 0.5000 after epoch 2', 'recipe: corrected',
+                     'epochs finished: 2 of 3'):
+        assert expected in out, expected
+    assert 'limit-batches' not in out and 'mIoU 63' not in out
+
+
+def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
+    model = fill(build_model([20, 20]))
+    path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
+    describe.main([str(path), '--height', '64'])
+    out = capsys.readouterr().out
+    assert 'names not known' in out and out.count('not recorded in the file') >= 2
+    describe.main([str(path), '--height', '64', '--domains', 'CS', 'BDD'])
+    out = capsys.readouterr().out
+    assert 'BDD' in out and 'names not known' not in out
+
+
+def test_the_parts_add_up_to_the_whole(tmp_path):
+    path = save_network(tmp_path / 'model_best.pth.tar', ['cityscapes', 'BDD', 'IDD'], 'ours', 0)
+    options = describe.parse([str(path), '--height', '64'])
+    found = read_checkpoint(path)
+    header, rows = describe.domain_rows(load_network(found), found, options)
+    counts, shares = ([float(row[column].replace(',', '')) for row in rows] for column in (2, 3))
+    assert len(rows) == 5 and sum(counts[:4]) == counts[4] and sum(shares[:4]) == pytest.approx(100, abs=0.21)

@@ -1,0 +1,387 @@
+"""eval.py and utils.compare: figures against independent ones, formats, resolutions, label spaces, seeds."""
+import csv
+import json
+import re
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score
+
+import eval as evaluation
+from datasets import DOMAINS, common, get_domain
+from datasets.pairs import find_split
+from models import build_model
+from utils import checkpoint, compare, tables
+from utils.errors import UserError
+
+COUNTS = {'cityscapes': 20, 'BDD': 20, 'IDD': 27}
+# Label ids of Cityscapes in each of the common classes.
+COMMON_IDS = ((7, 9), (8, 10, 22), (24, 25), range(26, 34), (12, 13, 14, 17, 18, 19, 20), (11, 15, 16, 21), (23,))
+
+
+def save(path, model, names, method='ours'):
+    checkpoint.save({'version': 1, 'epoch': 1, 'state_dict': model.state_dict(), 'best_acc': 0.0, 'method': method,
+                     'domains': [{'name': name, 'classes': COUNTS[name]} for name in names]}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def states(tmp_path_factory):
+    """Checkpoints of the three steps of an untrained network whose decoders differ."""
+    folder, names, paths = tmp_path_factory.mktemp('states'), list(COUNTS), []
+    torch.manual_seed(0)
+    for count in (1, 2, 3):
+        model = build_model([COUNTS[name] for name in names[:count]])
+        paths.append(save(folder / f'{count}.pth', model.eval(), names[:count]))
+    return paths
+
+
+def run(toy, *arguments):
+    evaluation.main(['--data-root', str(toy), '--height', '32', '--num-workers', '0', '--device', 'cpu',
+                     *map(str, arguments)])
+
+
+def evaluate(toy, folder, *arguments):
+    """The JSON that eval.py writes; NaN is refused as JSON does."""
+    run(toy, '--json', folder / 'r.json', *arguments)
+    return json.loads((folder / 'r.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} in JSON'))
+
+
+@pytest.fixture(scope='module')
+def sequence(toy, states, tmp_path_factory):
+    """(folder of the files, contents of the JSON) of the sequence with all options of scoring."""
+    folder = tmp_path_factory.mktemp('sequence')
+    files = [part for kind in ('csv', 'markdown', 'latex') for part in (f'--{kind}', folder / f'r.{kind}')]
+    return folder, evaluate(toy, folder, '--state', *states, '--cross-heads', '--common-classes', '--per-class',
+                            '--single-task', 'CS=50', 'BDD=40', 'IDD=30', *files)
+
+
+def maps(toy, state, number, images_of, native=False, size=(32, 64)):
+    """(truth, answer) of all validation images, flat: label file values, and argmax of the logits at the label's size.
+
+    An implementation of its own: Pillow for the images, one image at a time.
+    """
+    model = checkpoint.load_network(checkpoint.read_checkpoint(state)).eval()
+    truth, answer = [], []
+    for pair in find_split(get_domain(images_of), toy, 'val').pairs:
+        pixels = np.asarray(Image.open(pair.image).convert('RGB').resize(size[::-1], Image.BILINEAR))
+        label = Image.open(pair.label)
+        label = np.asarray(label if native else label.resize(size[::-1], Image.NEAREST))
+        with torch.inference_mode():
+            logits = model(torch.tensor(pixels).permute(2, 0, 1)[None] / 255, number)
+            if native:
+                logits = torch.nn.functional.interpolate(logits, label.shape, mode='bilinear')
+        truth.append(label.ravel())
+        answer.append(logits[0].argmax(dim=0).numpy().ravel())
+    return np.concatenate(truth), np.concatenate(answer)
+
+
+def want(truth, answer, classes, void):
+    """(mIoU, accuracy) in percent from scikit-learn over the pixels whose truth is not void."""
+    truth, answer = truth[truth != void], answer[truth != void]
+    present = [c for c in range(classes) if (truth == c).any() or (answer == c).any()]
+    return (100 * jaccard_score(truth, answer, labels=present, average='macro', zero_division=0),
+            100 * accuracy_score(truth, answer))
+
+
+def figures(entry):
+    return entry['miou'], entry['accuracy']
+
+
+def test_published_protocol_equals_scikit_learn(toy, states, sequence):
+    truth, answer = maps(toy, states[2], 2, 'IDD')
+    assert figures(sequence[1]['domains']['IDD']) == pytest.approx(want(truth, answer, 26, 255))
+    assert sequence[1]['protocol']['resolution'] == 'published'
+
+
+@pytest.fixture(scope='module')
+def uneven(toy, tmp_path_factory):
+    """BDD images and labels of the toy roads, one of them of twice the size."""
+    root = tmp_path_factory.mktemp('uneven')
+    shutil.copytree(toy / 'bdd100k', root / 'bdd100k')
+    pair = find_split(DOMAINS['BDD'], root, 'val').pairs[1]
+    for path in (pair.image, pair.label):
+        image = Image.open(path)
+        image.resize((2 * image.width, 2 * image.height), Image.NEAREST).save(path)
+    return root
+
+
+def bdd_only(states, folder):
+    """A checkpoint of one step that knows BDD alone, and its path."""
+    torch.manual_seed(5)
+    return save(folder / 'bdd.pth', build_model([20]).eval(), ['BDD'])
+
+
+def test_native_resolution_scores_at_each_labels_own_size(uneven, states, tmp_path, capsys):
+    state = bdd_only(states, tmp_path)
+    truth, answer = maps(uneven, state, 0, 'BDD', native=True)
+    native = evaluate(uneven, tmp_path, '--state', state, '--resolution', 'native', '--batch-size', 3)
+    text = capsys.readouterr().out
+    assert len(truth) == 3 * 64 * 128 + 128 * 256
+    assert figures(native['domains']['BDD']) == pytest.approx(want(truth, answer, 19, 255))
+    assert "at each label's own size (native): logits of the images resized to 64x32" in ' '.join(text.split())
+    published = evaluate(uneven, tmp_path, '--state', state)
+    assert 'at 64x32: images and labels resized, as published' in ' '.join(capsys.readouterr().out.split())
+    assert published['domains']['BDD']['miou'] != pytest.approx(native['domains']['BDD']['miou'])
+    assert native['protocol'] == {**published['protocol'], 'resolution': 'native', 'batch_size': 3}
+
+
+def test_cross_heads_run_each_head_on_the_domains_of_its_classes(toy, states, sequence):
+    heads = sequence[1]['cross_heads']
+    truth, answer = maps(toy, states[2], 0, 'BDD')
+    assert figures(heads['cityscapes']['BDD']) == pytest.approx(want(truth, answer, 19, 255))
+    assert heads['BDD']['BDD']['miou'] == sequence[1]['domains']['BDD']['miou']
+    assert heads['IDD']['BDD']['miou'] is heads['BDD']['IDD']['miou'] is None
+    truth, answer = maps(toy, states[2], 2, 'BDD')
+    truth, answer = (np.array(common.to_common(DOMAINS[name]) + [7] * 236)[part[truth < 19]]
+                     for name, part in (('BDD', truth), ('IDD', answer)))
+    assert figures(heads['IDD']['BDD']['common']) == pytest.approx(want(truth, answer, 7, 7))
+
+
+def test_the_common_classes_are_the_known_table():
+    values = common.with_finer_labels(DOMAINS['cityscapes']).layouts[0].label_kinds[0].values
+    space = common.to_common(DOMAINS['cityscapes']) + list(range(common.VOID))
+    got = {identity: space[index] for identity, index in values.items()}
+    assert got == {identity: next((c for c, ids in enumerate(COMMON_IDS) if identity in ids), 7) for identity in range(34)}
+    assert common.to_common(DOMAINS['camvid']) == [6, 5, 4, 0, 1, 5, 4, 4, 3, 2, 2, 7]
+    assert common.to_common(DOMAINS['idd-lite']) == list(range(8))
+    assert common.to_common(DOMAINS['IDD']) == [0, 0, 1, 1, 2, 2, *[3] * 7, *[4] * 9, 5, 5, 5, 6, 7]
+    assert common.to_common(DOMAINS['BDD']) == common.to_common(DOMAINS['cityscapes'])
+
+
+def test_common_classes_score_all_label_ids_that_have_a_place(toy, states, sequence):
+    truth, answer = maps(toy, states[2], 0, 'cityscapes')
+    place = np.full(256, 7)
+    for index, ids in enumerate(COMMON_IDS):
+        place[list(ids)] = index
+    trained = {row: place[identity] for identity, row in DOMAINS['cityscapes'].layouts[0].label_kinds[1].values.items()
+               if row < 19}
+    answer = np.array([trained.get(index, 7) for index in range(20)])[answer]
+    entry = sequence[1]['domains']['cityscapes']
+    assert figures(entry['common']) == pytest.approx(want(place[truth], answer, 7, 7))
+    assert list(entry['common']['iou']) == list(common.CLASSES)
+    assert entry['miou'] == sequence[1]['steps'][2]['domains']['cityscapes']['miou']
+
+
+def test_common_classes_leave_the_own_figures_as_they_are(toy, states, sequence, tmp_path):
+    plainly = evaluate(toy, tmp_path, '--state', *states)
+    assert 'cross_heads' not in plainly and 'common_summary' not in plainly
+    for step, other in zip(plainly['steps'], sequence[1]['steps']):
+        for name, entry in step['domains'].items():
+            assert list(entry) == ['miou', 'accuracy', 'iou', 'loss']
+            assert entry == {key: other['domains'][name][key] for key in entry}
+
+
+def test_an_own_domain_without_a_place_in_the_common_classes_is_refused(tmp_path):
+    (tmp_path / 'domain.json').write_text(json.dumps({'images': 'a', 'labels': 'b', 'classes': [
+        {'name': 'road', 'color': [1, 2, 3]}, {'name': 'lava', 'color': [9, 9, 9]}]}))
+    COUNTS['mars'] = 3
+    state = save(tmp_path / 'mars.pth', build_model([3]), ['mars'])
+    with pytest.raises(UserError, match="domain 'mars' has no mapping to the common classes: 'lava' is") as error:
+        run(tmp_path, '--state', state, '--data', f'mars={tmp_path}', '--common-classes')
+    assert '\n' not in str(error.value)
+
+
+def test_summary_of_the_sequence(sequence):
+    results = sequence[1]
+    steps = [{name: entry['miou'] for name, entry in step['domains'].items()} for step in results['steps']]
+    summary = results['summary']
+    assert summary['forgetting'] == pytest.approx({
+        'cityscapes': max(steps[0]['cityscapes'], steps[1]['cityscapes']) - steps[2]['cityscapes'],
+        'BDD': steps[1]['BDD'] - steps[2]['BDD']})
+    assert summary['backward_transfer'] == pytest.approx(
+        (steps[2]['cityscapes'] - steps[0]['cityscapes'] + steps[2]['BDD'] - steps[1]['BDD']) / 2)
+    assert summary['forward_transfer'] == pytest.approx((steps[1]['BDD'] - 40 + steps[2]['IDD'] - 30) / 2)
+    single = {'cityscapes': 50, 'BDD': 40, 'IDD': 30}
+    assert summary['delta_m'] == pytest.approx(
+        sum(100 * (steps[2][name] - value) / value for name, value in single.items()) / 3)
+    # Results stated by number are of the domains' own classes.
+    assert results['common_summary']['single_task'] == {} and results['common_summary']['delta_m'] is None
+
+
+def test_csv_holds_every_figure(sequence):
+    folder, results = sequence
+    with open(folder / 'r.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ['step', 'head', 'domain', 'classes', 'class', 'metric', 'value']
+    found = {tuple(row.values())[:6]: float(row['value']) for row in rows}
+    assert len(found) == len(rows)
+    for number, step in enumerate(results['steps'], 1):
+        for name, entry in step['domains'].items():
+            for space, part in (('own', entry), ('common', entry['common'])):
+                place = (str(number), name, name, space)
+                assert found.pop((*place, '', 'miou')) == part['miou']
+                assert found.pop((*place, '', 'accuracy')) == part['accuracy']
+                for label, iou in part['iou'].items():
+                    assert iou is None or found.pop((*place, label, 'iou')) == 100 * iou
+            assert found.pop((str(number), name, name, 'own', '', 'loss')) == entry['loss']
+    assert found.pop(('3', 'cityscapes', 'BDD', 'own', '', 'miou')) == results['cross_heads']['cityscapes']['BDD']['miou']
+    assert found.pop(('3', '', 'BDD', 'own', '', 'forgetting')) == results['summary']['forgetting']['BDD']
+    assert found.pop(('3', '', '', 'own', '', 'delta_m')) == results['summary']['delta_m']
+    assert {key[5] for key in found} <= {'miou', 'accuracy', 'iou', 'forgetting', 'single_task', 'backward_transfer',
+                                         'forward_transfer'}
+
+
+def test_markdown_and_latex_hold_the_tables(sequence):
+    folder, results = sequence
+    miou = tables.number(results['domains']['IDD']['miou'])
+    text = (folder / 'r.markdown').read_text()
+    assert f'| 3 (IDD) | {tables.number(results["domains"]["cityscapes"]["miou"])} |' in text and f'| {miou} |' in text
+    latex = (folder / 'r.latex').read_text()
+    environments = re.findall(r'\\(begin|end)\{(\w+\*?)\}', latex)
+    assert environments == [('begin', 'table'), ('begin', 'tabular'), ('end', 'tabular'), ('end', 'table')] * (
+        len(environments) // 4) and environments
+    for table in latex.split(r'\begin{tabular}')[1:]:
+        columns = len(re.match(r'\{(l r*|lr*)\}', table).group(1))
+        body = table.split(r'\toprule')[1].split(r'\bottomrule')[0]
+        rows = [line for line in body.splitlines() if line.endswith(r'\\')]
+        assert len(rows) > 1 and all(line.count(' & ') == columns - 1 for line in rows) and r'\midrule' in body
+    assert latex.count(r'\caption') == latex.count(r'\label') == latex.count(r'\begin{table}')
+    assert 'images and labels resized, as published' in latex and r'$\Delta_m$\%' in latex
+    assert not re.search(r'(?<!\\)[%_#](?! \\usepackage)', re.sub(r'\\label\{[^}]*\}|\$.*?\$', '', latex).split('\n', 1)[1])
+
+
+def test_latex_escapes_what_it_must():
+    assert tables.tex('a_b & 5% {x} #1 ~^\\') == (r'a\_b \& 5\% \{x\} \#1 \textasciitilde{}\textasciicircum{}'
+                                                  r'\textbackslash{}')
+    assert tables.tex('-3.25') == '$-3.25$' and tables.tex('3.25') == '3.25' and tables.tex('-') == '--'
+    assert tables.tex('1.50 +- 0.25') == r'$1.50 \pm 0.25$'
+
+
+def test_terminal_stays_within_80_columns_and_says_how_void_counts(toy, states, capsys):
+    run(toy, '--state', states[2], '--cross-heads', '--common-classes')
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert 'Void pixels do not count' in text and 'pixel accuracy' in text and 'split val' in text
+    for name in ('cityscapes', 'BDD', 'IDD', 'autorickshaw', 'obs-str-bar-fallback', 'traffic light', 'living things'):
+        assert name in text
+
+
+def test_many_columns_go_below_each_other():
+    names = [f'a-domain-with-a-long-name-{number}-{"x" * 40 if number == 3 else ""}' for number in range(9)]
+    header, rows = tables.step_rows([{name: 1.5 + number for number, name in enumerate(names[:count])}
+                                     for count in range(1, 10)])
+    text = tables.fitted(header, [rows])
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count('1 (a-domain') == text.count('mIoU after step') > 1 and '9.50' in text
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith('9 (')][-1] == '9.50'
+
+
+def test_single_task_results_from_checkpoints(toy, states, tmp_path):
+    state = bdd_only(states, tmp_path)
+    results = evaluate(toy, tmp_path, '--state', states[0], states[1], '--single-task', 'CS=50', state,
+                       '--common-classes')
+    alone = evaluate(toy, tmp_path, '--state', state)['domains']['BDD']['miou']
+    assert results['summary']['single_task'] == {'cityscapes': 50.0, 'BDD': alone}
+    assert list(results['common_summary']['single_task']) == ['BDD']
+    after = {name: entry['miou'] for name, entry in results['domains'].items()}
+    assert results['summary']['delta_m'] == pytest.approx(
+        50 * ((after['cityscapes'] - 50) / 50 + (after['BDD'] - alone) / alone))
+
+
+def test_a_domain_of_void_alone_has_no_figures(toy, states, tmp_path, capsys):
+    shutil.copytree(toy / 'bdd100k', tmp_path / 'bdd100k')
+    for pair in find_split(DOMAINS['BDD'], tmp_path, 'val').pairs:
+        Image.fromarray(np.full_like(np.asarray(Image.open(pair.label)), 255)).save(pair.label)
+    drawn = [part for kind in ('overlays', 'extremes', 'confusion') for part in (f'--save-{kind}', tmp_path / kind)]
+    results = evaluate(tmp_path, tmp_path, '--state', bdd_only(states, tmp_path), '--single-task', 'BDD=40', *drawn)
+    assert results['domains']['BDD']['miou'] is results['domains']['BDD']['accuracy'] is None
+    assert results['summary']['delta_m'] is None and not list((tmp_path / 'extremes').rglob('*.png'))
+
+
+def test_published_metric_and_trials_are_said(toy, states, capsys):
+    run(toy, '--state', states[0], '--published-metric', '--limit-batches', 1, '--batch-size', 2)
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'absent from truth and prediction counts 0' in text and '1 batches of 2 images' in text
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--json', '{file}/x.json'], '--json .*x.json cannot be written to: .*name another place'),
+    (['--csv', '{folder}'], '--csv .* is a folder, a file name is expected'),
+    (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two kinds of results go into one file'),
+    (['--save-overlays', '{file}'], '--save-overlays .* cannot be written to'),
+    (['--save-panels', '{folder}/panels.bmp2'], 'figures are .png, .pdf or .svg, not .bmp2'),
+    (['--images', '0'], '--images chooses the images of --save-panels'),
+    (['--save-panels', '{folder}/p.png', '--images', 'IDD=0'], "no domain called 'IDD'"),
+    (['--save-panels', '{folder}/p.png', '--images', '4'], '--images 4: no image, or more than one'),
+    (['--single-task', 'CS=0'], 'an mIoU in percent, above 0'),
+    (['--single-task', 'CS=good'], 'neither NAME=mIoU nor a checkpoint'),
+    (['--single-task', 'CS=nan'], 'an mIoU in percent'),
+    (['--single-task', '{two}'], 'knows 2 domains, one is expected'),
+    (['--resolution', 'huge'], 'invalid choice'),
+    (['--data-root', '{folder}'], 'no val images of cityscapes')])
+def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path, arguments, message):
+    monkeypatch.setattr('utils.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
+    (tmp_path / 'file').write_text('')
+    filled = [part.format(file=tmp_path / 'file', folder=tmp_path, two=states[1]) for part in arguments]
+    with pytest.raises(UserError, match=message) as error:
+        run(toy, '--state', states[0], *filled)
+    assert '\n' not in str(error.value)
+
+
+def test_checkpoints_out_of_order_are_refused(toy, states):
+    with pytest.raises(UserError, match='not in step order: .*2.pth knows cityscapes, BDD, but the next, .*1.pth'):
+        run(toy, '--state', states[1], states[0])
+
+
+def seed_results(folder, steps, **protocol):
+    """Writes a results.json of those [{domain: mIoU}] as eval.py does."""
+    folder.mkdir(parents=True)
+    entries = [{'state': 'x', 'domains': {name: {'miou': miou} for name, miou in step.items()}} for step in steps]
+    forgetting = {name: steps[0][name] - steps[-1][name] for name in steps[0]} if len(steps) > 1 else {}
+    (folder / 'results.json').write_text(json.dumps({
+        'domains': entries[-1]['domains'], 'steps': entries, 'summary': {'forgetting': forgetting, 'delta_m': None},
+        'protocol': {'height': 32, 'width': 64, 'split': 'val', 'published_metric': False, **protocol},
+        'versions': {'torch': '2', 'device': 'CPU', 'git': 'abc'}}))
+    return folder
+
+
+def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
+    last = {1: (50.0, 40.0), 2: (56.0, 41.0), 3: (47.0, 45.0)}
+    for seed, (first, second) in last.items():
+        seed_results(tmp_path / f'seed{seed}' / 'ours', [{'CS': 60.0}, {'CS': first, 'IDD': second}])
+    seed_results(tmp_path / 'joint', [{'CS': 61.25, 'IDD': 52.0}])
+    compare.main([f'ours={tmp_path}/seed[12]/ours', f'ours={tmp_path}/seed3/ours/results.json',
+                  f'joint={tmp_path}/joint', '--out', str(tmp_path / 'out'), '--no-picture'])
+    text = capsys.readouterr().out
+
+    def shown(values):
+        return f'{statistics.mean(values):.2f} +- {np.std(values, ddof=1):.2f}'
+    firsts, seconds = zip(*last.values())
+    for values in (firsts, seconds, [60 - first for first in firsts], [sum(pair) / 2 for pair in last.values()]):
+        assert shown(values) in text
+        assert shown(values).replace('+-', '±') in (tmp_path / 'out' / 'comparison.md').read_text()
+        assert f'${shown(values).replace("+-", chr(92) + "pm")}$' in (tmp_path / 'out' / 'comparison.tex').read_text()
+    assert 'ours, 3 seeds' in text and '61.25' in text and 'sample standard deviation' in ' '.join(text.split())
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['comparison.md', 'comparison.tex']
+
+
+def test_compare_refuses_what_is_not_alike(tmp_path):
+    folder = seed_results(tmp_path / 'a', [{'CS': 1.0}, {'CS': 1.0, 'IDD': 2.0}])
+    for name, other, message in (
+            ('b', seed_results(tmp_path / 'b', [{'CS': 1.0, 'IDD': 1.0}], height=64), 'height is 32 and 64'),
+            ('b', seed_results(tmp_path / 'c', [{'CS': 1.0, 'IDD': 1.0}], resolution='native'), 'resolution is'),
+            ('b', seed_results(tmp_path / 'd', [{'IDD': 1.0, 'CS': 1.0}]), 'different domains or orders'),
+            ('a', seed_results(tmp_path / 'e', [{'CS': 1.0, 'IDD': 1.0}]), 'a: its folders hold different steps'),
+            ('b', tmp_path / 'none', 'none/results.json cannot be read'),
+            ('b', tmp_path / 'no*', 'no folder fits the pattern'),
+            ('', tmp_path, 'is not NAME=FOLDER')):
+        with pytest.raises(UserError, match=message):
+            compare.read_results([f'a={folder}', f'{name}={other}'])
+    (tmp_path / 'x.json').write_text('{"domains": 3}')
+    with pytest.raises(UserError, match='x.json is no result of eval.py'):
+        compare.read_results([f'a={tmp_path}/x.json'])
+
+
+def test_compare_draws_the_methods_beside_each_other(toy, states, tmp_path):
+    for name, path in (('one', states[1]), ('two', states[1])):
+        (tmp_path / name).mkdir()
+        run(toy, '--state', path, '--json', tmp_path / name / 'results.json', '--limit-batches', 1)
+    compare.main([f'one={tmp_path}/one', f'two={tmp_path}/two', '--data-root', str(toy), '--out', str(tmp_path),
+                  '--device', 'cpu', '--images', 'BDD=1'])
+    assert Image.open(tmp_path / 'comparison.png').size[0] > 1000

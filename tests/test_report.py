@@ -1,0 +1,144 @@
+"""The HTML report: complete, self-contained, and made of whatever there is."""
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import report
+import train
+from utils.errors import UserError
+
+SMALL = ['--height', '32', '--num-workers', '0', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def sequence(toy, tmp_path_factory):
+    """A sequence of two steps, as the trainer scripts leave it."""
+    root, states = tmp_path_factory.mktemp('runs') / 'ours', []
+    for step, domains in enumerate((['cityscapes'], ['cityscapes', 'IDD']), 1):
+        folder = root / f'step{step}-{domains[-1]}'
+        train.main(['--domains', *domains, '--data-root', str(toy), '--savedir', str(folder), '--num-epochs', '2',
+                    '--batch-size', '4', '--model-name-suffix', '<b>bold</b>', *SMALL,
+                    *(['--state', str(states[-1])] if states else [])])
+        states.append(folder / 'model_best.pth.tar')
+    evaluation.main(['--state', *map(str, states), '--data-root', str(toy), '--json', str(root / 'results.json'),
+                     *SMALL])
+    return root
+
+
+@pytest.fixture
+def copied(sequence, tmp_path):
+    """A copy of the sequence to break."""
+    return shutil.copytree(sequence, tmp_path / 'ours')
+
+
+class Page(HTMLParser):
+    """What a page shows and what it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.shown, self.addresses, self.tags = [], [], []
+        self.feed(text)
+        self.text = ' '.join(' '.join(self.shown).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ('src', 'href', 'srcset', 'data', 'action')]
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+
+def made(folder, *arguments):
+    """The report of a folder as text."""
+    report.main([str(folder), '--device', 'cpu', *map(str, arguments)])
+    return (folder / 'report.html').read_text()
+
+
+def contents(page, kind):
+    """Bytes of the pictures of a MIME type."""
+    return [base64.b64decode(address.split(',')[1]) for address in page.addresses
+            if address.startswith(f'data:{kind};base64,')]
+
+
+def test_everything_is_in_the_file(copied):
+    text = made(copied)
+    page, results = Page(text), json.loads((copied / 'results.json').read_text())
+    for step in results['steps']:
+        for entry in step['domains'].values():
+            assert f'{entry["miou"]:.2f}' in page.text and f'{entry["accuracy"]:.2f}' in page.text
+    revision = json.loads((copied / 'step1-cityscapes/opts.json').read_text())['versions']['git']
+    for words in ('1 (cityscapes)', '2 (IDD)', 'forgetting', 'autorickshaw', 'traffic light', str(revision),
+                  'shared_lr', '<b>bold</b>', '2 of 2 epochs', 'learning rates', 'Predictions'):
+        assert words in page.text, words
+    assert 'b' not in page.tags         # the name was escaped
+    # input, truth and one prediction for IDD, two for cityscapes
+    pictures = [Image.open(io.BytesIO(data)) for data in contents(page, 'image/jpeg')]
+    assert [picture.size for picture in pictures] == [(64, 32)] * 7
+    plots = [ElementTree.fromstring(data) for data in contents(page, 'image/svg+xml')]
+    assert len(plots) == 6 and all(plot.tag.endswith('svg') for plot in plots)
+
+
+def test_the_file_asks_for_nothing_outside(copied):
+    text = made(copied)
+    page = Page(text)
+    assert page.addresses and all(address.startswith('data:') for address in page.addresses)
+    assert not {'script', 'link', 'iframe', 'object', 'base'} & set(page.tags)
+    assert 'url(' not in text and '@import' not in text
+    for data in contents(page, 'image/svg+xml'):
+        assert not re.search(rb'(?:href|src)="(?!#)', data)
+
+
+def test_a_running_sequence(copied):
+    (copied / 'results.json').unlink()
+    (copied / 'step2-IDD/model_best.pth.tar').unlink()
+    metrics = copied / 'step2-IDD/metrics.jsonl'
+    first = metrics.read_text().splitlines()[0]
+    metrics.write_text(first + '\n{"epoch": 2, "tr')          # as a crash leaves it
+    page = Page(made(copied))
+    assert 'Not evaluated yet' in page.text and '1 of 2 epochs' in page.text
+    assert f'{json.loads(first)["val"]["IDD"]["miou"]:.2f}' in page.text
+    assert len(contents(page, 'image/jpeg')) == 3
+    metrics.unlink()
+    (copied / 'step1-cityscapes/metrics.jsonl').unlink()
+    page = Page(made(copied))
+    assert 'Nothing is validated yet' in page.text and 'No epoch is finished yet' in page.text
+    (copied / 'step1-cityscapes/model_best.pth.tar').unlink()
+    assert 'No step has a best checkpoint yet' in Page(made(copied)).text
+
+
+def test_steps_not_yet_evaluated_and_a_single_run(copied):
+    results = json.loads((copied / 'results.json').read_text())
+    evaluated = {**results, 'steps': results['steps'][:1], 'domains': results['steps'][0]['domains']}
+    (copied / 'results.json').write_text(json.dumps(evaluated))
+    assert '1 of 2 steps are evaluated so far' in Page(made(copied)).text
+    page = Page(made(copied / 'step2-IDD'))
+    assert 'Not evaluated yet' in page.text and len(contents(page, 'image/jpeg')) == 6
+
+
+def test_images_elsewhere_or_nowhere(copied, toy, tmp_path):
+    page = Page(made(copied, '--data-root', tmp_path / 'gone'))
+    assert page.text.count('No pictures:') == 2 and not contents(page, 'image/jpeg')
+    page = Page(made(copied, '--data-root', tmp_path / 'gone', '--data', f'CS={toy}/cityscapes'))
+    assert page.text.count('No pictures:') == 1 and len(contents(page, 'image/jpeg')) == 4
+
+
+def test_bad_input_is_said_and_spoils_nothing(copied, tmp_path):
+    before = made(copied)
+    for damaged in ('{"steps": [', '[]', '{"steps": [], "protocol": {}, "summary": {}}', '{"steps": [{}]}'):
+        (copied / 'results.json').write_text(damaged)
+        with pytest.raises(UserError, match='results.json is no result of eval.py'):
+            made(copied)
+    assert (copied / 'report.html').read_text() == before
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no run'):
+        made(tmp_path / 'empty')
+    with pytest.raises(UserError, match='is not a folder'):
+        made(tmp_path / 'nowhere')

@@ -1,0 +1,132 @@
+"""Model card of a checkpoint: what it knows, how large it is, what it costs, how it was trained.
+
+    python -m utils.describe runs/ours/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
+
+The costs are those of one image through the encoder and one domain's decoder, at
+--width x --height, two operations (multiply, add) for each weight that is applied;
+batch norms, activations and biases are not counted. The network is not run: torch's
+counter works on tensors without data.
+"""
+import copy
+import textwrap
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets import get_domain
+from models import METHODS
+from utils import records, tables
+from utils.checkpoint import load_network, read_checkpoint
+from utils.errors import UserError, run_main
+from utils.options import Parser, complete_size, data_options, data_paths, show, size_options
+
+# What of the options is shown, in this order; what a file does not hold is left out.
+TRAINING = ('domains', 'method', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'lambdac',
+            'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch', 'new_statistics',
+            'imagenet_bn', 'class_weights', 'height', 'width', 'precision', 'seed', 'limit_batches')
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m utils.describe', description='Prints the model card of a checkpoint.')
+    parser.add_argument('state', metavar='CKPT', help='checkpoint of this code or a published one')
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help='its domains in order (published files do not name them)')
+    parser.add_argument('--method', choices=tuple(METHODS),
+                        help='method of a published file, where its keys fit several')
+    size_options(parser.add_argument_group('size of the images whose cost is counted'))
+    data_options(parser)
+    options = parser.parse_args(argv)
+    complete_size(options)
+    return options
+
+
+def gflop(model, number, height, width):
+    """GFLOP of one image (3, height, width) in the branch `number`, 2 for each multiply-add of a convolution."""
+    model = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, height, width, device='meta'), number)
+    return counter.get_total_flops() / 1e9
+
+
+def parameter_counts(model):
+    """{'shared', 'total': parameters, 'domains': [of each domain alone]} of an ERFNet."""
+    count = lambda parameters: sum(parameter.numel() for parameter in parameters)
+    return {'shared': count(model.shared_parameters()), 'total': count(model.parameters()),
+            'domains': [count(model.branch_parameters(number)) for number in range(len(model.decoder))]}
+
+
+def classes_of(checkpoint, options):
+    """[(name, class names or None)] of each domain; a name is '?' where neither file nor options say it."""
+    names = checkpoint.domains or options.domains
+    counts = checkpoint.found.num_classes
+    found = []
+    for number, count in enumerate(counts):
+        name = names[number] if number < len(names) else '?'
+        try:
+            domain = get_domain(name, data_paths(options.data))
+            found.append((domain.name, domain.classes if domain.num_classes == count else None))
+        except UserError:       # a user's own domain whose declaration is not at hand
+            found.append((name, None))
+    return found
+
+
+def domain_rows(model, checkpoint, options):
+    """(header, rows): each domain's classes, parameters of its own, their share of the whole, and its cost."""
+    counts, rows = parameter_counts(model), []
+    for number, (name, _) in enumerate(classes_of(checkpoint, options)):
+        own = counts['domains'][number]
+        rows.append([name, f'{checkpoint.found.num_classes[number] - 1} + void', f'{own:,}',
+                     tables.number(100 * own / counts['total'], 1),
+                     tables.number(gflop(model, number, options.height, options.width), 1)])
+    shared = counts['shared']
+    rows.append(['shared by all', '', f'{shared:,}', tables.number(100 * shared / counts['total'], 1), ''])
+    rows.append(['together', '', f'{counts["total"]:,}', '100.0', ''])
+    return ['domain', 'classes', 'parameters', '% of all', 'GFLOP per image'], rows
+
+
+def best_lines(checkpoint):
+    """Lines about the best validation results: of the file itself and of the metrics.jsonl beside it."""
+    content, lines = checkpoint.content, []
+    if isinstance(content.get('best_acc'), float):
+        lines.append(f'validation mIoU when it was best: {tables.number(content["best_acc"])}')
+    beside = [line for line in records.read_metrics(Path(checkpoint.source).parent)
+              if line['epoch'] == content.get('epoch')]
+    for name, entry in beside[-1]['val'].items() if beside else ():
+        lines.append(f'  {name}: mIoU {tables.number(entry["miou"])}, loss {tables.number(entry["loss"], 4)} '
+                     f'after epoch {content["epoch"]}')
+    return lines or ['not recorded in the file']
+
+
+def training_lines(checkpoint):
+    """Lines about the training, from the options in the file."""
+    options = checkpoint.content.get('options') or {}
+    lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING if options.get(name) is not None]
+    if options:
+        lines.append(f'epochs finished: {checkpoint.content.get("epoch")} of {options.get("num_epochs")}')
+    return lines or ['not recorded in the file']
+
+
+def card(checkpoint, options):
+    """The model card as text."""
+    model = load_network(checkpoint, options.method)
+    method = checkpoint.method or options.method
+    about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
+    parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nmethod: {about}',
+             tables.plain(*domain_rows(model, checkpoint, options))
+             + f'\n(one image of {options.width}x{options.height} through one branch; 2 FLOP for each multiply-add)',
+             'Classes\n' + '\n'.join(textwrap.fill(f'{name}: {", ".join(names) if names else "names not known"}', 100,
+                                                   initial_indent='  ', subsequent_indent='    ')
+                                     for name, names in classes_of(checkpoint, options)),
+             'Best results\n  ' + '\n  '.join(best_lines(checkpoint)),
+             'How it was trained\n  ' + '\n  '.join(training_lines(checkpoint))]
+    return '\n\n'.join(parts)
+
+
+def main(argv=None):
+    options = parse(argv)
+    print(card(read_checkpoint(options.state), options))
+
+
+if __name__ == '__main__':
+    run_main(main)

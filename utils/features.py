@@ -1,0 +1,77 @@
+"""Encoder features of labelled pixels: taken, sampled over classes, compared.
+
+Linear CKA: Kornblith et al., "Similarity of Neural Network Representations Revisited",
+ICML 2019. Silhouette: Rousseeuw, 1987, as in scikit-learn.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.segmentation import open_label, to_classes
+from utils.task import to_float
+
+CELL = 8        # image pixels to a side of one feature
+
+
+@torch.inference_mode()
+def encode(model, number, image, device='cpu'):
+    """Encoder features (H/8 * W/8, 128), float32 numpy, of an image (3, H, W) uint8 in the branch `number`."""
+    model.eval()
+    features = model.encoder(to_float(image[None].to(device)), number)[0]
+    return features.flatten(1).T.float().cpu().numpy()
+
+
+def cell_classes(label, num_classes):
+    """The commonest class (H/8, W/8), numpy, in each cell of 8 x 8 label pixels (H, W); the lower of equals."""
+    shares = F.avg_pool2d(F.one_hot(label.long(), num_classes).permute(2, 0, 1)[None].float(), CELL)
+    return shares[0].argmax(dim=0).numpy()
+
+
+def label_of(dataset, index):
+    """Label (H, W) uint8 of an image of `dataset`; the image itself is not read."""
+    pair = dataset.pairs[index]
+    label = open_label(pair).resize(dataset.size[::-1], Image.NEAREST)
+    return torch.from_numpy(to_classes(np.asarray(label), pair))
+
+
+def richest_images(dataset, count):
+    """Indices of the `count` images with the most classes among their cells, the most first; void is no class."""
+    kinds = []
+    for index in tqdm(range(len(dataset)), desc=f'classes of {dataset.domain.name}', leave=False, disable=None):
+        present = np.unique(cell_classes(label_of(dataset, index), dataset.domain.num_classes))
+        kinds.append(len(set(present.tolist()) - {dataset.domain.void}))
+    return [int(index) for index in np.argsort(-np.array(kinds), kind='stable')[:count]]
+
+
+def spread(classes, most, void, random):
+    """Indices, in order, of at most `most` entries of each class in `classes` (N,); void is no class.
+
+    random: a numpy Generator that draws those of a class that has more.
+    """
+    members = [np.flatnonzero(classes == kind) for kind in np.unique(classes) if kind != void]
+    drawn = [random.permutation(indices)[:most] for indices in members]
+    return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=int)
+
+
+def linear_cka(first, second):
+    """Linear CKA in [0, 1] of features (N, D) and (N, E) of the same N pixels; 1: equal up to rotation and scale."""
+    first, second = (np.asarray(features, dtype=np.float64) - np.mean(features, axis=0, dtype=np.float64)
+                     for features in (first, second))
+    shared = np.linalg.norm(first.T @ second) ** 2
+    own = np.linalg.norm(first.T @ first) * np.linalg.norm(second.T @ second)
+    return float(shared / own) if own else float('nan')
+
+
+def mean_cosine(first, second):
+    """Mean over pixels of the cosine in [-1, 1] between their features (N, D) in both arrays; 1: not turned."""
+    first, second = (np.asarray(features, dtype=np.float64) for features in (first, second))
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(np.mean((first * second).sum(axis=1) / np.maximum(lengths, 1e-12)))
+
+
+def silhouette(features, classes):
+    """Mean silhouette in [-1, 1] of features (N, D) grouped by their classes (N,): 1 apart, 0 touching, below mixed."""
+    from sklearn.metrics import silhouette_score
+    return float(silhouette_score(features, classes)) if 1 < len(np.unique(classes)) < len(classes) else float('nan')
