@@ -42,7 +42,7 @@ PER_EPOCH = IMAGES // BATCH
 OPTIONS = ['--domains', 'cityscapes', '--height', '32', '--width', '64', '--batch-size', str(BATCH), '--num-epochs',
            str(EPOCHS), '--class-weights', 'none', '--device', 'cpu', '--checkpoint-minutes', '0', '--resume']
 STOP = 8        # batches after which the run whose files are damaged is stopped
-WAIT = 300      # seconds that one life of a run may take at most
+WAIT = 1800     # seconds that one life of a run may take at most
 WHERE = 'start', 'any moment', 'writing'
 SHARES = 1, 3, 6
 
@@ -127,13 +127,15 @@ def kill(process, place, where, chance):
     delay = {'start': chance.uniform(0, 5), 'any moment': chance.uniform(0, 0.5), 'writing': chance.uniform(0, 0.05)}[where]
     reached = {'start': lambda: True, 'any moment': lambda: place.batches >= before + batches,
                'writing': lambda: place.batches >= before + batches and half_written(place.folder)}[where]
-    while process.poll() is None and not reached():
-        if time.monotonic() > begun + WAIT:
-            raise TimeoutError(f'a run in {place.folder} took more than {WAIT} seconds')
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
+    try:
+        while process.poll() is None and not reached():
+            if time.monotonic() > begun + WAIT:
+                raise UserError(f'a run in {place.folder} took more than {WAIT} seconds')
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.communicate()
     return process.returncode == -signal.SIGKILL
 
 

@@ -37,7 +37,7 @@ NAMES |= {f'torch.{kind}Storage' for kind in ('Float', 'Double', 'Half', 'BFloat
                                               'Byte', 'Bool')}
 ARCHIVE, PICKLE = b'PK\x03\x04', b'\x80'      # how files of either format begin
 OLD_PICKLES = 5         # a file in the old format: five pickles, then the numbers
-DEEPEST, MOST = 8, 10 ** 6      # levels of nesting and objects, more than any checkpoint has
+DEEPEST, MOST = 8, 10 ** 5      # levels of nesting and objects, more than any checkpoint has
 
 
 class Refused(Exception):

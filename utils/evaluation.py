@@ -1,4 +1,5 @@
 """Running networks over a split: confusion matrices, losses, and the figures made of them."""
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from datasets.segmentation import load_image, open_label, to_classes
 from losses import cross_entropy_parts
 from utils import metrics
 from utils.building import plain_weights
-from utils.checkpoint import check_known, load_network, read_checkpoint
+from utils.checkpoint import check_known, load_network, read_checkpoint, report
 from utils.errors import UserError
 from utils.options import data_paths
 from utils.parallel import summed
@@ -155,7 +156,10 @@ class Evaluator:
         if self.options.common_classes:
             for domain in domains:
                 common.to_common(domain)
-        return load_network(checkpoint, self.options.method).to(self.place.device), domains
+        model = load_network(checkpoint, self.options.method)
+        if checkpoint.domains is None and self.place.main:
+            print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
+        return model.to(self.place.device), domains
 
     def domain(self, name):
         """The Domain called `name`."""
