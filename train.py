@@ -146,7 +146,10 @@ def learn(options, place):
         if place.main:
             records.keep_metrics(run.folder, run.epoch)
             records.write_options(run.folder, options, place, [feed.weights for feed in run.feeds])
-            print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}', flush=True)
+            print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}')
+            for feed in run.learnt:
+                print(f'{feed.domain.name}: {len(feed.train.dataset)} training pairs, {len(feed.val.dataset)} to validate; '
+                      f'python -m datasets.check --domains {feed.domain.name} reads every file', flush=True)
             dashboard = Dashboard(options)
         while run.epoch < options.num_epochs:
             rate = train_epoch(run, interrupt)

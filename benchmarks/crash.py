@@ -124,7 +124,7 @@ def half_written(folder):
 def kill(process, place, where, chance):
     """Kills the process at a moment drawn from `chance`; returns whether it was before its end."""
     begun, before, batches = time.monotonic(), place.batches, chance.randrange(4)
-    delay = {'start': chance.uniform(0, 5), 'any moment': chance.uniform(0, 0.5), 'writing': chance.uniform(0, 0.05)}[where]
+    delay = chance.uniform(0, {'start': 5, 'any moment': 0.5, 'writing': 0.05}[where])
     reached = {'start': lambda: True, 'any moment': lambda: place.batches >= before + batches,
                'writing': lambda: place.batches >= before + batches and half_written(place.folder)}[where]
     try:

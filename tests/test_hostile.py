@@ -83,7 +83,7 @@ def flipped(data, chance, places):
 
 
 def test_an_archive_with_changed_bytes_is_refused_or_loads_the_same_weights(tmp_path, whole):
-    """Numbers, pickle, headers of entries, directory at the end: torch.load alone takes other weights without a word."""
+    """Numbers, pickle, headers of entries, directory at the end: torch alone takes other weights without a word."""
     good, data, _ = whole
     chance, seen = random.Random(1), collections.Counter()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -152,7 +152,8 @@ def test_an_old_file_with_changed_bytes_never_crashes_and_keeps_its_layout(tmp_p
     assert seen['refused'] >= 6, seen
 
 
-FIRST, SAME, OTHER = 'encoder.initial_block.conv.weight', 'encoder.layers.1.conv3x1_1.weight', 'decoder.0.output_conv.weight'
+FIRST, SAME = 'encoder.initial_block.conv.weight', 'encoder.layers.1.conv3x1_1.weight'
+OTHER = 'decoder.0.output_conv.weight'
 
 
 def swap(state, a, b):
@@ -195,14 +196,14 @@ def test_wrong_tensors_are_named(tmp_path, whole, change, message):
 
 
 WRONG = [('version', 2), ('version', '1'), ('version', 0), ('version', True), ('version', None), ('epoch', -1),
-         ('epoch', 2 ** 40), ('epoch', 6), ('epoch', '3'), ('epoch', None), ('epoch', 1.5), ('batch', -1), ('batch', 2 ** 40),
-         ('batch', [1]), ('totals', [1]), ('totals', {'loss': 'x'}), ('totals', {'loss': float('nan')}),
-         ('best_acc', 'x'), ('best_acc', None), ('best_acc', float('nan')), ('best_acc', float('inf')), ('best_acc', 1e9),
-         ('best_acc', torch.zeros(2)), ('method', 'none'), ('method', ['ours']), ('method', 3), ('domains', 'toy'),
-         ('domains', ['toy']), ('domains', [{'name': 'toy'}]), ('domains', [{'name': ['toy'], 'classes': 2}]),
-         ('domains', [{'name': 'to\ny', 'classes': 2}]), ('domains', [{'name': 'toy', 'classes': '2'}]), ('domains', []),
-         ('domains', None), ('options', 'x'), ('options', {1: 2}), ('options', {'lr': torch.zeros(2)}),
-         ('options', {'domains': [['toy']]})]
+         ('epoch', 2 ** 40), ('epoch', 6), ('epoch', '3'), ('epoch', None), ('epoch', 1.5), ('batch', -1),
+         ('batch', 2 ** 40), ('batch', [1]), ('totals', [1]), ('totals', {'loss': 'x'}),
+         ('totals', {'loss': float('nan')}), ('best_acc', 'x'), ('best_acc', None), ('best_acc', float('nan')),
+         ('best_acc', float('inf')), ('best_acc', 1e9), ('best_acc', torch.zeros(2)), ('method', 'none'),
+         ('method', ['ours']), ('method', 3), ('domains', 'toy'), ('domains', ['toy']), ('domains', [{'name': 'toy'}]),
+         ('domains', [{'name': ['toy'], 'classes': 2}]), ('domains', [{'name': 'to\ny', 'classes': 2}]),
+         ('domains', [{'name': 'toy', 'classes': '2'}]), ('domains', []), ('domains', None), ('options', 'x'),
+         ('options', {1: 2}), ('options', {'lr': torch.zeros(2)}), ('options', {'domains': [['toy']]})]
 
 
 @pytest.mark.parametrize('name, value', WRONG)
@@ -243,7 +244,7 @@ def test_pickles_that_would_run_code_are_refused_naming_the_global(tmp_path, pro
     raw = pickle.dumps(attack, protocol=protocol)
     forms = [archive({'archive/data.pkl': raw, 'archive/version': b'3\n', 'archive/byteorder': b'little'})]
     if protocol >= 2:
-        forms += [raw, pickle.dumps(checkpoint.torch.serialization.MAGIC_NUMBER, protocol=2)
+        forms += [raw, pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
                   + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2) + raw]
     for data in forms:
         (tmp_path / 'x').write_bytes(data)
@@ -315,7 +316,8 @@ BOMBS = {'compressed': (lambda: archive({'archive/data.pkl': b'\x80\x02}.', 'arc
          'old format, 40 GB claimed': (old_and_claimed, 'damaged'),
          'old format without numbers': (old_without_numbers, 'it ends after'),
          'wide lists': (lambda: archived(wide(2)), 'not a plain dict'),
-         'deep lists': (lambda: archived(b'\x80\x02' + b']' * 10 ** 5 + b'a' * (10 ** 5 - 1) + b'.'), 'nested too deep'),
+         'deep lists': (lambda: archived(b'\x80\x02' + b']' * 10 ** 5 + b'a' * (10 ** 5 - 1) + b'.'),
+                        'nested too deep'),
          'attributes for methods': (lambda: archived(b'\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00items'
                                                      b'K\x01sb.'), 'not a plain dict'),
          'a tar file': (lambda: b'state'.ljust(100, b'\0') + bytes(924), 'begins like no file of torch.save')}
@@ -401,17 +403,18 @@ DAMAGED = [drop(name) for name in (*resume.PARTS, *checkpoint.KINDS)] + [
     in_state(3, 'exp_avg', lambda moments: moments * float('inf'))]
 # Wrong beside the run that it is to go on.
 UNFIT = [
-    in_state(3, 'exp_avg', lambda moments: moments.flatten()[:1]), in_state(3, 'exp_avg_sq', lambda moments: moments[None]),
-    in_state(3, 'exp_avg_sq', lambda moments: -1 - moments), in_state(3, 'step', lambda step: step * 0 - 1),
-    in_state(3, 'step', lambda step: 'x'), in_state(3, 'exp_avg', lambda moments: moments.long()),
-    drop('optimizer', 'state', 3, 'exp_avg'), drop('optimizer', 'state', 3), put('optimizer', 'state', 9999, {}),
-    put('optimizer', 'state', 'x', {}), put('optimizer', 'state', {}), put('optimizer', 'param_groups', []),
-    put('optimizer', 'param_groups', [1, 2]), put('optimizer', 'param_groups', 0, 'lr', 1.0),
-    put('optimizer', 'param_groups', 0, 'betas', (0.5, 0.5)), put('optimizer', 'param_groups', 0, 'params', [0]),
-    drop('optimizer', 'param_groups', 0, 'eps'), put('scheduler', '_last_lr', [1.0, 1.0]), put('scheduler', 'base_lrs', [1.0]),
-    put('scheduler', '_last_lr', 'x'), drop('scheduler', 'base_lrs'), put('batch', 3), put('batch', 2 ** 30),
-    put('state_dict', FIRST, torch.zeros(3)), drop('state_dict', FIRST), put('state_dict', 'x', torch.zeros(3)),
-    put('state_dict', FIRST, 3), put('state_dict', FIRST, torch.zeros(13, 3, 3, 3).long()), put('teacher', {FIRST: torch.zeros(3)}),
+    in_state(3, 'exp_avg', lambda moments: moments.flatten()[:1]),
+    in_state(3, 'exp_avg_sq', lambda moments: moments[None]), in_state(3, 'exp_avg_sq', lambda moments: -1 - moments),
+    in_state(3, 'step', lambda step: step * 0 - 1), in_state(3, 'step', lambda step: 'x'),
+    in_state(3, 'exp_avg', lambda moments: moments.long()), drop('optimizer', 'state', 3, 'exp_avg'),
+    drop('optimizer', 'state', 3), put('optimizer', 'state', 9999, {}), put('optimizer', 'state', 'x', {}),
+    put('optimizer', 'state', {}), put('optimizer', 'param_groups', []), put('optimizer', 'param_groups', [1, 2]),
+    put('optimizer', 'param_groups', 0, 'lr', 1.0), put('optimizer', 'param_groups', 0, 'betas', (0.5, 0.5)),
+    put('optimizer', 'param_groups', 0, 'params', [0]), drop('optimizer', 'param_groups', 0, 'eps'),
+    put('scheduler', '_last_lr', [1.0, 1.0]), put('scheduler', 'base_lrs', [1.0]), put('scheduler', '_last_lr', 'x'),
+    drop('scheduler', 'base_lrs'), put('batch', 3), put('batch', 2 ** 30), put('state_dict', FIRST, torch.zeros(3)),
+    drop('state_dict', FIRST), put('state_dict', 'x', torch.zeros(3)), put('state_dict', FIRST, 3),
+    put('state_dict', FIRST, torch.zeros(13, 3, 3, 3).long()), put('teacher', {FIRST: torch.zeros(3)}),
     put('random', 'torch', torch.zeros(3)), put('random', 'torch', torch.zeros(3, dtype=torch.uint8))]
 
 
@@ -445,15 +448,16 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_refused(learnt):
             assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('name, value', [('epoch', '3'), ('best_acc', None), ('domains', [3]), ('version', 9), ('options', 5)])
+@pytest.mark.parametrize('name, value', [('epoch', '3'), ('best_acc', None), ('domains', [3]), ('version', 9),
+                                         ('options', 5)])
 def test_the_scripts_say_it_in_one_line(tmp_path, learnt, name, value):
     """--resume, --state of train.py, --state of eval.py."""
     arguments = learnt[0][:-1]
     (tmp_path / LATEST).write_bytes(saved({**learnt[1], name: value}))
     common = [*arguments[:2], *arguments[6:14]]
     for main, more in ((train.main, [*arguments, '--savedir', str(tmp_path), '--resume']),
-                       (train.main, [*arguments, '--savedir', str(tmp_path / 'new'), '--domains', 'CS', 'BDD', '--state',
-                                     str(tmp_path / LATEST)]),
+                       (train.main, [*arguments, '--savedir', str(tmp_path / 'new'), '--domains', 'CS', 'BDD',
+                                     '--state', str(tmp_path / LATEST)]),
                        (evaluation.main, [*common, '--state', str(tmp_path / LATEST)])):
         with pytest.raises(UserError, match=f'its {name} is not|version 9') as error:
             main(more)

@@ -171,7 +171,8 @@ def checked_pickles(file, size):
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         total = sum(entry.file_size for entry in entries)
-        if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+               for entry in entries):
             raise zipfile.BadZipFile('its entries are compressed, which torch.save never does')
         if total > size:
             raise zipfile.BadZipFile(f'its entries claim {total} bytes, the file has {size}')

@@ -36,7 +36,7 @@ SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
 
 def find(folder, names):
-    """The content of the first readable checkpoint of `names` in `folder`, its name added as 'file'; None if none is there.
+    """The content of the first readable checkpoint of `names` in `folder`, its name added as 'file'; None without any.
 
     A damaged file is said, and the next name tried; UserError if all that exist are damaged.
     """
