@@ -84,18 +84,18 @@ def cityscapes_classes():
     return tuple(row['name'] for row in rows), tuple((row['r'], row['g'], row['b']) for row in rows)
 
 
-def idd_classes(level, count):
-    """Names and colours of IDD's classes at `level`: those of the first label in each."""
-    first = {}
+def idd_classes(level, count, preferred=()):
+    """Names and colours of IDD's classes at `level`: those of the first label in each, or of a preferred one."""
+    chosen = {}
     for row in label_table('idd'):
-        if row[level] < count:
-            first.setdefault(row[level], row)
-    rows = [first[index] for index in range(count)]
+        if row[level] < count and (row[level] not in chosen or row['name'] in preferred):
+            chosen[row[level]] = row
+    rows = [chosen[index] for index in range(count)]
     return tuple(row['name'] for row in rows), tuple((row['r'], row['g'], row['b']) for row in rows)
 
 
 CS_CLASSES, CS_COLORS = cityscapes_classes()
-IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26)
+IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26, ('non-drivable fallback', 'vehicle fallback'))
 IMAGES = ('.png', '.jpg', '.jpeg')
 
 # The cross-entropy weights below are the published ones, 1 / ln(1.1 + class frequency).
