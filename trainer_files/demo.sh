@@ -4,7 +4,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} WORKERS=${WORKERS:-0}
 # Few epochs: small batches and a higher rate than the published 5e-4 make up for some of it.
-export EPOCHS=${EPOCHS:-16 10 6} BATCH=${BATCH:-3}
+export EPOCHS=${EPOCHS:-14 8 5} BATCH=${BATCH:-3}
 export TRAIN_ARGS=${TRAIN_ARGS:---lr 2e-3 --class-weights computed --val-every 2}
 source trainer_files/common.sh
 read_arguments "Learns three toy domains with the method and by fine-tuning; results in $OUT." "$@"
