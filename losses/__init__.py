@@ -1,17 +1,48 @@
-"""Losses: weighted cross-entropy and the two forms of distillation."""
+"""Losses: weighted cross-entropy and the two forms of distillation.
+
+Logits are (B, C, H, W) of any float type; sums are taken in float32.
+"""
 import torch
 import torch.nn.functional as F
+
+
+class SumOverImages(torch.autograd.Function):
+    """The sum over images of a loss whose gradient is known in closed form.
+
+    each(number, x) gives value and gradient, float32, of image `number` with logits x
+    (1, C, H, W) float32. Float32 copies are made of one image at a time, and once: the
+    gradient is kept in the logits' own type until it is asked for.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, each):
+        gradient, total = torch.empty_like(logits), 0
+        for number in range(len(logits)):
+            value, gradient[number:number + 1] = each(number, logits[number:number + 1].float())
+            total = total + value
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None
 
 
 def cross_entropy_parts(logits, labels, weights):
     """Numerator and denominator of the weighted cross-entropy, float32 scalars.
 
-    logits: (B, C, H, W), any float type; labels: (B, H, W) int64 in [0, C);
-    weights: (C,) float32, 0 for void. Their ratio is what
-    `torch.nn.CrossEntropyLoss(weights)` gives; kept apart they add up over batches.
+    labels: (B, H, W) int64 in [0, C); weights: (C,) float32, 0 for void. Their ratio is
+    what `torch.nn.CrossEntropyLoss(weights)` gives; kept apart they add up over batches.
     """
-    total = F.cross_entropy(logits.float(), labels, weights, reduction='sum')
-    return total, weights[labels].sum()
+    per_pixel, classes = weights[labels][:, None], torch.arange(len(weights), device=labels.device)
+
+    def each(number, x):
+        label, weight = labels[number:number + 1, None], per_pixel[number:number + 1]
+        log_p = F.log_softmax(x, dim=1)
+        gradient = (log_p.exp() - (classes.view(1, -1, 1, 1) == label).float()) * weight
+        return -(log_p.gather(1, label) * weight).sum(), gradient
+
+    return SumOverImages.apply(logits, each), per_pixel.sum()
 
 
 def cross_entropy(logits, labels, weights):
@@ -23,13 +54,17 @@ def cross_entropy(logits, labels, weights):
 def kl_per_pixel(student, teacher, temperature=1.0):
     """T^2 times the mean over pixels of KL(teacher || student) at temperature T.
 
-    student, teacher: logits (B, C, H, W). 0 where they agree. Hinton et al.,
-    "Distilling the Knowledge in a Neural Network", 2015.
+    0 where they agree; no gradient reaches the teacher. Hinton et al., "Distilling the
+    Knowledge in a Neural Network", 2015.
     """
-    log_p = F.log_softmax(student.float() / temperature, dim=1)
-    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
+    def each(number, x):
+        log_p = F.log_softmax(x / temperature, dim=1)
+        log_q = F.log_softmax(teacher[number:number + 1].float() / temperature, dim=1)
+        q = log_q.exp()
+        return (q * (log_q - log_p)).sum(), (log_p.exp() - q) / temperature
+
     pixels = student.shape[0] * student.shape[2] * student.shape[3]
-    return F.kl_div(log_p, log_q, reduction='sum', log_target=True) * (temperature ** 2 / pixels)
+    return SumOverImages.apply(student, each) * (temperature ** 2 / pixels)
 
 
 def released_kl(student, teacher, temperature=1.0):

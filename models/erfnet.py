@@ -46,6 +46,28 @@ def conv_pair(channels, dilation):
             nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation), dilation=(1, dilation)))
 
 
+def normalised(bn, conv, x, *more):
+    """bn(conv(x) + c(y) + ...) for the pairs (c, y) of `more`.
+
+    A batch norm that stands still scales the convolutions' weights instead of what they
+    give: the same function, without its pass over the activations.
+    """
+    if bn.training or not bn.track_running_stats:
+        return bn(sum((c(y) for c, y in more), conv(x)))
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    first = scaled(conv, x, scale, bn.bias - bn.running_mean * scale)
+    return sum((scaled(c, y, scale) for c, y in more), first)
+
+
+def scaled(conv, x, scale, shift=0):
+    """scale * conv(x) + shift in one convolution, transposed or not; scale (C,), shift (C,) or 0."""
+    bias = conv.bias * scale + shift
+    if isinstance(conv, nn.ConvTranspose2d):
+        return F.conv_transpose2d(x, conv.weight * scale[:, None, None], bias, conv.stride, conv.padding,
+                                  conv.output_padding)
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], bias, conv.stride, conv.padding, conv.dilation)
+
+
 class Downsampler(nn.Module):
     """(B, in_channels, H, W) -> (B, out_channels, H/2, W/2): strided 3x3 beside max pooling."""
 
@@ -78,19 +100,19 @@ class EncoderBlock(nn.Module):
             self.add_module(f'{adapter}_conv_2', adapters(channels, domains))
 
     def adapted(self, x, number, domain):
-        """The pair `number` (1 or 2) of `x`, with the domain's adapter added, before its BN."""
-        children = self._modules
-        y = children[f'conv3x1_{number}'](x)
-        y = children[f'conv1x3_{number}'](F.relu(y))
-        if self.adapter:
-            y = y + children[f'{self.adapter}_conv_{number}'][domain](x if self.adapter == 'parallel' else y)
-        return y
+        """The pair `number` (1 or 2) of `x`, with the domain's adapter added, after its BN."""
+        children, bn = self._modules, getattr(self, f'bns_{number}')[domain]
+        adapter = children[f'{self.adapter}_conv_{number}'][domain] if self.adapter else None
+        y, conv = F.relu(children[f'conv3x1_{number}'](x)), children[f'conv1x3_{number}']
+        if self.adapter == 'series':
+            y = conv(y)
+            return bn(y + adapter(y))
+        return normalised(bn, conv, y, *([(adapter, x)] if adapter else []))
 
     def forward(self, x, domain):
-        y = F.relu(self.bns_1[domain](self.adapted(x, 1, domain)))
-        bn = self.bns_2[domain]
-        y = bn(self.adapted(y, 2, domain))
-        y = F.dropout2d(y, self.dropout, training=bn.training)
+        y = F.relu(self.adapted(x, 1, domain))
+        y = self.adapted(y, 2, domain)
+        y = F.dropout2d(y, self.dropout, training=self.bns_2[domain].training)
         return F.relu(y + x)
 
 
@@ -105,8 +127,8 @@ class DecoderBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1x3_1(F.relu(self.conv3x1_1(x)))))
-        y = self.bn2(self.conv1x3_2(F.relu(self.conv3x1_2(y))))
+        y = F.relu(normalised(self.bn1, self.conv1x3_1, F.relu(self.conv3x1_1(x))))
+        y = normalised(self.bn2, self.conv1x3_2, F.relu(self.conv3x1_2(y)))
         return F.relu(y + x)
 
 
@@ -119,7 +141,7 @@ class Upsampler(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(normalised(self.bn, self.conv, x))
 
 
 class Encoder(nn.Module):
@@ -264,5 +286,5 @@ class ERFNet(nn.Module):
 
 
 def batch_norms_of(modules):
-    """All batch norms within `modules`."""
-    return [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    """All batch norms within `modules`, synchronised ones too."""
+    return [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

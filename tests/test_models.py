@@ -64,7 +64,7 @@ def test_parallel_adapter_adds_its_convolution_before_the_batch_norm():
     adapter = block.parallel_conv_1[0]
     with torch.no_grad():
         plain = block.conv1x3_1(block.conv3x1_1(x).relu())
-        assert torch.allclose(block.adapted(x, 1, 0), plain + adapter(x), atol=1e-6)
+        assert torch.allclose(block.adapted(x, 1, 0), block.bns_1[0](plain + adapter(x)), atol=1e-6)
 
 
 def test_new_domain_copies_the_last_branch_but_for_the_output_layer():

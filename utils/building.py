@@ -1,5 +1,6 @@
 """From options to the objects of a training step: data, student, teacher, optimiser."""
 import copy
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from datasets import SegmentationDataset, get_domain
 from datasets.augment import augment_batch, draw
@@ -33,11 +35,17 @@ class Feed:
     val: object = None
 
 
-def seed_everything(seed):
-    """Seeds Python, NumPy and torch."""
+def seed_everything(seed, deterministic=False):
+    """Seeds Python, NumPy and torch; `deterministic` has GPUs repeat themselves to the last bit."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.backends.cudnn.benchmark = False
+        # Only warned about: what is left is the backward pass of max pooling, which adds one
+        # gradient to each pixel as the windows do not overlap, in whatever order.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def learnt_numbers(options):
@@ -156,6 +164,13 @@ def rebuild_networks(options, domains):
     return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
 
 
+def synchronised(student, place):
+    """The student with batch statistics taken over all processes."""
+    if place.device.type != 'cuda' or place.world == 1:
+        raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
+
+
 def freeze(student, options):
     """Sets what trains, following the method's row."""
     first = len(student.decoder) == 1 or get_method(options.method).joint
@@ -185,7 +200,8 @@ def build_task(student, teacher, feeds, options, place):
             teacher = None
     task = Task(student, teacher, [feed.weights for feed in feeds], distillation=options.distillation,
                 temperature=options.temperature, lambdac=options.lambdac, teacher_mode=options.teacher_mode,
-                precision=options.precision).to(place.device, memory_format=memory_format(options.precision))
+                distill_domains=options.distill_domains, precision=options.precision, compiled=options.compile)
+    task.to(place.device, memory_format=memory_format(place.device, options.precision))
     unused = get_method(options.method).joint or options.steps_per_batch == 2
     return wrap(task, place, options.parallel, unused)
 
@@ -197,6 +213,7 @@ def loss_parts(options, teacher):
 
 def build_optimizer(student, options):
     """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
-    optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
+                                 fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / options.num_epochs) ** 0.9)
     return optimizer, schedule

@@ -45,7 +45,7 @@ def logits_of(model, number, images, place, precision):
     """Logits (B, C, H, W) of the model's domain `number` for images (B, 3, H, W) uint8, on the place's device."""
     images = to_float(images.to(place.device, non_blocking=True))
     with autocast(place.device, precision):
-        return model(images.contiguous(memory_format=memory_format(precision)), number)
+        return model(images.contiguous(memory_format=memory_format(place.device, precision)), number)
 
 
 def at_label_size(logits, labels):

@@ -6,6 +6,8 @@ translated in `translate_paper` and nothing behind it knows them.
 import argparse
 from pathlib import Path
 
+import torch
+
 from datasets.domains import domain_names, get_domain
 from models.methods import METHODS
 from utils.errors import UserError
@@ -148,10 +150,15 @@ def train_parser():
     group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
                        help='write checkpoints within epochs too, M minutes apart')
     group = machine_options(parser)
+    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
+    group.add_argument('--fast', action='store_true',
+                       help='the same as --precision bf16 --augment device, and on a GPU --compile')
+    group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
     group.add_argument('--augment', choices=('workers', 'device'), default='workers',
                        help='who flips and shifts; the result is the same')
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
                        help='several devices: auto is ddp under torchrun, else dp')
+    group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes, on GPUs')
     group = parser.add_argument_group('live curves (visdom)')
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='its address')
@@ -167,6 +174,8 @@ def method_options(parser):
                        help='corrected, or the published loops to rounding')
     group.add_argument('--lambdac', type=rate, default=0.1, help='weight of the distillation term')
     group.add_argument('--temperature', type=rate, default=1.0, help='temperature of --distillation kl')
+    group.add_argument('--distill-domains', type=positive, metavar='K',
+                       help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
@@ -212,6 +221,7 @@ def parse_train(argv=None):
     options.domains = [get_domain(name, paths).name for name in options.domains]
     check_domains(options)
     complete_size(options)
+    complete_fast(options)
     for name, value in recipe_settings(options.recipe, len(options.domains)).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -223,6 +233,13 @@ def parse_train(argv=None):
 def complete_size(options):
     """Sets width to twice the height unless it was given."""
     options.width = getattr(options, 'width', 2 * options.height)
+
+
+def complete_fast(options):
+    """Replaces --fast by what it stands for."""
+    if options.__dict__.pop('fast'):
+        options.precision, options.augment = 'bf16', 'device'
+        options.compile |= options.device != 'cpu' and torch.cuda.is_available()
 
 
 def check_domains(options):

@@ -29,6 +29,7 @@ def session(device, parallel='auto'):
 
     device: 'auto', 'cpu', 'cuda' or 'cuda:N'. UserError if it is not there.
     """
+    torch.backends.cudnn.benchmark = True       # images are all of one size
     world = int(os.environ.get('WORLD_SIZE', 1))
     launched = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
     if parallel == 'ddp' and not launched:
@@ -69,7 +70,9 @@ def wrap(task, place, parallel, unused=False):
     """
     if dist.is_initialized() and place.world > 1:
         devices = [place.device] if place.device.type == 'cuda' else None
-        return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused)
+        # Running statistics follow rank 0's before each validation (`broadcast_buffers`), not at every step.
+        return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
     several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
     if parallel in ('auto', 'dp') and several:
         return nn.DataParallel(task)

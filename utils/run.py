@@ -21,7 +21,7 @@ class Run:
     """
 
     def __init__(self, options, place, saved=None):
-        building.seed_everything(options.seed)
+        building.seed_everything(options.seed, options.deterministic)
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
         if place.main:
@@ -30,6 +30,8 @@ class Run:
         domains = [feed.domain for feed in self.feeds]
         build = building.rebuild_networks if saved else building.build_networks
         self.student, self.teacher, self.loaded = build(options, domains)
+        if options.sync_bn:
+            self.student = building.synchronised(self.student, place)
         building.freeze(self.student, options)
         self.student.to(place.device)
         self.task = building.build_task(self.student, self.teacher, self.feeds, options, place)

@@ -10,16 +10,20 @@ class Task(nn.Module):
 
     student: ERFNet that knows all domains. teacher: frozen model of the previous step,
     or None. class_weights: a (C,) tensor for each domain, void 0. The new domain is
-    the student's last, the old ones those the teacher knows.
+    the student's last, the old ones those the teacher knows. distill_domains: how many of
+    these, drawn anew for every batch, the distillation term looks at (None: all).
+    compiled: whether torch.compile makes one program of both networks and the losses.
     """
 
-    def __init__(self, student, teacher, class_weights, *, distillation='kl', temperature=1.0,
-                 lambdac=0.1, teacher_mode='eval', precision='fp32'):
+    def __init__(self, student, teacher, class_weights, *, distillation='kl', temperature=1.0, lambdac=0.1,
+                 teacher_mode='eval', distill_domains=None, precision='fp32', compiled=False):
         super().__init__()
         self.student, self.teacher = student, teacher
         self.distill = DISTILLATIONS[distillation]
         self.temperature, self.lambdac = temperature, lambdac
-        self.teacher_mode, self.precision = teacher_mode, precision
+        self.teacher_mode, self.distill_domains, self.precision = teacher_mode, distill_domains, precision
+        if compiled:
+            self.losses = torch.compile(self.losses, dynamic=False)
         for number, weights in enumerate(class_weights):
             self.register_buffer(f'weights{number}', weights, persistent=False)
 
@@ -36,25 +40,42 @@ class Task(nn.Module):
         {'loss', 'ce', 'kd'} (those computed), 'loss' = ce + lambdac * kd being what to
         differentiate.
         """
-        images = to_float(images).contiguous(memory_format=memory_format(self.precision))
+        images = to_float(images).contiguous(memory_format=memory_format(images.device, self.precision))
+        olds = self.draw_old_domains() if part != 'ce' and self.teacher is not None else []
+        return self.losses(images, labels, domain, part, olds)
+
+    def draw_old_domains(self):
+        """Numbers of the old domains to distil in this batch, the latest first."""
+        known = len(self.teacher.decoder)
+        drawn = range(known)
+        if self.distill_domains is not None and self.distill_domains < known:
+            drawn = torch.randperm(known)[:self.distill_domains].tolist()
+        return sorted(drawn, reverse=True)
+
+    def losses(self, images, labels, domain, part, olds):
+        """What `forward` returns, of float images in their memory format and the old domains `olds`."""
         parts = {}
         with autocast(images.device, self.precision):
             if part != 'kd':
                 logits = self.student(images, domain)
                 parts['ce'] = cross_entropy(logits, labels.long(), getattr(self, f'weights{domain}'))
-            if part != 'ce' and self.teacher is not None:
-                parts['kd'] = self.distillation(images)
+            if olds:
+                parts['kd'] = self.distillation(images, olds)
         parts['loss'] = parts.get('ce', 0) + self.lambdac * parts.get('kd', 0)
         return parts
 
-    def distillation(self, images):
-        """Sum over the old domains, the latest first, of the distance to the teacher."""
+    def distillation(self, images, domains):
+        """Sum over the old `domains` of the distance to the teacher.
+
+        Scaled by known / drawn where not all are given: with domains drawn uniformly its
+        expectation is the sum over all.
+        """
         total = 0.0
-        for domain in reversed(range(len(self.teacher.decoder))):
+        for domain in domains:
             with torch.no_grad():
                 target = self.teacher(images, domain)
             total = total + self.distill(self.student(images, domain), target, self.temperature)
-        return total
+        return total * (len(self.teacher.decoder) / len(domains))
 
 
 def to_float(images):
@@ -62,9 +83,10 @@ def to_float(images):
     return images if images.is_floating_point() else images.float().div_(255)
 
 
-def memory_format(precision):
-    """The layout that convolutions of that precision run fastest in: channels last unless float32."""
-    return torch.contiguous_format if precision == 'fp32' else torch.channels_last
+def memory_format(device, precision):
+    """The layout that convolutions run fastest in: channels last, but for float32 on a GPU."""
+    contiguous = device.type == 'cuda' and precision == 'fp32'
+    return torch.contiguous_format if contiguous else torch.channels_last
 
 
 def autocast(device, precision):

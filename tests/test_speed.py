@@ -1,0 +1,175 @@
+"""What is fused or reordered for speed means the same as the plain formulas."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+from losses import cross_entropy, kl_per_pixel
+from models import build_model, erfnet
+from tests.fill import fill, inputs
+from utils import building
+from utils.errors import UserError
+from utils.options import parse_train
+from utils.parallel import Place
+from utils.task import Task
+
+IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])
+
+
+def plain_normalised(bn, conv, x, *more):
+    return bn(sum((c(y) for c, y in more), conv(x)))
+
+
+def plain_cross_entropy(logits, labels, weights):
+    return F.cross_entropy(logits.float(), labels, weights)
+
+
+def plain_kl(student, teacher, temperature):
+    log_p, log_q = ((x.float() / temperature).log_softmax(1).movedim(1, -1).flatten(0, 2) for x in (student, teacher))
+    return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
+
+
+def step_of(precision='fp32', old=2, **settings):
+    """A Task that learns a domain after `old` ones, the shared weights already moved, dropout 0."""
+    teacher = fill(build_model([4, 5, 3][:old])).requires_grad_(False)
+    student = fill(build_model([4, 5, 3][:old] + [6])).train_only([old])
+    with torch.no_grad():
+        for parameter in student.shared_parameters():
+            parameter.mul_(1.05)
+    for block in student.modules():
+        if isinstance(block, erfnet.EncoderBlock):
+            block.dropout = 0.0
+    return Task(student, teacher, [None] * old + [WEIGHTS], lambdac=0.7, temperature=2.0, precision=precision,
+                **settings).to(memory_format=torch.channels_last).train()
+
+
+def measured(task):
+    """(loss parts, {name: gradient}) of one batch."""
+    parts = task(IMAGES, LABELS, len(task.student.decoder) - 1)
+    parts['loss'].backward()
+    gradients = {name: p.grad.clone() for name, p in task.student.named_parameters() if p.requires_grad}
+    return {name: value.item() for name, value in parts.items()}, gradients
+
+
+def plainly(monkeypatch, precision):
+    """(loss parts, gradients) of the plain formulas."""
+    with monkeypatch.context() as patch:
+        patch.setattr(erfnet, 'normalised', plain_normalised)
+        patch.setattr('utils.task.cross_entropy', plain_cross_entropy)
+        task = step_of(precision).to(memory_format=torch.contiguous_format)
+        task.distill = plain_kl
+        return measured(task)
+
+
+def test_fused_step_in_float32_equals_the_plain_one(monkeypatch):
+    """Gradients relative to their tensor's largest; those of biases before a batch norm are rounding alone."""
+    parts, gradients = measured(step_of())
+    want, plain = plainly(monkeypatch, 'fp32')
+    assert parts['kd'] > 0.01
+    for name, value in want.items():
+        assert parts[name] == pytest.approx(value, rel=1e-4)
+    overall = max(gradient.abs().max() for gradient in plain.values())
+    assert gradients.keys() == plain.keys()
+    for name, gradient in plain.items():
+        bound = 1e-4 * gradient.abs().max() + 1e-6 * overall
+        assert (gradients[name] - gradient).abs().max() <= bound, name
+
+
+def distance(gradients, others):
+    """Length of the difference of two sets of gradients."""
+    return sum((gradients[name] - other).double().square().sum() for name, other in others.items()).sqrt().item()
+
+
+def test_fused_step_in_bf16_is_no_further_off_than_the_plain_one(monkeypatch):
+    """Losses within 2 % of float32; gradients as far from float32's as bf16 without fusing, to a tenth."""
+    parts, gradients = measured(step_of('bf16'))
+    want, exact = plainly(monkeypatch, 'fp32')
+    _, rounded = plainly(monkeypatch, 'bf16')
+    for name, value in want.items():
+        assert parts[name] == pytest.approx(value, rel=0.02)
+    assert 0 < distance(gradients, exact) < 1.1 * distance(rounded, exact)
+
+
+@pytest.mark.parametrize('method', ['ours', 'series-adapters', 'single-task'])
+def test_network_with_still_norms_equals_the_plain_one(method, monkeypatch):
+    model = fill(build_model([4], method)).eval()
+    with torch.no_grad():
+        fused = model(IMAGES)
+        monkeypatch.setattr(erfnet, 'normalised', plain_normalised)
+        plain = model(IMAGES)
+        assert (fused - plain).abs().max() <= 1e-4 * plain.abs().mean()
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize('ours, theirs', [
+    (lambda x, y: cross_entropy(x, LABELS, WEIGHTS), lambda x, y: plain_cross_entropy(x, LABELS, WEIGHTS)),
+    (lambda x, y: kl_per_pixel(x, y, 3.0), lambda x, y: plain_kl(x, y, 3.0))], ids=['cross-entropy', 'kl'])
+def test_losses_and_their_gradients_equal_torchs(ours, theirs, dtype, tolerance):
+    """Values to rounding; gradients to that of their own type, however large the loss is scaled."""
+    random = torch.Generator().manual_seed(1)
+    x, y = ((3 * torch.randn(2, 6, 32, 64, generator=random)).to(dtype) for _ in range(2))
+    a, b = x.clone().requires_grad_(), x.clone().float().requires_grad_()
+    scale = 1000.0
+    got, want = ours(a, y) * scale, theirs(b, y) * scale
+    got.backward()
+    want.backward()
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert a.grad.dtype == dtype
+    assert (a.grad.float() - b.grad).abs().max() <= tolerance * b.grad.abs().max()
+
+
+def test_losses_keep_one_tensor_of_the_logits_type():
+    """No full-size float32 copy waits for the backward pass."""
+    x = torch.randn(2, 6, 32, 64).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.kl_per_pixel(x, x.detach() + 1)
+    assert [(t.dtype, t.numel()) for t in kept if t.dim()] == [(torch.bfloat16, x.numel())]
+
+
+def test_a_draw_of_old_domains_is_unbiased():
+    """The mean over all draws of K of 3 is the sum over all 3; K of at least 3 is that sum itself."""
+    task = step_of(old=3)
+    with torch.no_grad():
+        images = IMAGES.contiguous(memory_format=torch.channels_last)
+        everything = task.distillation(images, [2, 1, 0])
+        for k in (1, 2):
+            draws = [task.distillation(images, list(d)) for d in itertools.combinations(range(3), k)]
+            assert sum(draws) / len(draws) == pytest.approx(everything.item(), rel=1e-5)
+            assert len({round(draw.item(), 6) for draw in draws}) == 3
+    task.distill_domains = 5
+    assert task.draw_old_domains() == [2, 1, 0]
+    task.distill_domains = 1
+    drawn = [task.draw_old_domains() for _ in range(60)]
+    assert {tuple(d) for d in drawn} == {(0,), (1,), (2,)}
+
+
+def test_draws_repeat_with_the_random_state():
+    task = step_of(old=3, distill_domains=1)
+    state = torch.get_rng_state()
+    first = [task.draw_old_domains() for _ in range(20)]
+    torch.set_rng_state(state)
+    assert [task.draw_old_domains() for _ in range(20)] == first
+
+
+def test_fast_stands_for_options():
+    options = parse_train(['--domains', 'camvid', '--savedir', 'x', '--fast', '--device', 'cpu'])
+    assert (options.precision, options.augment, options.compile) == ('bf16', 'device', False)
+    assert not hasattr(options, 'fast')
+
+
+def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
+    model = build_model([4, 5])
+    keys = list(model.state_dict())
+    with pytest.raises(UserError, match='torchrun'):
+        building.synchronised(copy.deepcopy(model), Place(torch.device('cpu')))
+    model = building.synchronised(model, Place(torch.device('cuda'), 0, 2))
+    model.train_only([1]).train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    old = {id(bn) for module in model.branch(0) for bn in module.modules()}
+    assert list(model.state_dict()) == keys and len(norms) == 2 * (29 + 10)
+    assert all(bn.training == (id(bn) not in old) for bn in norms)
