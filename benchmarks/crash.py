@@ -109,11 +109,11 @@ class Tally:
 
 
 def position(folder):
-    """Batches done according to the latest checkpoint, 0 if there is none."""
+    """(epochs finished, batches done in all) according to the latest checkpoint, 0 if there is none."""
     if not (folder / LATEST).exists():
-        return 0
+        return 0, 0
     content = checkpoint.read(folder / LATEST)
-    return content['epoch'] * PER_EPOCH + content['batch']
+    return content['epoch'], content['epoch'] * PER_EPOCH + content['batch']
 
 
 def half_written(folder):
@@ -149,10 +149,11 @@ def lost_files(folder, known, least):
             lost.append(str(error))
     if lost:
         return lost
-    if position(folder) < least:
-        lost.append(f'{LATEST} fell from batch {least} to {position(folder)}')
-    if len(read_metrics(folder)) < position(folder) // PER_EPOCH:
-        lost.append(f'metrics.jsonl has {len(read_metrics(folder))} epochs at batch {position(folder)}')
+    epochs, batches = position(folder)
+    if batches < least:
+        lost.append(f'{LATEST} fell from batch {least} to {batches}')
+    if len(read_metrics(folder)) < epochs:
+        lost.append(f'metrics.jsonl has {len(read_metrics(folder))} of {epochs} epochs')
     return lost
 
 
@@ -174,7 +175,7 @@ def killed_run(place, kills, chance, tally, bar):
         tally.where['while a file was written' if half_written(place.folder) else 'elsewhere'] += 1
         tally.lost += lost_files(place.folder, known, least)
         known |= {name for name in (LATEST, PREVIOUS, BEST) if (place.folder / name).exists()}
-        reached, least = least + place.batches - before, position(place.folder)
+        reached, least = least + place.batches - before, position(place.folder)[1]
         tally.repeated += reached - least
         bar.update()
     status, said = place.finish()
@@ -305,7 +306,7 @@ def damaged(stopped, straight):
 def file_size_limit(stopped, straight):
     """(name, outcome, good): no checkpoint can be written for a while; the run goes on later."""
     place = stopped.copy('limited')
-    least, files = position(place.folder), {LATEST, PREVIOUS, BEST}
+    least, files = position(place.folder)[1], {LATEST, PREVIOUS, BEST}
     status, said = place.finish(limit=(place.folder / LATEST).stat().st_size // 2)
     lost = lost_files(place.folder, files, least) + [path.name for path in half_written(place.folder)]
     outcome, good = verdict(place, straight, *place.finish())
