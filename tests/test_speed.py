@@ -1,17 +1,20 @@
 """What is fused or reordered for speed means the same as the plain formulas."""
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import losses
+from benchmarks import speed
 from losses import cross_entropy, kl_per_pixel
 from models import build_model, erfnet
 from tests.fill import fill, inputs
 from utils import building
 from utils.errors import UserError
+from utils.metrics import confusion, mean_iou
 from utils.options import parse_train
 from utils.parallel import Place
 from utils.task import Task
@@ -173,3 +176,35 @@ def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
     old = {id(bn) for module in model.branch(0) for bn in module.modules()}
     assert list(model.state_dict()) == keys and len(norms) == 2 * (29 + 10)
     assert all(bn.training == (id(bn) not in old) for bn in norms)
+
+
+def test_floor_counts_what_the_design_counts():
+    """60.2 GFLOP forward per image at 1024x512; step 1 three times that but for the image's own gradient."""
+    options = speed.parse([])
+    count = lambda what: speed.floors(what, options, (1e12, 1e10))
+    forward = count('evaluation')
+    assert forward['gflop'] == pytest.approx(60.2, abs=0.05)
+    assert count('step 1')['gflop'] == pytest.approx(3 * 60.2, rel=0.01)
+    assert count('step 2')['gflop'] < 7 * 60.2 < count('step 3')['gflop'] < 11 * 60.2
+    assert forward['seconds'] > max(forward['gflop'] / 1e3, forward['gb'] / 10)
+
+
+def test_speed_benchmark_compares_both_sides(tmp_path):
+    """Real work on both sides, tiny: the file holds what the table shows."""
+    speed.main(['--height', '16', '--batch-size', '2', '--rounds', '1', '--seconds', '0', '--device', 'cpu',
+                '--what', 'step 2', 'evaluation', '--num-workers', '1', '--json', str(tmp_path / 'speed.json')])
+    found = json.loads((tmp_path / 'speed.json').read_text())
+    assert set(found['work']) == {'step 2', 'evaluation'} and set(found['waiting']) == {'published', 'ours'}
+    for entry in found['work'].values():
+        assert entry['ratios'][0] == pytest.approx(
+            entry['ours']['images_per_second'][0] / entry['published']['images_per_second'][0])
+
+
+def test_published_side_evaluates_as_the_confusion_matrix_does():
+    """One-hot counting and ours give the same mIoU where every class occurs."""
+    network = fill(build_model([4])).eval()
+    labels = torch.randint(0, 4, (2, 32, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        _, miou = speed.published_evaluation(network, (255 * IMAGES).round(), labels, torch.ones(4))
+        answers = network((255 * IMAGES).round() / 255).argmax(1)
+    assert 100 * miou == pytest.approx(mean_iou(confusion(answers, labels, 4)), rel=1e-4)

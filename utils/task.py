@@ -1,4 +1,6 @@
 """The task of a step: student, frozen teacher, losses. The loop knows nothing else."""
+import contextlib
+
 import torch
 from torch import nn
 
@@ -92,4 +94,4 @@ def memory_format(device, precision):
 def autocast(device, precision):
     """Autocast context of `precision`: 'fp32' (none), 'bf16' or 'fp16'."""
     dtype = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()

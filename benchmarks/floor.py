@@ -1,0 +1,62 @@
+"""What the hardware must do at least: FLOPs and bytes of a piece of work, counted without data."""
+from collections import defaultdict
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# Where an operation's map is found that has the size of what it gives forward, and its weights.
+COUNTED = {'convolution': (None, 1), 'convolution_backward': (0, 2), 'native_batch_norm': (None, None),
+           'native_batch_norm_backward': (0, None)}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what convolutions and batch norms cost, by kind: {kind: [FLOPs, bytes]}.
+
+    Forward, a convolution reads its input and writes its output. Backward, it reads the
+    upstream gradient, the input if its weights learn, and writes the input's gradient.
+    A batch norm that trains reads its input once more and writes its output; backward it
+    reads gradient and input and writes the input's gradient. All else is taken as fused
+    into these; weights and sums are free.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts = defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        operation = function.overloadpacket
+        if operation.__name__ in COUNTED:
+            result = out[0] if isinstance(out, tuple) else out
+            entry = self.counts[kind(operation.__name__, args, result)]
+            if operation in flop_registry:
+                entry[0] += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
+            entry[1] += sum(map(size, read(operation.__name__, args) + [result]))
+        return out
+
+
+def size(tensor):
+    """Bytes of a tensor; 0 of None."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def read(name, args):
+    """The maps that the operation `name` reads."""
+    if name == 'convolution_backward' and not args[-1][1]:
+        return [args[0]]
+    return list(args[:2] if 'backward' in name else args[:1])
+
+
+def kind(name, args, result):
+    """'3x1, 64 channels, 256x128' and the like, the same forward and backward; sizes are W x H."""
+    upstream, weight = COUNTED[name]
+    shape = (result if upstream is None else args[upstream]).shape
+    kernel = 'batch norm' if weight is None else 'x'.join(map(str, args[weight].shape[2:]))
+    return f'{kernel}, {shape[1]} channels, {shape[3]}x{shape[2]}'
+
+
+def traffic(work):
+    """{kind: [FLOPs, bytes]} of calling `work`, which runs networks on the device 'meta'."""
+    with Traffic() as counted:
+        work()
+    return dict(counted.counts)

@@ -1,0 +1,468 @@
+"""Speed of training and evaluation: the published loops and ours, in one process, in turn.
+
+    python -m benchmarks.speed [--height 512 --batch-size 6 --rounds 7 --seconds 2 --json FILE]
+    python -m benchmarks.speed --floor                  what bytes and FLOPs allow
+    python -m benchmarks.speed --growth FIGURE          cost against the number of old domains, 1 to 8
+
+(a) is the published way: recipe `released`, float32, eager, contiguous, the teacher's output
+fetched to the CPU and sent back, the device's cache emptied after each batch, evaluation by
+one-hot maps. (b) is ours with `--fast`. Both get the same uint8 images and labels from the
+CPU. 20 classes each; step N knows N - 1 old domains.
+"""
+import contextlib
+import copy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import train
+from benchmarks.floor import traffic
+from benchmarks.loading import SOURCES, published, write_pair
+from datasets.augment import augment_batch, draw
+from datasets.cache import cached
+from datasets.loading import TrainBatches, make_loader
+from datasets.segmentation import SegmentationDataset
+from models import build_model, erfnet
+from utils import building
+from utils.errors import run_main
+from utils.evaluation import evaluate
+from utils.options import Parser, complete_size, positive, rate, recipe_settings, size_options
+from utils.parallel import session
+from utils.records import environment, write_json
+from utils.tables import number, plain
+from utils.task import Task
+
+CLASSES = 20
+WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
+PUBLISHED, OURS = 'published', 'ours'
+
+
+class PublishedTask(Task):
+    """The published way to compute the losses."""
+
+    def losses(self, images, labels, domain, part, olds):
+        """Plain formulas, float32, all tensors kept."""
+        images, parts = images.contiguous(), {}
+        if part != 'kd':
+            parts['ce'] = F.cross_entropy(self.student(images, domain), labels.long(), getattr(self, f'weights{domain}'))
+        if olds:
+            parts['kd'] = self.distillation(images, olds)
+        parts['loss'] = parts.get('ce', 0) + self.lambdac * parts.get('kd', 0)
+        return parts
+
+    def distillation(self, images, domains):
+        """The teacher's output goes over the CPU."""
+        total = 0.0
+        for domain in domains:
+            with torch.no_grad():
+                target = self.teacher(images, domain).cpu().to(images.device)
+            total = total + self.distill(self.student(images, domain), target)
+        return total
+
+
+@contextlib.contextmanager
+def unfolded():
+    """Batch norms applied to what convolutions give, as published."""
+    folded = erfnet.normalised
+    erfnet.normalised = lambda bn, conv, x, *more: bn(sum((c(y) for c, y in more), conv(x)))
+    try:
+        yield
+    finally:
+        erfnet.normalised = folded
+
+
+def settings(side, domains, options):
+    """Options of train.py that a side runs with, as far as building asks for them."""
+    recipe, fast = ('released', False) if side == PUBLISHED else ('corrected', True)
+    return SimpleNamespace(
+        method='ours', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6, num_epochs=150,
+        precision=options.precision if fast else 'fp32', compile=fast and options.compile, **recipe_settings(recipe, domains))
+
+
+def networks(domains, chosen):
+    """(student, teacher or None) of step `domains`."""
+    torch.manual_seed(0)
+    if domains == 1:
+        student, teacher = build_model([CLASSES]), None
+    else:
+        teacher = build_model([CLASSES] * (domains - 1)).requires_grad_(False)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        student.add_domain(CLASSES)
+    building.freeze(student, chosen)
+    return student, teacher
+
+
+def make_task(side, domains, options, chosen, device):
+    """The Task of a side on a device."""
+    student, teacher = networks(domains, chosen)
+    weights = torch.linspace(1, 2, CLASSES)
+    weights[-1] = 0
+    kind, layout = (PublishedTask, torch.contiguous_format) if side == PUBLISHED else (Task, torch.channels_last)
+    task = kind(student, teacher, [weights] * domains, distillation=chosen.distillation,
+                teacher_mode=chosen.teacher_mode, distill_domains=None if side == PUBLISHED else options.distill_domains,
+                precision=chosen.precision, compiled=chosen.compile)
+    return task.to(device, memory_format=layout)
+
+
+class Training:
+    """One side's training of step `domains`; a call takes one batch from the CPU."""
+
+    def __init__(self, side, domains, options, place):
+        chosen = settings(side, domains, options)
+        self.side, self.place, self.number = side, place, domains - 1
+        self.task = make_task(side, domains, options, chosen, place.device).train()
+        self.student, self.scaler = self.task.student, torch.amp.GradScaler(place.device.type, enabled=False)
+        self.parts = building.loss_parts(chosen, self.task.teacher)
+        self.optimizer, _ = building.build_optimizer(self.student, chosen)
+
+    def __call__(self, images, labels):
+        device = self.place.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if self.side == PUBLISHED:
+            with unfolded():
+                train.train_batch(self, images.float() / 255, labels, self.number)
+            if device.type == 'cuda':
+                torch.cuda.empty_cache()
+        else:
+            train.train_batch(self, images, labels, self.number)
+
+
+class Evaluation:
+    """One side's evaluation of a network of one domain; a call takes one batch from the CPU."""
+
+    def __init__(self, side, _, options, place):
+        self.side, self.place, self.options = side, place, options
+        self.weights = torch.ones(CLASSES, device=place.device)
+        layout = torch.contiguous_format if side == PUBLISHED else torch.channels_last
+        self.task = build_model([CLASSES]).eval().to(place.device, memory_format=layout)
+
+    def __call__(self, images, labels):
+        if self.side == PUBLISHED:
+            with unfolded(), torch.no_grad():
+                published_evaluation(self.task, images.to(self.place.device), labels.to(self.place.device), self.weights)
+            if self.place.device.type == 'cuda':
+                torch.cuda.empty_cache()
+        else:
+            batch = images, labels, torch.arange(len(images))
+            evaluate(self.task, 0, [batch], self.weights, self.place, self.options.precision)
+
+
+def published_evaluation(network, images, labels, weights):
+    """Loss and mean IoU of a batch by one-hot maps, as the published scripts count."""
+    logits = network(images.float() / 255, 0)
+    loss = F.cross_entropy(logits, labels.long(), weights)
+    answers, truth = (torch.zeros_like(logits).scatter_(1, index[:, None], 1)
+                      for index in (logits.argmax(1), labels.long()))
+    void = truth[:, -1:]
+    answers, truth = answers[:, :-1], truth[:, :-1]
+    hit = (answers * truth).sum((0, 2, 3))
+    wrong = (answers * (1 - truth - void)).sum((0, 2, 3))
+    missed = ((1 - answers) * truth).sum((0, 2, 3))
+    return loss.item(), (hit / (hit + wrong + missed + 1e-15)).mean().item()
+
+
+def side_of(side, what, options, place):
+    """The Training or Evaluation that `what` names."""
+    if what == 'evaluation':
+        return Evaluation(side, 1, options, place)
+    return Training(side, int(what.split()[1]), options, place)
+
+
+def wait(place):
+    """Until the device has done all it was given."""
+    if place.device.type == 'cuda':
+        torch.cuda.synchronize(place.device)
+
+
+def turn(run, batch, seconds, place):
+    """Images per second of whole batches that take at least `seconds`."""
+    wait(place)
+    done, start = 0, time.perf_counter()
+    while not done or time.perf_counter() - start < seconds:
+        run(*batch)
+        done += len(batch[0])
+        wait(place)
+    return done / (time.perf_counter() - start)
+
+
+class Peak:
+    """Bytes that the device (or, on the CPU, the process) held at most within the context, above `before`."""
+
+    def __init__(self, place):
+        self.cuda = place.device.type == 'cuda'
+
+    def resident(self, name):
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f'{name}:'))
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = 0
+        else:
+            Path('/proc/self/clear_refs').write_text('5')       # the high-water mark starts anew
+            self.before = self.resident('VmRSS')
+        return self
+
+    def __exit__(self, *_):
+        self.bytes = torch.cuda.max_memory_allocated() if self.cuda else self.resident('VmHWM') - self.before
+
+
+def peak_of(side, what, options, place, batch):
+    """GiB that one side's batch takes at most, its networks and optimiser included, measured alone."""
+    if place.device.type == 'cuda':
+        torch.cuda.empty_cache()
+    with Peak(place) as peak:
+        run = side_of(side, what, options, place)
+        run(*batch)
+        run(*batch)
+        wait(place)
+    return peak.bytes / 2 ** 30
+
+
+def compare(what, options, place, batch):
+    """{side: figures} of one kind of work, the sides in turn, round by round."""
+    peaks = {side: peak_of(side, what, options, place, batch) for side in (PUBLISHED, OURS)}
+    runs = {side: side_of(side, what, options, place) for side in (PUBLISHED, OURS)}
+    for run in runs.values():
+        run(*batch)         # warm-up: algorithms chosen, programs compiled
+        run(*batch)
+    rates = {side: [] for side in runs}
+    for _ in tqdm(range(options.rounds), desc=what, leave=False, disable=None):
+        for side, run in runs.items():
+            rates[side].append(turn(run, batch, options.seconds, place))
+    ratios = [ours / theirs for ours, theirs in zip(rates[OURS], rates[PUBLISHED])]
+    return {side: {'images_per_second': rates[side], 'peak_gib': peaks[side]} for side in runs} | {'ratios': ratios}
+
+
+def ceilings(place, dtype):
+    """(FLOP/s of a large matrix product of `dtype`, bytes/s of a large copy, read and written) of the device."""
+    device = place.device
+    size = 8192 if device.type == 'cuda' else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    source = torch.empty(2 ** 30 if device.type == 'cuda' else 2 ** 28, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    product = best_time(lambda: a @ a, place)
+    copy_time = best_time(lambda: target.copy_(source), place)
+    return 2 * size ** 3 / product, 2 * source.numel() / copy_time
+
+
+def best_time(work, place, rounds=10):
+    """Seconds of the fastest of several calls."""
+    times = []
+    for _ in range(rounds):
+        wait(place)
+        start = time.perf_counter()
+        work()
+        wait(place)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def floors(what, options, top):
+    """What one image costs at least: {'gflop', 'gb', 'seconds'} at the ceilings `top`."""
+    counts = costs_of(what, options).values()
+    batch = options.batch_size
+    return {'gflop': sum(c[0] for c in counts) / batch / 1e9, 'gb': sum(c[1] for c in counts) / batch / 1e9,
+            'seconds': sum(max(flops / top[0], moved / top[1]) for flops, moved in counts) / batch}
+
+
+def costs_of(what, options):
+    """{kind of operation: [FLOPs, bytes]} of a batch of our way, in the options' precision."""
+    dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16}[options.precision]
+    images = torch.empty(options.batch_size, 3, options.height, options.width, dtype=dtype, device='meta')
+    if what == 'evaluation':
+        network = build_model([CLASSES]).eval().to('meta', dtype)
+        with torch.no_grad():
+            return traffic(lambda: network(images, 0))
+    domains = int(what.split()[1])
+    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False))
+    task = make_task(OURS, domains, options, chosen, 'meta').to(dtype).train()
+    labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
+    return traffic(lambda: task(images, labels, domains - 1)['loss'].backward())
+
+
+def show_floor(options, top):
+    """Prints FLOPs and bytes per image, kind by kind, and what they allow."""
+    for what in WHAT:
+        rows = []
+        for name, (flops, moved) in costs_of(what, options).items():
+            at_least = max(flops / top[0], moved / top[1])
+            rows.append([name] + [number(value / options.batch_size, 3)
+                                  for value in (flops / 1e9, moved / 1e9, 1e6 * at_least)])
+        total = floors(what, options, top)
+        rows.append(['together', number(total['gflop'], 3), number(total['gb'], 3), number(1e6 * total['seconds'], 3)])
+        print(f'{what}: at most {1 / total["seconds"]:.1f} images/s')
+        print(plain(['kernel, channels given, W x H', 'GFLOP', 'GB', 'microseconds'], rows) + '\n')
+
+
+def starving(options, place):
+    """{side: share of the time that step 1 waits for its data}, loaded from full-size PNGs each side's way."""
+    size, shares = (options.height, options.width), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(2 * options.batch_size):
+            write_pair(Path(folder), SOURCES[0], index)
+        data = SegmentationDataset(SOURCES[0].domain, folder, 'train', size, augmented=False)
+        batches = TrainBatches(len(data), options.batch_size, seed=0)
+        loaders = {PUBLISHED: DataLoader(Published(data.pairs, size), options.batch_size, shuffle=True, drop_last=True,
+                                         num_workers=options.num_workers, persistent_workers=True,
+                                         pin_memory=place.device.type == 'cuda'),
+                   OURS: make_loader(cached(data, folder), batches, options.num_workers, place.device.type == 'cuda')}
+        for side, loader in loaders.items():
+            shares[side] = waiting_share(side, loader, Training(side, 1, options, place), data, options, place)
+    return shares
+
+
+class Published(torch.utils.data.Dataset):
+    """Samples loaded the published way."""
+
+    def __init__(self, pairs, size):
+        self.pairs, self.size = pairs, size
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        image, label = published(self.pairs[index], self.size)
+        return (255 * image).byte(), label[0], index
+
+
+def waiting_share(side, loader, training, data, options, place):
+    """Share of the time of some epochs, the first left out, that passes before a batch is there."""
+    waited = worked = 0.0
+    for epoch in range(5):
+        before = time.perf_counter()
+        for images, labels, indices in loader:
+            there = time.perf_counter()
+            if side == OURS:
+                images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
+                draws = [draw(0, epoch, index) for index in indices.tolist()]
+                images, labels = augment_batch(images, labels, draws, data.domain.void)
+            training(images, labels)
+            wait(place)
+            after = time.perf_counter()
+            if epoch:
+                waited, worked = waited + there - before, worked + after - there
+            before = after
+    return waited / (waited + worked)
+
+
+def growth(options, place, batch):
+    """[{'old', side: {'seconds_per_image', 'peak_gib'}}] for 1 to 8 old domains."""
+    ours_one = SimpleNamespace(**{**vars(options), 'distill_domains': 1})
+    ways = {'published': (PUBLISHED, options), 'ours': (OURS, options), 'ours, --distill-domains 1': (OURS, ours_one)}
+    found = []
+    for old in tqdm(range(1, 9), desc='old domains', disable=None):
+        entry = {'old': old}
+        for name, (side, chosen) in ways.items():
+            what = f'step {old + 1}'
+            peak, run = peak_of(side, what, chosen, place, batch), side_of(side, what, chosen, place)
+            run(*batch)
+            rates = [turn(run, batch, options.seconds, place) for _ in range(options.rounds)]
+            entry[name] = {'seconds_per_image': 1 / statistics.median(rates), 'peak_gib': peak}
+        found.append(entry)
+    return found
+
+
+def draw_growth(found, path):
+    """Writes the figure of `growth`."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    for name in list(found[0])[1:]:
+        for axis, key, factor in ((axes[0], 'seconds_per_image', 1000), (axes[1], 'peak_gib', 1)):
+            axis.plot([entry['old'] for entry in found], [factor * entry[name][key] for entry in found], 'o-', label=name)
+    for axis, label in zip(axes, ('ms per image', 'peak memory, GiB')):
+        axis.set(xlabel='old domains', ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def rows_of(result):
+    """Table rows of `compare`'s figures of every kind of work."""
+    rows = []
+    spread = lambda values, digits=1: f'{number(min(values), digits)}-{number(max(values), digits)}'
+    for what, entry in result.items():
+        for side in (PUBLISHED, OURS):
+            rates = entry[side]['images_per_second']
+            ratios = entry['ratios'] if side == OURS else [1.0]
+            floor = entry['floor']
+            median = statistics.median(rates)
+            rows.append([what, side, number(median), spread(rates), number(statistics.median(ratios), 2), spread(ratios, 2),
+                         number(entry[side]['peak_gib'], 2), number(floor['gflop'] * median / 1e3, 2),
+                         number(floor['gb'] * median, 1), number(1 / (median * floor['seconds']), 1)])
+    return ['what', 'side', 'images/s', 'spread', 'ratio', 'spread', 'peak GiB', 'TFLOP/s', 'GB/s', 'x floor'], rows
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m benchmarks.speed', description=__doc__.splitlines()[0])
+    size_options(parser)
+    parser.add_argument('--batch-size', type=positive, default=6, help='images per batch')
+    parser.add_argument('--what', nargs='+', choices=WHAT, default=list(WHAT), metavar='WHAT', help=', '.join(WHAT))
+    parser.add_argument('--precision', choices=('fp32', 'bf16'), default='bf16', help='of ours')
+    parser.add_argument('--compile', action='store_true', help='compile ours')
+    parser.add_argument('--distill-domains', type=positive, metavar='K', help='of ours')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    parser.add_argument('--num-workers', type=positive, default=2, help='loader processes')
+    parser.add_argument('--rounds', type=positive, default=7, help='turns of each side')
+    parser.add_argument('--seconds', type=rate, default=2.0, help='that a turn takes at least')
+    parser.add_argument('--floor', action='store_true', help='only what bytes and FLOPs allow')
+    parser.add_argument('--growth', metavar='FIGURE', help='only the cost against the number of old domains')
+    parser.add_argument('--json', metavar='FILE', help='where the figures go')
+    options = parser.parse_args(argv)
+    complete_size(options)
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
+    with session(options.device) as place:
+        dtype = torch.bfloat16 if options.precision == 'bf16' else torch.float32
+        top = ceilings(place, dtype)
+        print(f'{environment(place.device)["device"]}: matrix product {top[0] / 1e12:.2f} TFLOP/s ({options.precision}), '
+              f'copy {top[1] / 1e9:.1f} GB/s; {options.width}x{options.height}, batch {options.batch_size}')
+        if options.floor:
+            show_floor(options, top)
+            return
+        found = {'command': vars(options), 'environment': environment(place.device),
+                 'ceilings': {'flops': top[0], 'bytes_per_second': top[1]}}
+        random = torch.Generator().manual_seed(0)
+        size = options.batch_size, options.height, options.width
+        batch = (torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8, generator=random),
+                 torch.randint(0, CLASSES, size, dtype=torch.uint8, generator=random))
+        if options.growth:
+            found['growth'] = growth(options, place, batch)
+            draw_growth(found['growth'], options.growth)
+            print(growth_table(found['growth']))
+        else:
+            found['work'] = {what: {**compare(what, options, place, batch), 'floor': floors(what, options, top)}
+                             for what in options.what}
+            print(plain(*rows_of(found['work'])))
+            found['waiting'] = starving(options, place)
+            print('share of step 1 that waits for data: '
+                  + ', '.join(f'{side} {100 * share:.0f} %' for side, share in found['waiting'].items()))
+        if options.json:
+            write_json(options.json, found)
+
+
+def growth_table(found):
+    """The figures of `growth` as text."""
+    names = list(found[0])[1:]
+    rows = [[entry['old']] + [number(value, 2) for name in names
+                              for value in (1000 * entry[name]['seconds_per_image'], entry[name]['peak_gib'])]
+            for entry in found]
+    return plain(['old domains'] + [text for name in names for text in (f'{name}, ms', 'GiB')], rows)
+
+
+if __name__ == '__main__':
+    run_main(main)
