@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import statistics
 
 import pytest
 import torch
@@ -135,15 +136,17 @@ def test_losses_keep_one_tensor_of_the_logits_type():
 
 
 def test_a_draw_of_old_domains_is_unbiased():
-    """The mean over all draws of K of 3 is the sum over all 3; K of at least 3 is that sum itself."""
-    task = step_of(old=3)
+    """The mean over all draws of K of n is the sum over all n, the variance n^2 (1/K - 1/n) S^2."""
+    task, n = step_of(old=3), 3
     with torch.no_grad():
         images = IMAGES.contiguous(memory_format=torch.channels_last)
-        everything = task.distillation(images, [2, 1, 0])
+        everything = task.distillation(images, [2, 1, 0]).item()
+        terms = [task.distillation(images, [d]).item() / n for d in range(n)]
         for k in (1, 2):
-            draws = [task.distillation(images, list(d)) for d in itertools.combinations(range(3), k)]
-            assert sum(draws) / len(draws) == pytest.approx(everything.item(), rel=1e-5)
-            assert len({round(draw.item(), 6) for draw in draws}) == 3
+            draws = [task.distillation(images, list(d)).item() for d in itertools.combinations(range(n), k)]
+            assert statistics.mean(draws) == pytest.approx(everything, rel=1e-5)
+            assert statistics.pvariance(draws) == pytest.approx(n ** 2 * (1 / k - 1 / n) * statistics.variance(terms), rel=1e-3)
+            assert statistics.pvariance(draws) > 0
     task.distill_domains = 5
     assert task.draw_old_domains() == [2, 1, 0]
     task.distill_domains = 1

@@ -69,8 +69,9 @@ class Task(nn.Module):
     def distillation(self, images, domains):
         """Sum over the old `domains` of the distance to the teacher.
 
-        Scaled by known / drawn where not all are given: with domains drawn uniformly its
-        expectation is the sum over all.
+        Scaled by n / K where K of n are given: with domains drawn uniformly its expectation
+        is the sum over all n; the draw adds n^2 (1/K - 1/n) S^2 to its variance, S^2 being
+        that of the domains' terms among one another.
         """
         total = 0.0
         for domain in domains:
