@@ -258,8 +258,8 @@ def save(results, dataset, pixels, pairs, options):
     records.make_folder(out.parent)
     figure = draw(results, dataset, pixels)
     paths = [out.with_name(f'{out.name}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
-    write_atomically(paths[0], lambda file: figure.savefig(file, format='png', dpi=150))
-    write_atomically(paths[1], lambda file: figure.savefig(file, format='pdf', metadata={'CreationDate': None}))
+    for path in paths[:2]:
+        pictures.save_figure(path, figure, dpi=150)
     write_atomically(paths[2], lambda file: file.write(table(results, dataset, pixels).encode()))
     records.write_json(paths[3], {
         'domain': dataset.domain.name, 'split': dataset.split, 'height': dataset.size[0], 'width': dataset.size[1],

@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2em; border-bottom: 1px solid #ccd3d9; 
 table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .18em .7em; text-align: right; border-bottom: 1px solid #e6eaed; } th { background: #f3f5f7; }
 th:first-child, td:first-child { text-align: left; } tbody + tbody { border-top: 2px solid #9aa5ae; }
-caption { text-align: left; font-weight: 600; padding: .3em 0; }
+p.title { font-weight: 600; margin: 1.2em 0 -.5em; }
 .row { display: flex; flex-wrap: wrap; gap: .3em 2em; align-items: flex-start; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; }
 .curves img, .pictures img { width: 100%; display: block; }
@@ -112,8 +111,8 @@ def html_table(table):
     groups = [element('tbody', ''.join(element('tr', ''.join(cell(text, heated and number == 0) for text in row))
                                        for row in group)) for number, group in enumerate(table.groups) if group]
     notes = ''.join(element('p', html.escape(note), class_='about') for note in table.notes)
-    title = element('caption', html.escape(table.title))
-    return element('div', element('table', title + head + ''.join(groups)) + notes)
+    title = element('p', html.escape(table.title), class_='title')
+    return element('div', title + element('table', head + ''.join(groups)) + notes)
 
 
 def best_line(step):
@@ -163,10 +162,11 @@ def curve_picture(plot, steps):
                   linewidth=1.4, marker='.', markersize=4)
     for start, step in zip(starts(steps), steps):
         axis.axvline(start + 0.5, color='#999', linewidth=0.8, linestyle=':')
-        axis.text(start + 0.5, 0.99, step.title, transform=axis.get_xaxis_transform(), fontsize=7, color='#555',
-                  rotation=90, ha='right', va='top', parse_math=False)
+        axis.text(start + 0.5, 1.01, step.title, transform=axis.get_xaxis_transform(), fontsize=7, color='#555',
+                  rotation=25, rotation_mode='anchor', ha='left', va='bottom', parse_math=False)
     axis.set_xlabel('epoch of the sequence' if len(steps) > 1 else 'epoch')
     axis.set_ylabel(plot.unit)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if plot.log:
         axis.set_yscale('log')
     axis.grid(color='#eee')
@@ -194,7 +194,7 @@ def curve_parts(steps):
 def image_figure(pixels, caption):
     """HTML of a picture (H, W, 3) uint8 with its caption."""
     file = io.BytesIO()
-    Image.fromarray(shrunk(pixels, PICTURE_WIDTH)).save(file, 'JPEG', quality=90)
+    Image.fromarray(shrunk(pictures.enlarged(pixels), PICTURE_WIDTH)).save(file, 'JPEG', quality=90, subsampling=0)
     return element('figure', embedded('image/jpeg', file.getvalue(), caption)
                    + element('figcaption', html.escape(caption)))
 
@@ -235,15 +235,17 @@ def domain_pictures(name, learnt, options, place):
     image, truth = dataset.load(index)
     pixels = pictures.hwc(image, truth.shape)
     cells = [image_figure(pixels, dataset.pairs[index].image.name),
-             image_figure(pictures.overlay(pixels, truth, domain.palette, 0.8), 'truth')]
+             image_figure(pictures.overlay(pixels, truth, domain.palette, 0.8), 'truth (void: no colour)')]
+    shown = set(truth.unique().tolist())
     for step in learnt:
         predicted = pictures.predict(step.model, step.names.index(name), image, truth, place)
+        shown |= set(predicted.unique().tolist())
         score = tables.number(pictures.image_miou(truth, predicted, domain))
         cells.append(image_figure(pictures.overlay(pixels, predicted, domain.palette, 0.8),
                                   f'{step.title}, mIoU of this image {score}'))
     keys = ' '.join(element('span', element('i', '', style=f'background: rgb{domain.palette[kind]}')
                             + html.escape(domain.classes[kind]), class_='key')
-                    for kind in np.unique(truth) if kind != domain.void)
+                    for kind in sorted(shown) if kind != domain.void)
     grid = element('div', ''.join(cells), class_='pictures',
                    style=f'grid-template-columns: repeat({min(len(cells), 3)}, minmax(220px, 1fr))')
     return grid + element('p', keys, class_='about')
@@ -286,7 +288,8 @@ def progress(steps):
     for number, step in enumerate(steps, 1):
         done, total = (step.lines[-1]['epoch'] if step.lines else 0), step.options.get('num_epochs', '?')
         lines.append(f'step {number} ({step.title}): {done} of {total} epochs')
-    return '; '.join(lines) + '.'
+    text = '; '.join(lines)
+    return f'{text[0].upper()}{text[1:]}.'
 
 
 def page(folder, options, place):
@@ -294,7 +297,7 @@ def page(folder, options, place):
     steps, results = find_steps(folder), read_results(folder)
     folder, method = Path(folder).absolute(), steps[-1].options.get('method')
     about = f'{method}: {METHODS[method].about}. ' if method in METHODS else ''
-    revisions = dict.fromkeys(str(step.record.get('versions', {}).get('git', 'not recorded')) for step in steps)
+    revisions = dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps)
     body = [element('h1', html.escape(f'{folder.parent.name} / {folder.name}')),
             element('p', html.escape(f'{about}{progress(steps)} Revision of the code: {", ".join(revisions)}.'),
                     class_='about'),

@@ -255,6 +255,7 @@ def test_markdown_and_latex_hold_the_tables(sequence):
 def test_latex_escapes_what_it_must():
     assert tables.tex('a_b & 5% {x} #1 ~^\\') == (r'a\_b \& 5\% \{x\} \#1 \textasciitilde{}\textasciicircum{}'
                                                   r'\textbackslash{}')
+    assert tables.tex('[a]') == '{[}a]' and tables.tex('*') == '{*}'     # \\ takes both for its own at a row's start
     assert tables.tex('-3.25') == '$-3.25$' and tables.tex('3.25') == '3.25' and tables.tex('-') == '--'
     assert tables.tex('1.50 +- 0.25') == r'$1.50 \pm 0.25$'
 
@@ -303,7 +304,7 @@ def test_a_domain_of_void_alone_has_no_figures(toy, states, tmp_path, capsys):
 def test_published_metric_and_trials_are_said(toy, states, capsys):
     run(toy, '--state', states[0], '--published-metric', '--limit-batches', 1, '--batch-size', 2)
     text = ' '.join(capsys.readouterr().out.split())
-    assert 'absent from truth and prediction counts 0' in text and '1 batches of 2 images' in text
+    assert 'absent from truth and prediction counts 0' in text and 'Trial: 2 images of each domain at most.' in text
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -376,6 +377,7 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
             ('b', seed_results(tmp_path / 'd', [{'IDD': 1.0, 'CS': 1.0}]), 'different domains or orders'),
             ('a', seed_results(tmp_path / 'e', [{'CS': 1.0, 'IDD': 1.0}]), 'a: its folders hold different steps'),
             ('b', tmp_path / 'none', 'none/results.json cannot be read'),
+            ('a', tmp_path / 'e/../a', 'a/results.json is given twice'),
             ('b', tmp_path / 'no*', 'no folder fits the pattern'),
             ('', tmp_path, 'is not NAME=FOLDER')):
         with pytest.raises(UserError, match=message):

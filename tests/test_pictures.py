@@ -100,9 +100,11 @@ def test_overlay_pictures_show_input_truth_and_prediction(toy, networks, album):
     image, truth = dataset.load(2)
     shown = pixels(next((album / 'overlays/step2/cityscapes').glob('0002-*.png')))
     original, predicted = image.permute(1, 2, 0).numpy(), prediction(networks[1][1], 0, image)
-    row = np.concatenate([original, pictures.overlay(original, truth, domain.palette),
-                          pictures.overlay(original, predicted, domain.palette)], axis=1)
-    places = [top for top in range(len(shown) - 32) if (shown[top:top + 32, :192] == row).all()]
+    row = np.concatenate([np.pad(np.kron(part, np.ones((5, 5, 1), np.uint8)), ((0, 0), (0, 6), (0, 0)),
+                                 constant_values=255)        # 64 pixels wide: enlarged five times
+                          for part in (original, pictures.overlay(original, truth, domain.palette),
+                                       pictures.overlay(original, predicted, domain.palette))], axis=1)
+    places = [top for top in range(len(shown) - 160) if (shown[top:top + 160, :978] == row).all()]
     assert len(places) == 1 and places[0] >= 2 * 18      # two lines of titles above
 
 

@@ -81,7 +81,7 @@ def test_everything_is_in_the_file(copied):
     assert 'b' not in page.tags         # the name was escaped
     # input, truth and one prediction for IDD, two for cityscapes
     pictures = [Image.open(io.BytesIO(data)) for data in contents(page, 'image/jpeg')]
-    assert [picture.size for picture in pictures] == [(64, 32)] * 7
+    assert [picture.size for picture in pictures] == [(320, 160)] * 7        # enlarged five times
     plots = [ElementTree.fromstring(data) for data in contents(page, 'image/svg+xml')]
     assert len(plots) == 6 and all(plot.tag.endswith('svg') for plot in plots)
 

@@ -22,8 +22,7 @@ from utils.errors import UserError, run_main
 from utils.evaluation import split_of
 from utils.options import Parser, data_options, data_paths
 from utils.parallel import Place, pick_device
-from utils.tables import Table, number, spread
-
+from utils.tables import Table, spread
 
 
 def parse(argv=None):
@@ -55,10 +54,13 @@ def files_of(item):
 
 def read_results(items):
     """{name: contents of its results.json files, one for each seed} of NAME=FOLDER items."""
-    results = {}
+    results, seen = {}, set()
     for item in items:
         name, paths = files_of(item)
         for path in paths:
+            if (name, path.resolve()) in seen:
+                raise UserError(f'{item}: {path} is given twice; each folder is one seed of {name}')
+            seen.add((name, path.resolve()))
             try:
                 result = json.loads(path.read_text())
                 matrix(result), protocol(result), result['summary']['forgetting'], result['versions']
@@ -116,13 +118,14 @@ def mean_miou(result):
 
 
 def summary_table(results):
-    """Forgetting of every earlier domain, mean mIoU and, where known, Delta_m% of each method."""
+    """Forgetting of every earlier domain, mean mIoU and, where known, transfers and Delta_m% of each method."""
     sequences = [result['summary'] for seeds in results.values() for result in seeds]
     old = list(dict.fromkeys(name for summary in sequences for name in summary['forgetting']))
     figures = {**{f'forgotten of {name}': lambda result, name=name: result['summary']['forgetting'].get(name)
                   for name in old}, 'mean mIoU': mean_miou}
-    if any(summary.get('delta_m') is not None for summary in sequences):
-        figures[tables.DELTA] = lambda result: result['summary'].get('delta_m')
+    for key, label in tables.TRANSFERS:
+        if any(summary.get(key) is not None for summary in sequences):
+            figures[label] = lambda result, key=key: result['summary'].get(key)
     rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
             for name, seeds in results.items()]
     return Table('Methods', 'methods', ['method', *figures], [rows])
@@ -130,12 +133,13 @@ def summary_table(results):
 
 def describe(results):
     """What the figures mean and what they were made with, one paragraph."""
-    first = next(iter(results.values()))[0]
-    versions = first['versions']
+    everything = [result for seeds in results.values() for result in seeds]
+    stated = [' or '.join(dict.fromkeys(str(result['versions'][key] or 'not recorded') for result in everything))
+              for key in ('torch', 'device', 'git')]
     several = any(len(seeds) > 1 for seeds in results.values())
-    return (tables.describe(first['protocol'])
+    return (tables.describe(everything[0]['protocol'])
             + (' Several seeds: mean and sample standard deviation.' if several else '')
-            + f' torch {versions["torch"]} on {versions["device"]}, revision {versions["git"]}.')
+            + ' torch {} on {}, revision {}.'.format(*stated))
 
 
 def draw(results, options):

@@ -23,8 +23,9 @@ from utils.options import show
 
 TIMEOUT = 5         # seconds that the server may take for an answer
 PICTURES = 2        # validation images of each domain
-PICTURE_WIDTH = 960
-PANE = {'width': 480, 'height': 340}
+PICTURE_WIDTH = 720
+PANE = {'width': 480, 'height': 360}
+TITLE_BAR = 24      # height of a pane's title, which hides that much of a picture
 GAP = (math.nan, math.nan)
 
 
@@ -206,7 +207,7 @@ class Dashboard:
             for number, line in enumerate(plot.lines.values()):
                 points[:len(line), number] = line
             opts = {'title': plot.title, 'xlabel': 'epoch', 'ylabel': plot.unit, 'legend': list(plot.lines),
-                    'markers': True, 'markersize': 4, 'ytype': 'log' if plot.log else 'linear', 'margintop': 30,
+                    'markers': True, 'markersize': 4, 'ytype': 'log' if plot.log else 'linear', 'margintop': 70,
                     'layoutopts': {'plotly': step_marks(steps)}, **PANE}
             self.vis.line(X=points[..., 0], Y=points[..., 1], win=plot.title, opts=opts)
 
@@ -214,16 +215,18 @@ class Dashboard:
         """A few validation images of every domain with truth and prediction."""
         for feed in run.feeds:
             if feed.val:
-                self.vis.image(validation_pictures(run, feed).transpose(2, 0, 1), win=f'pictures of {feed.domain.name}',
-                               opts={'title': feed.domain.name, 'jpgquality': 90})
+                pixels = validation_pictures(run, feed)
+                size = {'width': pixels.shape[1] + 2, 'height': pixels.shape[0] + TITLE_BAR}
+                self.vis.image(pixels.transpose(2, 0, 1), win=f'pictures of {feed.domain.name}',
+                               opts={'title': feed.domain.name, 'jpgquality': 90, **size})
 
 
 def step_marks(steps):
-    """Layout of plotly: a vertical line with the domain's name where each step starts; the pane bears the title."""
+    """Layout of plotly: a vertical line where each step starts, its domain above; the pane bears the title."""
     places = [start + 0.5 for start in starts(steps)]
     line = {'color': '#888', 'width': 1, 'dash': 'dot'}
     shapes = [{'type': 'line', 'x0': x, 'x1': x, 'y0': 0, 'y1': 1, 'yref': 'paper', 'line': line} for x in places]
-    notes = [{'x': x, 'y': 1, 'yref': 'paper', 'yanchor': 'top', 'xanchor': 'left', 'textangle': -90,
-              'showarrow': False, 'text': html.escape(f'step {number}: {step.title}')}
+    notes = [{'x': x, 'y': 1, 'yref': 'paper', 'yanchor': 'bottom', 'xanchor': 'left', 'textangle': -30,
+              'showarrow': False, 'font': {'size': 10}, 'text': html.escape(f'step {number}: {step.title}')}
              for number, (x, step) in enumerate(zip(places, steps), 1)]
     return {'title': '', 'shapes': shapes, 'annotations': notes}

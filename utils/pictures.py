@@ -19,6 +19,8 @@ from utils.evaluation import at_label_size, logits_of
 
 EXTREMES = 3        # images at either end of --save-extremes
 INK, PAPER = (0, 0, 0), (255, 255, 255)
+READABLE = 320      # pixels: narrower images are enlarged to be seen
+GAP = 6             # white pixels to the right of each image of a comparison
 
 
 def colorize(labels, palette):
@@ -85,17 +87,24 @@ def stacked(pictures):
                            for picture in pictures])
 
 
+def enlarged(pixels):
+    """RGB (H, W, 3), each pixel repeated until the picture is READABLE."""
+    times = -(-READABLE // pixels.shape[1])
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def comparison(domain, image, truth, prediction, name):
     """Input, truth and prediction beside each other with titles and legend, RGB uint8 (h, w, 3).
 
     image: (3, H, W) uint8; truth, prediction: class indices of one size; name: the image's.
     """
     pixels = hwc(image, truth.shape)
-    row = [pixels, overlay(pixels, truth, domain.palette), overlay(pixels, prediction, domain.palette)]
+    row = [np.pad(enlarged(picture), ((0, 0), (0, GAP), (0, 0)), constant_values=255)
+           for picture in (pixels, overlay(pixels, truth, domain.palette), overlay(pixels, prediction, domain.palette))]
     widths = [picture.shape[1] for picture in row]
     miou = tables.number(image_miou(truth, prediction, domain))
     titles = [band([f'{domain.name}  {name}'], [sum(widths)]),
-              band(['input', 'truth', f'prediction, mIoU {miou}'], widths)]
+              band(['input', 'truth (void: no colour)', f'prediction, mIoU {miou}'], widths)]
     return stacked([*titles, np.concatenate(row, axis=1), legend(domain.classes, domain.colors, sum(widths))])
 
 
@@ -237,8 +246,12 @@ def new_figure(**keywords):
 
 
 def save_figure(path, figure, dpi=110):
-    """Writes a figure in the format of the file's name, atomically."""
-    write_atomically(path, lambda file: figure.savefig(file, format=figure_format(path), dpi=dpi))
+    """Writes a figure in the format of the file's name, atomically, undated and without Type 3 fonts."""
+    from matplotlib import rc_context
+    kind = figure_format(path)
+    undated = {'pdf': {'CreationDate': None}, 'svg': {'Date': None}}.get(kind)
+    with rc_context({'pdf.fonttype': 42, 'ps.fonttype': 42}):
+        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=undated))
 
 
 def save_panels(path, datasets, models, place, chosen, precision='fp32'):

@@ -17,8 +17,12 @@ LONGEST = 28        # characters of a cell there
 DELTA = 'Delta_m%'
 COMMON = '7 common classes (IDD level 1)'
 TRANSFERS = (('backward_transfer', 'backward transfer'), ('forward_transfer', 'forward transfer'), ('delta_m', DELTA))
+MEANINGS = (('forgetting', 'forgetting: best earlier mIoU minus the last'),
+            ('backward_transfer', 'backward transfer: last minus when learnt, mean over the earlier domains'),
+            ('forward_transfer', 'forward transfer: when learnt minus single-task, mean over the later domains'),
+            ('delta_m', f'{DELTA}: last against single-task, in percent of that, mean over all domains'))
 TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}',
-       '>': r'\textgreater{}', '|': r'\textbar{}', **{mark: '\\' + mark for mark in '&%$#_{}'}}
+       '>': r'\textgreater{}', '|': r'\textbar{}', '[': '{[}', '*': '{*}', **{mark: '\\' + mark for mark in '&%$#_{}'}}
 
 
 @dataclass
@@ -158,7 +162,7 @@ def describe(protocol):
     limit = protocol.get('limit_batches')
     return (f'mIoU in percent over the non-void classes, split {protocol["split"]}, {how}. Void pixels do not count, '
             f'void predicted elsewhere is a miss; a class absent from truth and prediction {absent}.'
-            + (f' Trial: {limit} batches of {protocol["batch_size"]} images of each domain at most.' if limit else ''))
+            + (f' Trial: {limit * protocol["batch_size"]} images of each domain at most.' if limit else ''))
 
 
 def step_rows(steps, show=number):
@@ -178,6 +182,13 @@ def transfer_note(summary):
     """The sequence's single figures in one sentence; '' if there are none."""
     known = [f'{label} {number(summary[key])}' for key, label in TRANSFERS if summary[key] is not None]
     return f'{known[0][0].upper()}{", ".join(known)[1:]}.' if known else ''
+
+
+def meanings(summary):
+    """One sentence: how the figures of a sequence that are known are defined; '' if there are none."""
+    known = [text for key, text in MEANINGS if summary[key] not in (None, {})]
+    text = '; '.join(known)
+    return f'{text[0].upper()}{text[1:]}.' if known else ''
 
 
 def domain_table(entries, summary):
@@ -232,6 +243,8 @@ def sequence_tables(results, common):
     steps = [in_space(step['domains'], common) for step in results['steps']]
     summary = results['common_summary' if common else 'summary']
     tables = [step_table(steps, summary) if len(steps) > 1 else domain_table(steps[0], summary)]
+    if meanings(summary) and not common:
+        tables[0].notes += (meanings(summary),)
     if 'cross_heads' in results:
         tables.append(head_table({head: in_space(row, common) for head, row in results['cross_heads'].items()}))
     return tables
