@@ -41,7 +41,7 @@ from utils.task import Task
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
-PUBLISHED, OURS = 'published', 'ours'
+PUBLISHED, OURS, REPEATABLE = 'published', 'ours', 'ours, --deterministic'
 
 
 class PublishedTask(Task):
@@ -124,6 +124,7 @@ class Training:
 
     def __call__(self, images, labels):
         device = self.place.device
+        torch.use_deterministic_algorithms(self.side == REPEATABLE, warn_only=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.side == PUBLISHED:
             with unfolded():
@@ -228,9 +229,10 @@ def peak_of(side, what, options, place, batch):
 
 
 def compare(what, options, place, batch):
-    """{side: figures} of one kind of work, the sides in turn, round by round."""
-    peaks = {side: peak_of(side, what, options, place, batch) for side in (PUBLISHED, OURS)}
-    runs = {side: side_of(side, what, options, place) for side in (PUBLISHED, OURS)}
+    """{side: figures} of one kind of work, the sides in turn, round by round; ratios are to the published side."""
+    sides = [PUBLISHED, OURS] + ([REPEATABLE] if options.deterministic and what != 'evaluation' else [])
+    peaks = {side: peak_of(side, what, options, place, batch) for side in sides}
+    runs = {side: side_of(side, what, options, place) for side in sides}
     for run in runs.values():
         run(*batch)         # warm-up: algorithms chosen, programs compiled
         run(*batch)
@@ -238,8 +240,8 @@ def compare(what, options, place, batch):
     for _ in tqdm(range(options.rounds), desc=what, leave=False, disable=None):
         for side, run in runs.items():
             rates[side].append(turn(run, batch, options.seconds, place))
-    ratios = [ours / theirs for ours, theirs in zip(rates[OURS], rates[PUBLISHED])]
-    return {side: {'images_per_second': rates[side], 'peak_gib': peaks[side]} for side in runs} | {'ratios': ratios}
+    return {side: {'images_per_second': rates[side], 'peak_gib': peaks[side],
+                   'ratios': [one / published for one, published in zip(rates[side], rates[PUBLISHED])]} for side in sides}
 
 
 def ceilings(place, dtype):
@@ -393,13 +395,12 @@ def rows_of(result):
     rows = []
     spread = lambda values, digits=1: f'{number(min(values), digits)}-{number(max(values), digits)}'
     for what, entry in result.items():
-        for side in (PUBLISHED, OURS):
-            rates = entry[side]['images_per_second']
-            ratios = entry['ratios'] if side == OURS else [1.0]
-            floor = entry['floor']
+        floor = entry['floor']
+        for side, figures in entry['sides'].items():
+            rates, ratios = figures['images_per_second'], figures['ratios']
             median = statistics.median(rates)
             rows.append([what, side, number(median), spread(rates), number(statistics.median(ratios), 2), spread(ratios, 2),
-                         number(entry[side]['peak_gib'], 2), number(floor['gflop'] * median / 1e3, 2),
+                         number(figures['peak_gib'], 2), number(floor['gflop'] * median / 1e3, 2),
                          number(floor['gb'] * median, 1), number(1 / (median * floor['seconds']), 1)])
     return ['what', 'side', 'images/s', 'spread', 'ratio', 'spread', 'peak GiB', 'TFLOP/s', 'GB/s', 'x floor'], rows
 
@@ -411,6 +412,7 @@ def parse(argv=None):
     parser.add_argument('--what', nargs='+', choices=WHAT, default=list(WHAT), metavar='WHAT', help=', '.join(WHAT))
     parser.add_argument('--precision', choices=('fp32', 'bf16'), default='bf16', help='of ours')
     parser.add_argument('--compile', action='store_true', help='compile ours')
+    parser.add_argument('--deterministic', action='store_true', help='training of ours with --deterministic too')
     parser.add_argument('--distill-domains', type=positive, metavar='K', help='of ours')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--num-workers', type=positive, default=2, help='loader processes')
@@ -445,7 +447,7 @@ def main(argv=None):
             draw_growth(found['growth'], options.growth)
             print(growth_table(found['growth']))
         else:
-            found['work'] = {what: {**compare(what, options, place, batch), 'floor': floors(what, options, top)}
+            found['work'] = {what: {'sides': compare(what, options, place, batch), 'floor': floors(what, options, top)}
                              for what in options.what}
             print(plain(*rows_of(found['work'])))
             found['waiting'] = starving(options, place)

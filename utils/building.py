@@ -203,7 +203,10 @@ def build_task(student, teacher, feeds, options, place):
                 distill_domains=options.distill_domains, precision=options.precision, compiled=options.compile)
     task.to(place.device, memory_format=memory_format(place.device, options.precision))
     unused = get_method(options.method).joint or options.steps_per_batch == 2
-    return wrap(task, place, options.parallel, unused)
+    wrapped = wrap(task, place, options.parallel, unused)
+    if options.compile and isinstance(wrapped, nn.DataParallel):
+        raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
+    return wrapped
 
 
 def loss_parts(options, teacher):
