@@ -11,6 +11,8 @@ CPU. 20 classes each; step N knows N - 1 old domains.
 """
 import contextlib
 import copy
+import ctypes
+import gc
 import statistics
 import tempfile
 import time
@@ -208,6 +210,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = 0
         else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)                    # freed memory goes back first
             Path('/proc/self/clear_refs').write_text('5')       # the high-water mark starts anew
             self.before = self.resident('VmRSS')
         return self
@@ -385,7 +389,7 @@ def draw_growth(found, path):
     for axis, label in zip(axes, ('ms per image', 'peak memory, GiB')):
         axis.set(xlabel='old domains', ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
