@@ -9,17 +9,19 @@ import torch.nn.functional as F
 class SumOverImages(torch.autograd.Function):
     """The sum over images of a loss whose gradient is known in closed form.
 
-    each(number, x) gives value and gradient, float32, of image `number` with logits x
-    (1, C, H, W) float32. Float32 copies are made of one image at a time, and once: the
-    gradient is kept in the logits' own type until it is asked for.
+    each(number, x) gives, of image `number` with logits x (H*W, C), the value and a function
+    of its gradient (H*W, C), float32. Float32 copies are made of one image at a time, and
+    once: the gradient is kept in the logits' own type until it is asked for.
     """
 
     @staticmethod
     def forward(ctx, logits, each):
-        gradient, total = torch.empty_like(logits), 0
-        for number in range(len(logits)):
-            value, gradient[number:number + 1] = each(number, logits[number:number + 1].float())
+        gradient, total = torch.empty_like(logits) if ctx.needs_input_grad[0] else None, 0
+        for number, image in enumerate(logits):
+            value, slope = each(number, by_pixel(image))
             total = total + value
+            if gradient is not None:
+                by_pixel(gradient[number]).copy_(slope())
         ctx.save_for_backward(gradient)
         return total
 
@@ -28,21 +30,25 @@ class SumOverImages(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None
 
 
+def by_pixel(image):
+    """A view (H*W, C) of an image (C, H, W); its rows lie together where channels come last."""
+    return image.flatten(1).T
+
+
 def cross_entropy_parts(logits, labels, weights):
     """Numerator and denominator of the weighted cross-entropy, float32 scalars.
 
     labels: (B, H, W) int64 in [0, C); weights: (C,) float32, 0 for void. Their ratio is
     what `torch.nn.CrossEntropyLoss(weights)` gives; kept apart they add up over batches.
     """
-    per_pixel, classes = weights[labels][:, None], torch.arange(len(weights), device=labels.device)
+    classes, labels = torch.arange(len(weights), device=labels.device), labels.flatten(1)
 
     def each(number, x):
-        label, weight = labels[number:number + 1, None], per_pixel[number:number + 1]
-        log_p = F.log_softmax(x, dim=1)
-        gradient = (log_p.exp() - (classes.view(1, -1, 1, 1) == label).float()) * weight
-        return -(log_p.gather(1, label) * weight).sum(), gradient
+        label, log_p = labels[number][:, None], F.log_softmax(x, dim=1, dtype=torch.float32)
+        weight = weights[label]
+        return -(log_p.gather(1, label) * weight).sum(), lambda: (log_p.exp() - (label == classes).float()) * weight
 
-    return SumOverImages.apply(logits, each), per_pixel.sum()
+    return SumOverImages.apply(logits, each), weights[labels].sum()
 
 
 def cross_entropy(logits, labels, weights):
@@ -58,10 +64,10 @@ def kl_per_pixel(student, teacher, temperature=1.0):
     Knowledge in a Neural Network", 2015.
     """
     def each(number, x):
-        log_p = F.log_softmax(x / temperature, dim=1)
-        log_q = F.log_softmax(teacher[number:number + 1].float() / temperature, dim=1)
+        log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=1)
+                        for logits in (x, by_pixel(teacher[number])))
         q = log_q.exp()
-        return (q * (log_q - log_p)).sum(), (log_p.exp() - q) / temperature
+        return (q * (log_q - log_p)).sum(), lambda: (log_p.exp() - q) / temperature
 
     pixels = student.shape[0] * student.shape[2] * student.shape[3]
     return SumOverImages.apply(student, each) * (temperature ** 2 / pixels)

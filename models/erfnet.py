@@ -52,11 +52,12 @@ def normalised(bn, conv, x, *more):
     A batch norm that stands still scales the convolutions' weights instead of what they
     give: the same function, without its pass over the activations.
     """
-    if bn.training or not bn.track_running_stats:
-        return bn(sum((c(y) for c, y in more), conv(x)))
-    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    first = scaled(conv, x, scale, bn.bias - bn.running_mean * scale)
-    return sum((scaled(c, y, scale) for c, y in more), first)
+    still = not bn.training and bn.track_running_stats
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps) if still else None
+    out = scaled(conv, x, scale, bn.bias - bn.running_mean * scale) if still else conv(x)
+    for c, y in more:
+        out += scaled(c, y, scale) if still else c(y)
+    return out if still else bn(out)
 
 
 def scaled(conv, x, scale, shift=0):
@@ -78,7 +79,7 @@ class Downsampler(nn.Module):
 
     def forward(self, x, domain):
         x = torch.cat([self.conv(x), F.max_pool2d(x, 2)], dim=1)
-        return F.relu(self.bn_ini[domain](x))
+        return F.relu_(self.bn_ini[domain](x))
 
 
 class EncoderBlock(nn.Module):
@@ -103,17 +104,17 @@ class EncoderBlock(nn.Module):
         """The pair `number` (1 or 2) of `x`, with the domain's adapter added, after its BN."""
         children, bn = self._modules, getattr(self, f'bns_{number}')[domain]
         adapter = children[f'{self.adapter}_conv_{number}'][domain] if self.adapter else None
-        y, conv = F.relu(children[f'conv3x1_{number}'](x)), children[f'conv1x3_{number}']
+        y, conv = F.relu_(children[f'conv3x1_{number}'](x)), children[f'conv1x3_{number}']
         if self.adapter == 'series':
             y = conv(y)
             return bn(y + adapter(y))
         return normalised(bn, conv, y, *([(adapter, x)] if adapter else []))
 
     def forward(self, x, domain):
-        y = F.relu(self.adapted(x, 1, domain))
+        y = F.relu_(self.adapted(x, 1, domain))
         y = self.adapted(y, 2, domain)
         y = F.dropout2d(y, self.dropout, training=self.bns_2[domain].training)
-        return F.relu(y + x)
+        return F.relu_(y.add_(x))
 
 
 class DecoderBlock(nn.Module):
@@ -127,9 +128,9 @@ class DecoderBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x):
-        y = F.relu(normalised(self.bn1, self.conv1x3_1, F.relu(self.conv3x1_1(x))))
-        y = normalised(self.bn2, self.conv1x3_2, F.relu(self.conv3x1_2(y)))
-        return F.relu(y + x)
+        y = F.relu_(normalised(self.bn1, self.conv1x3_1, F.relu_(self.conv3x1_1(x))))
+        y = normalised(self.bn2, self.conv1x3_2, F.relu_(self.conv3x1_2(y)))
+        return F.relu_(y.add_(x))
 
 
 class Upsampler(nn.Module):
@@ -141,7 +142,7 @@ class Upsampler(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(normalised(self.bn, self.conv, x))
+        return F.relu_(normalised(self.bn, self.conv, x))
 
 
 class Encoder(nn.Module):
