@@ -401,7 +401,7 @@ def main(arguments=None):
     print(report(tally, tried))
     if options.json:
         write_json(options.json, {
-            'options': vars(options), 'versions': environment(torch.device('cpu')), 'train': OPTIONS,
+            'options': {'kills': options.kills, 'seed': options.seed}, 'versions': environment(torch.device('cpu')), 'train': OPTIONS,
             'kills': vars(tally), 'trials': [{'name': n, 'outcome': o, 'good': g} for n, o, g in tried]})
     return int(bool(tally.lost or tally.differing) or not all(good for _, _, good in tried))
 
