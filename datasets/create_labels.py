@@ -169,7 +169,7 @@ def in_parallel(function, items, workers, title):
     `workers` processes share the work (1: this process alone), so `function`, items and
     results must pickle. Raises what `function` raises, UserError if a process was killed.
     """
-    progress = partial(tqdm, total=len(items), desc=title, unit='file', leave=False)
+    progress = partial(tqdm, total=len(items), desc=title, unit='file', leave=False, disable=None)
     if workers == 1 or len(items) < 2:
         yield from progress(map(function, items))
         return
