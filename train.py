@@ -21,8 +21,9 @@ from utils.dashboard import Dashboard
 from utils.errors import UserError, run_main
 from utils.evaluation import evaluate
 from utils.options import parse_train
-from utils.parallel import broadcast_buffers, session
+from utils.parallel import broadcast_buffers, reduced, session
 from utils.run import LATEST, PREVIOUS, Run
+from utils.task import drawn
 
 
 class NotFinite(ArithmeticError):
@@ -30,23 +31,30 @@ class NotFinite(ArithmeticError):
 
 
 def train_batch(run, images, labels, number):
-    """One batch of domain `number`: a step on the loss, or one on each term; returns its parts.
+    """One batch of domain `number`: a step on the loss, or one on each of its terms; returns {'loss', 'ce', 'kd'}.
 
-    images (B, 3, H, W) uint8, labels (B, H, W) uint8; raises NotFinite.
+    loss = ce + lambda * kd: the new domain's cross-entropy, and the sum of the distances to
+    the teacher in the branches of the old domains. images (B, 3, H, W) uint8, labels
+    (B, H, W) uint8; raises NotFinite.
     """
-    seen = {}
-    for part in run.parts:
+    options, seen = run.options, {'ce': 0.0, 'kd': 0.0}
+    olds, scale = drawn(run.old, options.distill_domains)
+    for terms in [[*olds, None]] if options.steps_per_batch == 1 or not olds else [[None], olds]:
         run.optimizer.zero_grad(set_to_none=True)
-        losses = {name: value.mean() for name, value in run.task(images, labels, number, part).items()}
-        if not torch.isfinite(losses['loss']):
-            raise NotFinite(losses['loss'].item())
-        run.scaler.scale(losses['loss']).backward()
+        for old in terms:
+            with reduced(run.task, last=old == terms[-1]):
+                value = run.task(images, labels, number, old).mean()
+                if value.requires_grad:
+                    weight = 1.0 if old is None else options.lambdac * scale
+                    run.scaler.scale(weight * value).backward()
+            name = 'ce' if old is None else 'kd'
+            seen[name] = seen[name] + value.detach() * (1.0 if old is None else scale)
+        loss = seen['ce'] + options.lambdac * seen['kd']
+        if not torch.isfinite(loss):
+            raise NotFinite(loss.item())
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        seen['loss'] = seen.get('loss', 0) + losses.pop('loss').detach()
-        seen.update({name: value.detach() for name, value in losses.items()})
-    seen.setdefault('kd', torch.zeros_like(seen['ce']))
-    return seen
+    return {'loss': loss, **{name: torch.as_tensor(value) for name, value in seen.items()}}
 
 
 def batches(run):

@@ -46,27 +46,22 @@ WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
 PUBLISHED, OURS, REPEATABLE = 'published', 'ours', 'ours, --deterministic'
 
 
-class PublishedTask(Task):
-    """The published way to compute the losses."""
-
-    def losses(self, images, labels, domain, part, olds):
-        """Plain formulas, float32, all tensors kept."""
-        images, parts = images.contiguous(), {}
+def published_batch(run, images, labels):
+    """A batch the published way: plain formulas, the terms in one graph or a step on each, the teacher's output over the CPU."""
+    task, steps = run.task, 0.0
+    for part in run.parts:
+        run.optimizer.zero_grad()
+        loss = 0.0
         if part != 'kd':
-            parts['ce'] = F.cross_entropy(self.student(images, domain), labels.long(), getattr(self, f'weights{domain}'))
-        if olds:
-            parts['kd'] = self.distillation(images, olds)
-        parts['loss'] = parts.get('ce', 0) + self.lambdac * parts.get('kd', 0)
-        return parts
-
-    def distillation(self, images, domains):
-        """The teacher's output goes over the CPU."""
-        total = 0.0
-        for domain in domains:
+            loss = F.cross_entropy(task.student(images, run.number), labels.long(), getattr(task, f'weights{run.number}'))
+        for old in reversed(range(run.old if part != 'ce' else 0)):
             with torch.no_grad():
-                target = self.teacher(images, domain).cpu().to(images.device)
-            total = total + self.distill(self.student(images, domain), target)
-        return total
+                target = task.teacher(images, old).cpu().to(images.device)
+            loss = loss + run.options.lambdac * task.distill(task.student(images, old), target)
+        loss.backward()
+        run.optimizer.step()
+        steps += loss.item()
+    return steps
 
 
 @contextlib.contextmanager
@@ -85,7 +80,8 @@ def settings(side, domains, options):
     recipe, fast = ('released', False) if side == PUBLISHED else ('corrected', True)
     return SimpleNamespace(
         method='ours', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6, num_epochs=150,
-        precision=options.precision if fast else 'fp32', compile=fast and options.compile, **recipe_settings(recipe, domains))
+        lambdac=0.1, precision=options.precision if fast else 'fp32', compile=fast and options.compile,
+        distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, domains))
 
 
 def networks(domains, chosen):
@@ -101,27 +97,25 @@ def networks(domains, chosen):
     return student, teacher
 
 
-def make_task(side, domains, options, chosen, device):
+def make_task(side, domains, chosen, device):
     """The Task of a side on a device."""
     student, teacher = networks(domains, chosen)
     weights = torch.linspace(1, 2, CLASSES)
     weights[-1] = 0
-    kind, layout = (PublishedTask, torch.contiguous_format) if side == PUBLISHED else (Task, torch.channels_last)
-    task = kind(student, teacher, [weights] * domains, distillation=chosen.distillation,
-                teacher_mode=chosen.teacher_mode, distill_domains=None if side == PUBLISHED else options.distill_domains,
-                precision=chosen.precision, compiled=chosen.compile)
-    return task.to(device, memory_format=layout)
+    task = Task(student, teacher, [weights] * domains, distillation=chosen.distillation,
+                teacher_mode=chosen.teacher_mode, precision=chosen.precision, compiled=chosen.compile)
+    return task.to(device, memory_format=torch.contiguous_format if side == PUBLISHED else torch.channels_last)
 
 
 class Training:
     """One side's training of step `domains`; a call takes one batch from the CPU."""
 
     def __init__(self, side, domains, options, place):
-        chosen = settings(side, domains, options)
-        self.side, self.place, self.number = side, place, domains - 1
-        self.task = make_task(side, domains, options, chosen, place.device).train()
+        self.options = chosen = settings(side, domains, options)
+        self.side, self.place, self.number, self.old = side, place, domains - 1, domains - 1
+        self.task = make_task(side, domains, chosen, place.device).train()
         self.student, self.scaler = self.task.student, torch.amp.GradScaler(place.device.type, enabled=False)
-        self.parts = building.loss_parts(chosen, self.task.teacher)
+        self.parts = ('ce', 'kd') if chosen.steps_per_batch == 2 else ('both',)
         self.optimizer, _ = building.build_optimizer(self.student, chosen)
 
     def __call__(self, images, labels):
@@ -130,7 +124,7 @@ class Training:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.side == PUBLISHED:
             with unfolded():
-                train.train_batch(self, images.float() / 255, labels, self.number)
+                published_batch(self, images.float() / 255, labels)
             if device.type == 'cuda':
                 torch.cuda.empty_cache()
         else:
@@ -289,10 +283,11 @@ def costs_of(what, options):
         with torch.no_grad():
             return traffic(lambda: network(images, 0))
     domains = int(what.split()[1])
-    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False))
-    task = make_task(OURS, domains, options, chosen, 'meta').to(dtype).train()
+    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, distill_domains=None))
+    task = make_task(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
-    return traffic(lambda: task(images, labels, domains - 1)['loss'].backward())
+    terms = [None, *range(domains - 1)]
+    return traffic(lambda: [task(images, labels, domains - 1, old).backward() for old in terms])
 
 
 def show_floor(options, top):

@@ -64,16 +64,11 @@ class FeatureTask(Task):
         super().__init__(*arguments, **keywords)
         self.weight, self.place = weight, place
 
-    def distillation(self, images, domains=None):
-        known, total = len(self.teacher.decoder), 0.0
-        domains = list(reversed(range(known))) if domains is None else domains
-        for domain in domains:
-            with torch.no_grad():
-                wanted, target = features(self.teacher, images, domain, self.place)
-            found, logits = features(self.student, images, domain, self.place)
-            total = (total + self.distill(logits, target, self.temperature)
-                     + self.weight * feature_distance(found, wanted))
-        return total * (known / len(domains))
+    def distance(self, images, old):
+        with torch.no_grad():
+            wanted, target = features(self.teacher, images, old, self.place)
+        found, logits = features(self.student, images, old, self.place)
+        return self.distill(logits, target, self.temperature) + self.weight * feature_distance(found, wanted)
 
 
 def warm_started(train_batch, epochs):

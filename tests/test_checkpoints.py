@@ -65,7 +65,8 @@ def test_best_acc_may_be_a_tensor_or_a_numpy_scalar(tmp_path):
 
 def options(path, domains, **changes):
     return SimpleNamespace(**{'method': 'ours', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied',
-                              'domains': [d.name for d in domains], **changes})
+                              'domains': [d.name for d in domains], 'lambdac': 0.1, 'shared_lr': 5e-6, 'old_bn': 'frozen',
+                              **changes})
 
 
 @pytest.mark.parametrize('taken', ['loaded', 'dropped'])

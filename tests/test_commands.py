@@ -232,14 +232,16 @@ def test_bad_input_is_one_line_and_status_two(tmp_path):
 def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_path):
     """torchrun with gloo: both ranks end with the same tensors, the confusion matrices add up exactly."""
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / '1', '--domains',
-               'CS', '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
-    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
-    assert equal(*(rank['student'] for rank in ranks))
-    # Each rank saw images of its own, so the losses before the average differ.
-    assert ranks[0]['losses'] != ranks[1]['losses']
     state = tmp_path / '1/checkpoint.pth.tar'
-    assert equal(checkpoint.read(state)['state_dict'], ranks[0]['student'])
+    for step, more in (('1', ['--domains', 'CS']),
+                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--lambdac', '10', '--shared-lr', '1e-3'])):
+        run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / step, *more,
+                   '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
+        ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
+        assert equal(*(rank['student'] for rank in ranks))
+        # Each rank saw images of its own, so the losses before the average differ.
+        assert ranks[0]['losses'] != ranks[1]['losses']
+        assert equal(checkpoint.read(tmp_path / step / 'checkpoint.pth.tar')['state_dict'], ranks[0]['student'])
     run_script(*launch, 'eval.py', '--state', state, '--data-root', toy, '--json', tmp_path / 'two', '--height', '32',
                '--batch-size', '3', '--num-workers', '0', OMP_NUM_THREADS='1')
     two = json.loads((tmp_path / 'two').read_text())

@@ -116,7 +116,7 @@ def released_run(entry):
     feeds = [SimpleNamespace(weights=weights)] * len(classes)
     building.freeze(student, options)
     place = Place(torch.device('cpu'))
-    run = SimpleNamespace(options=options, student=student, parts=building.loss_parts(options, teacher),
+    run = SimpleNamespace(options=options, student=student, old=len(classes) - 1,
                           task=building.build_task(student, teacher, feeds, options, place),
                           scaler=torch.amp.GradScaler('cpu', enabled=False))
     run.optimizer, _ = building.build_optimizer(student, options)

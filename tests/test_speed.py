@@ -3,12 +3,14 @@ import copy
 import itertools
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import losses
+import train
 from benchmarks import speed
 from losses import cross_entropy, kl_per_pixel
 from models import build_model, erfnet
@@ -18,7 +20,7 @@ from utils.errors import UserError
 from utils.metrics import confusion, mean_iou
 from utils.options import parse_train
 from utils.parallel import Place
-from utils.task import Task
+from utils.task import Task, drawn
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])
@@ -37,7 +39,7 @@ def plain_kl(student, teacher, temperature):
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
-def step_of(precision='fp32', old=2, **settings):
+def step_of(precision='fp32', old=2):
     """A Task that learns a domain after `old` ones, the shared weights already moved, dropout 0."""
     teacher = fill(build_model([4, 5, 3][:old])).requires_grad_(False)
     student = fill(build_model([4, 5, 3][:old] + [6])).train_only([old])
@@ -47,26 +49,35 @@ def step_of(precision='fp32', old=2, **settings):
     for block in student.modules():
         if isinstance(block, erfnet.EncoderBlock):
             block.dropout = 0.0
-    return Task(student, teacher, [None] * old + [WEIGHTS], lambdac=0.7, temperature=2.0, precision=precision,
-                **settings).to(memory_format=torch.channels_last).train()
+    return Task(student, teacher, [None] * old + [WEIGHTS], temperature=2.0, precision=precision).to(
+        memory_format=torch.channels_last).train()
 
 
-def measured(task):
-    """(loss parts, {name: gradient}) of one batch."""
-    parts = task(IMAGES, LABELS, len(task.student.decoder) - 1)
-    parts['loss'].backward()
-    gradients = {name: p.grad.clone() for name, p in task.student.named_parameters() if p.requires_grad}
-    return {name: value.item() for name, value in parts.items()}, gradients
+def measured(task, **settings):
+    """(loss parts, {name: gradient}) of one batch as the training takes it, at rate 0."""
+    learning = [p for p in task.student.parameters() if p.requires_grad]
+    options = SimpleNamespace(**{'lambdac': 0.7, 'distill_domains': None, 'steps_per_batch': 1, **settings})
+    run = SimpleNamespace(task=task, old=len(task.teacher.decoder), options=options,
+                          optimizer=torch.optim.SGD(learning, lr=0.0), scaler=torch.amp.GradScaler('cpu', enabled=False))
+    parts = train.train_batch(run, IMAGES, LABELS, len(task.student.decoder) - 1)
+    return {name: value.item() for name, value in parts.items()}, gradients_of(task)
+
+
+def gradients_of(task):
+    return {name: p.grad.clone() for name, p in task.student.named_parameters() if p.requires_grad}
 
 
 def plainly(monkeypatch, precision):
-    """(loss parts, gradients) of the plain formulas."""
+    """(loss parts, gradients) of the plain formulas, all terms in one graph."""
     with monkeypatch.context() as patch:
         patch.setattr(erfnet, 'normalised', plain_normalised)
         patch.setattr('utils.task.cross_entropy', plain_cross_entropy)
         task = step_of(precision).to(memory_format=torch.contiguous_format)
         task.distill = plain_kl
-        return measured(task)
+        ce, kd = task(IMAGES, LABELS, 2), task(IMAGES, LABELS, 2, 1) + task(IMAGES, LABELS, 2, 0)
+        loss = ce + 0.7 * kd
+        loss.backward()
+        return {'loss': loss.item(), 'ce': ce.item(), 'kd': kd.item()}, gradients_of(task)
 
 
 def test_fused_step_in_float32_equals_the_plain_one(monkeypatch):
@@ -101,7 +112,7 @@ def test_fused_step_in_bf16_is_no_further_off_than_the_plain_one(monkeypatch):
 def test_compiler_sees_one_program_that_means_the_same():
     """No break in the graph of networks, distillation and losses (code generation left out: it takes minutes)."""
     task, (parts, gradients) = step_of(), measured(step_of())
-    task.losses = torch.compile(task.losses, backend='eager', fullgraph=True, dynamic=False)
+    task.term = torch.compile(task.term, backend='eager', fullgraph=True, dynamic=False)
     found, compiled = measured(task)
     assert found == pytest.approx(parts, rel=1e-6)
     assert all(torch.allclose(compiled[name], gradients[name], rtol=1e-5, atol=1e-7) for name in gradients)
@@ -148,27 +159,38 @@ def test_a_draw_of_old_domains_is_unbiased():
     """The mean over all draws of K of n is the sum over all n, the variance n^2 (1/K - 1/n) S^2."""
     task, n = step_of(old=3), 3
     with torch.no_grad():
-        images = IMAGES.contiguous(memory_format=torch.channels_last)
-        everything = task.distillation(images, [2, 1, 0]).item()
-        terms = [task.distillation(images, [d]).item() / n for d in range(n)]
-        for k in (1, 2):
-            draws = [task.distillation(images, list(d)).item() for d in itertools.combinations(range(n), k)]
-            assert statistics.mean(draws) == pytest.approx(everything, rel=1e-5)
-            assert statistics.pvariance(draws) == pytest.approx(n ** 2 * (1 / k - 1 / n) * statistics.variance(terms), rel=1e-3)
-            assert statistics.pvariance(draws) > 0
-    task.distill_domains = 5
-    assert task.draw_old_domains() == [2, 1, 0]
-    task.distill_domains = 1
-    drawn = [task.draw_old_domains() for _ in range(60)]
-    assert {tuple(d) for d in drawn} == {(0,), (1,), (2,)}
+        distances = [task(IMAGES, LABELS, 3, old).item() for old in range(n)]
+    for k in (1, 2):
+        _, scale = drawn(n, k)
+        draws = [scale * sum(draw) for draw in itertools.combinations(distances, k)]
+        assert statistics.mean(draws) == pytest.approx(sum(distances))
+        spread = n ** 2 * (1 / k - 1 / n) * statistics.variance(distances)
+        assert statistics.pvariance(draws) == pytest.approx(spread) and spread > 0
 
 
-def test_draws_repeat_with_the_random_state():
-    task = step_of(old=3, distill_domains=1)
-    state = torch.get_rng_state()
-    first = [task.draw_old_domains() for _ in range(20)]
-    torch.set_rng_state(state)
-    assert [task.draw_old_domains() for _ in range(20)] == first
+def test_draws_are_uniform_and_repeat_with_the_random_state():
+    assert drawn(3) == drawn(3, 5) == ([2, 1, 0], 1.0)
+    torch.manual_seed(3)
+    first = [drawn(3, 1) for _ in range(300)]
+    counts = [sum(olds == [old] for olds, _ in first) for old in range(3)]
+    assert sum(counts) == 300 and min(counts) > 70 and {scale for _, scale in first} == {3.0}
+    torch.manual_seed(3)
+    assert [drawn(3, 1) for _ in range(300)] == first
+
+
+def test_a_batch_with_drawn_domains_takes_their_distance_times_the_scale():
+    """Loss and gradient are those of the drawn term, scaled."""
+    task = step_of(old=3)
+    torch.manual_seed(0)
+    [old], scale = drawn(3, 1)
+    torch.manual_seed(0)
+    parts, gradients = measured(task, distill_domains=1)
+    with torch.no_grad():
+        assert parts['kd'] == pytest.approx(scale * task(IMAGES, LABELS, 3, old).item(), rel=1e-5)
+    task.student.zero_grad()
+    (task(IMAGES, LABELS, 3) + 0.7 * scale * task(IMAGES, LABELS, 3, old)).backward()
+    for name, gradient in gradients_of(task).items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
 def test_fast_stands_for_options():

@@ -22,14 +22,13 @@ def step_of(method, *arguments):
                            *arguments])
     torch.manual_seed(0)
     student = fill(build_model([8], method))
-    teacher = copy.deepcopy(student) if METHODS[method].distill else None
+    teacher = copy.deepcopy(student) if building.distils(options) else None
     student.add_domain(12, options.new_statistics)
     building.freeze(student, options)
     weights = torch.tensor([1.0] * 11 + [0.0])
     run = SimpleNamespace(options=options, student=student, teacher=teacher, scaler=torch.amp.GradScaler('cpu', enabled=False),
                           task=building.build_task(student, teacher, [SimpleNamespace(weights=weights)] * 2, options,
-                                                   Place(torch.device('cpu'))),
-                          parts=building.loss_parts(options, teacher))
+                                                   Place(torch.device('cpu'))), old=1 if teacher else 0)
     run.optimizer, _ = building.build_optimizer(student, options)
     before = copy.deepcopy(student.state_dict())
     run.task.train()
@@ -103,7 +102,7 @@ def test_new_branch_trains_with_dropout_and_the_old_one_without():
 
 def test_teacher_mode_and_steps_are_options_of_their_own():
     run, _, _ = step_of('ours', '--teacher-mode', 'train', '--steps-per-batch', '2')
-    assert run.task.teacher.training and run.parts == ('ce', 'kd')
+    assert run.task.teacher.training
     run.task.eval()
     assert not run.task.teacher.training
     steps = [int(state['step']) for state in run.optimizer.state.values()]
@@ -149,6 +148,7 @@ def test_schedule_is_the_published_polynomial():
 def test_no_teacher_without_distillation():
     assert step_of('adapters-only')[0].task.teacher is None
     assert step_of('ours', '--lambdac', '0')[0].task.teacher is None
+    assert step_of('ours', '--shared-lr', '0')[0].task.teacher is None
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():

@@ -131,6 +131,12 @@ def val_loader(options, place, domain, required):
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
 
 
+def distils(options):
+    """Whether the step needs a teacher: something can learn from it, or old statistics are to move as published."""
+    learns = options.lambdac > 0 and options.shared_lr > 0
+    return get_method(options.method).distill and len(options.domains) > 1 and (learns or options.old_bn == 'released')
+
+
 def build_networks(options, domains):
     """(student, teacher or None, lines about what was loaded) for the step's Domain objects."""
     method, joint = get_method(options.method), get_method(options.method).joint
@@ -151,16 +157,15 @@ def build_networks(options, domains):
     check_known(checkpoint, domains[:-1])
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
-    teacher = copy.deepcopy(student) if method.distill else None
+    teacher = copy.deepcopy(student) if distils(options) else None
     student.add_domain(counts[-1], options.new_statistics)
     return student, teacher, report(checkpoint, known, 2)
 
 
 def rebuild_networks(options, domains):
     """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
-    method, counts = get_method(options.method), [domain.num_classes for domain in domains]
-    alone = len(domains) == 1 or method.joint
-    teacher = build_model(counts[:-1], options.method) if method.distill and not alone else None
+    counts = [domain.num_classes for domain in domains]
+    teacher = build_model(counts[:-1], options.method) if distils(options) else None
     return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
 
 
@@ -196,22 +201,15 @@ def build_task(student, teacher, feeds, options, place):
     if teacher is not None:
         teacher.requires_grad_(False)
         teacher.still = ()
-        if not options.lambdac and options.old_bn != 'released':
-            teacher = None
     task = Task(student, teacher, [feed.weights for feed in feeds], distillation=options.distillation,
-                temperature=options.temperature, lambdac=options.lambdac, teacher_mode=options.teacher_mode,
-                distill_domains=options.distill_domains, precision=options.precision, compiled=options.compile)
+                temperature=options.temperature, teacher_mode=options.teacher_mode, precision=options.precision,
+                compiled=options.compile)
     task.to(place.device, memory_format=memory_format(place.device, options.precision))
     unused = get_method(options.method).joint or options.steps_per_batch == 2
     wrapped = wrap(task, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
     return wrapped
-
-
-def loss_parts(options, teacher):
-    """What the steps of a batch are taken on: the sum, or one term after the other."""
-    return ('ce', 'kd') if options.steps_per_batch == 2 and teacher is not None else ('loss',)
 
 
 def build_optimizer(student, options):

@@ -79,6 +79,12 @@ def wrap(task, place, parallel, unused=False):
     return task
 
 
+def reduced(task, last):
+    """Context of a forward and backward pass: DDP reduces gradients over processes in the `last` of a step alone."""
+    alone = isinstance(task, nn.parallel.DistributedDataParallel) and not last
+    return task.no_sync() if alone else contextlib.nullcontext()
+
+
 def broadcast_buffers(module, place):
     """Gives every rank the buffers (batch-norm statistics) of rank 0."""
     if place.world > 1:

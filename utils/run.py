@@ -16,7 +16,7 @@ class Run:
     """Everything that a training step consists of.
 
     epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. sound: whether the file at LATEST is worth keeping.
+    the loss parts over those batches. old: how many old domains are distilled. sound: whether the file at LATEST is worth keeping.
     saved: the checkpoint to go on from, as `resume.find` gives it, or None.
     """
 
@@ -33,11 +33,11 @@ class Run:
         if options.sync_bn:
             self.student = building.synchronised(self.student, place)
         building.freeze(self.student, options)
+        self.old = len(self.teacher.decoder) if self.teacher is not None else 0
         self.student.to(place.device)
         self.task = building.build_task(self.student, self.teacher, self.feeds, options, place)
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
-        self.parts = building.loss_parts(options, self.teacher)
         self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
         self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:

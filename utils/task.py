@@ -8,26 +8,23 @@ from losses import DISTILLATIONS, cross_entropy
 
 
 class Task(nn.Module):
-    """Computes the loss parts of a batch; the unit that DataParallel and DDP wrap.
+    """Computes the terms of the loss of a batch; the unit that DataParallel and DDP wrap.
 
     student: ERFNet that knows all domains. teacher: frozen model of the previous step,
-    or None. class_weights: a (C,) tensor for each domain, void 0. The new domain is
-    the student's last, the old ones those the teacher knows. distill_domains: how many of
-    these, drawn anew for every batch, the distillation term looks at (None: all).
-    compiled: whether torch.compile makes one program of both networks and the losses.
+    or None. class_weights: a (C,) tensor for each domain, void 0. compiled: whether
+    torch.compile makes one program of each term.
     """
 
-    def __init__(self, student, teacher, class_weights, *, distillation='kl', temperature=1.0, lambdac=0.1,
-                 teacher_mode='eval', distill_domains=None, precision='fp32', compiled=False):
+    def __init__(self, student, teacher, class_weights, *, distillation='kl', temperature=1.0, teacher_mode='eval',
+                 precision='fp32', compiled=False):
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.distill = DISTILLATIONS[distillation]
-        self.temperature, self.lambdac = temperature, lambdac
-        self.teacher_mode, self.distill_domains, self.precision = teacher_mode, distill_domains, precision
-        if compiled:
-            self.losses = torch.compile(self.losses, dynamic=False)
+        self.distill, self.temperature = DISTILLATIONS[distillation], temperature
+        self.teacher_mode, self.precision = teacher_mode, precision
         for number, weights in enumerate(class_weights):
             self.register_buffer(f'weights{number}', weights, persistent=False)
+        if compiled:
+            self.term = torch.compile(self.term, dynamic=False)
 
     def train(self, mode=True):
         super().train(mode)
@@ -35,50 +32,40 @@ class Task(nn.Module):
             self.teacher.train(mode and self.teacher_mode == 'train')
         return self
 
-    def forward(self, images, labels, domain, part='loss'):
-        """Loss parts of images (B, 3, H, W) uint8 (or float in [0, 1]) and labels (B, H, W) uint8 of `domain`.
+    def forward(self, images, labels, domain, old=None):
+        """A term of the loss of images (B, 3, H, W) uint8 (or float in [0, 1]), labels (B, H, W) uint8 of `domain`.
 
-        part: 'loss' for both terms, 'ce' or 'kd' for one alone. Returns 0-d tensors
-        {'loss', 'ce', 'kd'} (those computed), 'loss' = ce + lambdac * kd being what to
-        differentiate.
+        The cross-entropy, or with `old` the distance to the teacher in the branch of the
+        domain `old`; a 0-d tensor. Terms are differentiated one by one, so that the
+        activations of one branch are held at a time, however many domains there are.
         """
         images = to_float(images).contiguous(memory_format=memory_format(images.device, self.precision))
-        olds = self.draw_old_domains() if part != 'ce' and self.teacher is not None else []
-        return self.losses(images, labels, domain, part, olds)
-
-    def draw_old_domains(self):
-        """Numbers of the old domains to distil in this batch, the latest first."""
-        known = len(self.teacher.decoder)
-        drawn = range(known)
-        if self.distill_domains is not None and self.distill_domains < known:
-            drawn = torch.randperm(known)[:self.distill_domains].tolist()
-        return sorted(drawn, reverse=True)
-
-    def losses(self, images, labels, domain, part, olds):
-        """What `forward` returns, of float images in their memory format and the old domains `olds`."""
-        parts = {}
         with autocast(images.device, self.precision):
-            if part != 'kd':
-                logits = self.student(images, domain)
-                parts['ce'] = cross_entropy(logits, labels.long(), getattr(self, f'weights{domain}'))
-            if olds:
-                parts['kd'] = self.distillation(images, olds)
-        parts['loss'] = parts.get('ce', 0) + self.lambdac * parts.get('kd', 0)
-        return parts
+            return self.term(images, labels, domain, old)
 
-    def distillation(self, images, domains):
-        """Sum over the old `domains` of the distance to the teacher.
+    def term(self, images, labels, domain, old):
+        """What `forward` returns, of float images in their memory format."""
+        if old is None:
+            return cross_entropy(self.student(images, domain), labels.long(), getattr(self, f'weights{domain}'))
+        return self.distance(images, old)
 
-        Scaled by n / K where K of n are given: with domains drawn uniformly its expectation
-        is the sum over all n; the draw adds n^2 (1/K - 1/n) S^2 to its variance, S^2 being
-        that of the domains' terms among one another.
-        """
-        total = 0.0
-        for domain in domains:
-            with torch.no_grad():
-                target = self.teacher(images, domain)
-            total = total + self.distill(self.student(images, domain), target, self.temperature)
-        return total * (len(self.teacher.decoder) / len(domains))
+    def distance(self, images, old):
+        """Distance of the student's outputs to the teacher's in the branch of domain `old`."""
+        with torch.no_grad():
+            target = self.teacher(images, old)
+        return self.distill(self.student(images, old), target, self.temperature)
+
+
+def drawn(known, count=None):
+    """(numbers of the old domains that a batch distils, the latest first; factor of their distances).
+
+    All `known` domains, or `count` of them drawn by torch's generator. With K of n drawn
+    the factor n / K keeps the expectation of the sum; the draw adds n^2 (1/K - 1/n) S^2 to
+    its variance, S^2 being that of the domains' distances among one another.
+    """
+    if count is None or count >= known:
+        return list(reversed(range(known))), 1.0
+    return sorted(torch.randperm(known)[:count].tolist(), reverse=True), known / count
 
 
 def to_float(images):
