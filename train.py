@@ -41,19 +41,22 @@ def train_batch(run, images, labels, number):
     olds, scale = drawn(run.old, options.distill_domains)
     for terms in [[*olds, None]] if options.steps_per_batch == 1 or not olds else [[None], olds]:
         run.optimizer.zero_grad(set_to_none=True)
+        learns = False
         for old in terms:
             with reduced(run.task, last=old == terms[-1]):
                 value = run.task(images, labels, number, old).mean()
                 if value.requires_grad:
                     weight = 1.0 if old is None else options.lambdac * scale
                     run.scaler.scale(weight * value).backward()
+                    learns = True
             name = 'ce' if old is None else 'kd'
             seen[name] = seen[name] + value.detach() * (1.0 if old is None else scale)
         loss = seen['ce'] + options.lambdac * seen['kd']
         if not torch.isfinite(loss):
             raise NotFinite(loss.item())
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        if learns:
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
     return {'loss': loss, **{name: torch.as_tensor(value) for name, value in seen.items()}}
 
 

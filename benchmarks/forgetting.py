@@ -32,6 +32,7 @@ from datasets import SegmentationDataset, get_domain
 from eval import PROTOCOL, eval_parser
 from models import METHODS, build_model
 from utils import checkpoint, metrics, pictures, records, resume, tables
+from utils.building import distils
 from utils.errors import UserError, run_main
 from utils.evaluation import Evaluator
 from utils.options import (Parser, complete_size, data_options, data_paths, machine_options, natural, parse_train,
@@ -336,10 +337,15 @@ def note(step, future, done, failures, bar):
         bar.update()
 
 
+def training_images(options, name):
+    """The training split of a domain."""
+    return SegmentationDataset(get_domain(name, data_paths(options.data)), options.data_root, 'train',
+                               (options.height, options.width))
+
+
 def new_images(options, name, device):
     """The first training images (B, 3, H, W) of a domain, float on the device."""
-    data = SegmentationDataset(get_domain(name, data_paths(options.data)), options.data_root, 'train',
-                               (options.height, options.width))
+    data = training_images(options, name)
     return to_float(torch.stack([data.load(index)[0] for index in range(min(IMAGES, len(data)))])).to(device)
 
 
@@ -419,7 +425,7 @@ def all_figures(found):
 def units(step):
     """Forward passes that an image of the step costs, a backward pass being two."""
     options, old = parsed(step.arguments), len(step.domains) - 1
-    if not METHODS[step.method].distill or not (options['lambdac'] or options['old_bn'] == 'released'):
+    if not distils(argparse.Namespace(**options)):
         return 3
     return 3 + min(old, options.get('distill_domains') or old) * (3 + 1)
 
@@ -607,13 +613,22 @@ def parse(argv=None):
     return options
 
 
+def check_data(options):
+    """UserError unless the training images of all domains are at hand."""
+    for name in dict.fromkeys(name for order in options.orders for name in order):
+        training_images(options, name)
+
+
 def main(argv=None):
     options = parse(argv)
+    check_data(options)
     plans = plan(options)
     failures = run_steps(steps_of(plans), options)
     with session(options.device) as place:
         evaluator = make_evaluator(options, place)
-        report(plans, evaluated(plans, evaluator, options), evaluator, options)
+        found = evaluated(plans, evaluator, options)
+        if found:
+            report(plans, found, evaluator, options)
     return 1 if failures else None
 
 

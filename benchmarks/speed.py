@@ -6,13 +6,14 @@
 
 (a) is the published way: recipe `released`, float32, eager, contiguous, the teacher's output
 fetched to the CPU and sent back, the device's cache emptied after each batch, evaluation by
-one-hot maps. (b) is ours with `--fast`. Both get the same uint8 images and labels from the
+one-hot maps. (b) is ours in bf16, compiled with --compile. Both get the same uint8 images and labels from the
 CPU. 20 classes each; step N knows N - 1 old domains.
 """
 import contextlib
 import copy
 import ctypes
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -32,13 +33,13 @@ from datasets.cache import cached
 from datasets.loading import TrainBatches, make_loader
 from datasets.segmentation import SegmentationDataset
 from models import build_model, erfnet
-from utils import building
-from utils.errors import run_main
+from utils import building, pictures
+from utils.errors import UserError, run_main
 from utils.evaluation import evaluate
 from utils.options import Parser, complete_size, positive, rate, recipe_settings, size_options
 from utils.parallel import session
 from utils.records import environment, write_json
-from utils.tables import number, plain
+from utils.tables import check_writable, number, plain
 from utils.task import Task
 
 CLASSES = 20
@@ -121,6 +122,7 @@ class Training:
     def __call__(self, images, labels):
         device = self.place.device
         torch.use_deterministic_algorithms(self.side == REPEATABLE, warn_only=True)
+        torch.backends.cudnn.benchmark = self.side != REPEATABLE
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.side == PUBLISHED:
             with unfolded():
@@ -193,31 +195,30 @@ class Peak:
     """Bytes that the device (or, on the CPU, the process) held at most within the context, above `before`."""
 
     def __init__(self, place):
-        self.cuda = place.device.type == 'cuda'
+        self.device, self.cuda = place.device, place.device.type == 'cuda'
 
     def resident(self, name):
         lines = Path('/proc/self/status').read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f'{name}:'))
 
     def __enter__(self):
+        gc.collect()
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
             self.before = 0
         else:
-            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)                    # freed memory goes back first
             Path('/proc/self/clear_refs').write_text('5')       # the high-water mark starts anew
             self.before = self.resident('VmRSS')
         return self
 
     def __exit__(self, *_):
-        self.bytes = torch.cuda.max_memory_allocated() if self.cuda else self.resident('VmHWM') - self.before
+        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.resident('VmHWM') - self.before
 
 
 def peak_of(side, what, options, place, batch):
     """GiB that one side's batch takes at most, its networks and optimiser included, measured alone."""
-    if place.device.type == 'cuda':
-        torch.cuda.empty_cache()
     with Peak(place) as peak:
         run = side_of(side, what, options, place)
         run(*batch)
@@ -239,7 +240,7 @@ def compare(what, options, place, batch):
         for side, run in runs.items():
             rates[side].append(turn(run, batch, options.seconds, place))
     return {side: {'images_per_second': rates[side], 'peak_gib': peaks[side],
-                   'ratios': [one / published for one, published in zip(rates[side], rates[PUBLISHED])]} for side in sides}
+                   'ratios': [one / base for one, base in zip(rates[side], rates[PUBLISHED])]} for side in sides}
 
 
 def ceilings(place, dtype):
@@ -286,13 +287,13 @@ def costs_of(what, options):
     chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, distill_domains=None))
     task = make_task(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
-    terms = [None, *range(domains - 1)]
+    terms = [None, *range(min(domains - 1, options.distill_domains or domains - 1))]
     return traffic(lambda: [task(images, labels, domains - 1, old).backward() for old in terms])
 
 
 def show_floor(options, top):
     """Prints FLOPs and bytes per image, kind by kind, and what they allow."""
-    for what in WHAT:
+    for what in options.what:
         rows = []
         for name, (flops, moved) in costs_of(what, options).items():
             at_least = max(flops / top[0], moved / top[1])
@@ -374,10 +375,8 @@ def growth(options, place, batch):
 
 def draw_growth(found, path):
     """Writes the figure of `growth`."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    figure = pictures.new_figure(figsize=(9, 3.4))
+    axes = figure.subplots(1, 2)
     for name in list(found[0])[1:]:
         for axis, key, factor in ((axes[0], 'seconds_per_image', 1000), (axes[1], 'peak_gib', 1)):
             axis.plot([entry['old'] for entry in found], [factor * entry[name][key] for entry in found], 'o-', label=name)
@@ -385,8 +384,7 @@ def draw_growth(found, path):
         axis.set(xlabel='old domains', ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pictures.save_figure(path, figure)
 
 
 def rows_of(result):
@@ -422,11 +420,20 @@ def parse(argv=None):
     parser.add_argument('--json', metavar='FILE', help='where the figures go')
     options = parser.parse_args(argv)
     complete_size(options)
+    if options.floor and (options.json or options.growth):
+        raise UserError('--floor prints and writes nothing; leave out --json and --growth')
+    for name in ('json', 'growth'):
+        if getattr(options, name):
+            check_writable(f'--{name}', getattr(options, name))
+    if options.growth:
+        pictures.figure_format(options.growth)
     return options
 
 
 def main(argv=None):
     options = parse(argv)
+    if options.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     with session(options.device) as place:
         dtype = torch.bfloat16 if options.precision == 'bf16' else torch.float32
         top = ceilings(place, dtype)
@@ -449,9 +456,10 @@ def main(argv=None):
             found['work'] = {what: {'sides': compare(what, options, place, batch), 'floor': floors(what, options, top)}
                              for what in options.what}
             print(plain(*rows_of(found['work'])))
-            found['waiting'] = starving(options, place)
-            print('share of step 1 that waits for data: '
-                  + ', '.join(f'{side} {100 * share:.0f} %' for side, share in found['waiting'].items()))
+            if 'step 1' in options.what:
+                found['waiting'] = starving(options, place)
+                print('share of step 1 that waits for data: '
+                      + ', '.join(f'{side} {100 * share:.0f} %' for side, share in found['waiting'].items()))
         if options.json:
             write_json(options.json, found)
 

@@ -4,6 +4,7 @@ Logits are (B, C, H, W) of any float type; sums are taken in float32.
 """
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 class SumOverImages(torch.autograd.Function):
@@ -16,7 +17,10 @@ class SumOverImages(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, each):
-        gradient, total = torch.empty_like(logits) if ctx.needs_input_grad[0] else None, 0
+        last = logits.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        gradient = torch.empty_like(logits, memory_format=layout) if ctx.needs_input_grad[0] else None
+        total = 0
         for number, image in enumerate(logits):
             value, slope = each(number, by_pixel(image))
             total = total + value
@@ -26,6 +30,7 @@ class SumOverImages(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         return ctx.saved_tensors[0] * upstream, None
 
@@ -54,7 +59,7 @@ def cross_entropy_parts(logits, labels, weights):
 def cross_entropy(logits, labels, weights):
     """Weighted mean cross-entropy (see `cross_entropy_parts`); 0 where all labels are void."""
     total, mass = cross_entropy_parts(logits, labels, weights)
-    return total / mass.clamp_min(torch.finfo(torch.float32).tiny)
+    return total / (mass + (mass == 0))
 
 
 def kl_per_pixel(student, teacher, temperature=1.0):

@@ -26,6 +26,12 @@ def test_void_pixels_do_not_count():
     assert cross_entropy(STUDENT, torch.full_like(LABELS, 4), WEIGHTS) == 0
 
 
+def test_a_batch_of_void_has_no_gradient_however_it_is_scaled():
+    x = STUDENT.clone().requires_grad_()
+    (65536 * cross_entropy(x, torch.full_like(LABELS, 4), WEIGHTS)).backward()
+    assert x.grad.abs().max() == 0
+
+
 def test_kl_is_zero_at_the_teacher_and_positive_elsewhere():
     student = TEACHER.clone().requires_grad_()
     loss = kl_per_pixel(student, TEACHER, 2.0)

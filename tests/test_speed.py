@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.metrics import confusion, mean_iou
 from utils.options import parse_train
 from utils.parallel import Place
+from utils.run import like_their_weights
 from utils.task import Task, drawn
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
@@ -199,12 +200,53 @@ def test_fast_stands_for_options():
     assert not hasattr(options, 'fast')
 
 
+def test_fast_contradicts_fp16():
+    with pytest.raises(UserError, match='give one of'):
+        parse_train(['--domains', 'camvid', '--savedir', 'x', '--fast', '--precision', 'fp16'])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--growth', f'{__file__}/x.png'], '--growth'), (['--growth', 'x.xyz'], 'xyz'), (['--json', f'{__file__}/x'], '--json'),
+    (['--floor', '--json', 'x.json'], '--floor'), (['--device', 'meta'], 'not one of')])
+def test_speed_benchmark_refuses_before_it_measures(arguments, message):
+    with pytest.raises(UserError, match=message):
+        speed.main(['--height', '16', *arguments])
+
+
+def test_moments_of_another_layout_move_the_same_weights():
+    """Fused Adam walks memory: moments read from a file are laid out as their weights are."""
+    def stepped(layout):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(4, 3, 3, 1).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.Adam([weight], fused=True)
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        state = optimizer.state_dict()
+        for name in ('exp_avg', 'exp_avg_sq'):
+            state['state'][0][name] = state['state'][0][name].contiguous(memory_format=layout)
+        optimizer.load_state_dict(state)
+        like_their_weights(optimizer)
+        optimizer.step()
+        return weight
+    assert torch.equal(stepped(torch.contiguous_format), stepped(torch.channels_last))
+
+
+def test_losses_take_logits_of_any_strides():
+    x = torch.randn(2, 6, 64, 32, generator=torch.Generator().manual_seed(4))
+    a, b = x.clone().transpose(2, 3).requires_grad_(), x.transpose(2, 3).contiguous().requires_grad_()
+    for logits in (a, b):
+        logits.retain_grad()
+        cross_entropy(logits, LABELS, WEIGHTS).backward()
+    assert torch.allclose(a.grad, b.grad)
+
+
 def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
     model = build_model([4, 5])
     keys = list(model.state_dict())
+    options = parse_train(['--domains', 'camvid', '--savedir', 'x', '--sync-bn'])
     with pytest.raises(UserError, match='torchrun'):
-        building.synchronised(copy.deepcopy(model), Place(torch.device('cpu')))
-    model = building.synchronised(model, Place(torch.device('cuda'), 0, 2))
+        building.synchronised(copy.deepcopy(model), options, Place(torch.device('cpu')))
+    model = building.synchronised(model, options, Place(torch.device('cuda'), 0, 2))
     model.train_only([1]).train()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
     old = {id(bn) for module in model.branch(0) for bn in module.modules()}
@@ -226,9 +268,9 @@ def test_floor_counts_what_the_design_counts():
 def test_speed_benchmark_compares_both_sides(tmp_path):
     """Real work on both sides, tiny: the file holds what the table shows."""
     speed.main(['--height', '16', '--batch-size', '2', '--rounds', '1', '--seconds', '0', '--device', 'cpu',
-                '--what', 'step 2', 'evaluation', '--num-workers', '1', '--json', str(tmp_path / 'speed.json')])
+                '--what', 'step 1', 'evaluation', '--num-workers', '1', '--json', str(tmp_path / 'speed.json')])
     found = json.loads((tmp_path / 'speed.json').read_text())
-    assert set(found['work']) == {'step 2', 'evaluation'} and set(found['waiting']) == {'published', 'ours'}
+    assert set(found['work']) == {'step 1', 'evaluation'} and set(found['waiting']) == {'published', 'ours'}
     for entry in found['work'].values():
         ours, published = entry['sides']['ours'], entry['sides']['published']
         assert ours['ratios'] == [pytest.approx(ours['images_per_second'][0] / published['images_per_second'][0])]

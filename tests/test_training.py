@@ -145,6 +145,12 @@ def test_schedule_is_the_published_polynomial():
         schedule.step()
 
 
+def test_a_step_that_nothing_learns_from_is_left_out():
+    """fp16's scaler refuses to step where no gradient was seen."""
+    run, _, _ = step_of('ours', '--recipe', 'released', '--shared-lr', '0', '--steps-per-batch', '2')
+    assert {int(state['step']) for state in run.optimizer.state.values()} == {2}
+
+
 def test_no_teacher_without_distillation():
     assert step_of('adapters-only')[0].task.teacher is None
     assert step_of('ours', '--lambdac', '0')[0].task.teacher is None

@@ -169,8 +169,11 @@ def rebuild_networks(options, domains):
     return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
 
 
-def synchronised(student, place):
+def synchronised(student, options, place):
     """The student with batch statistics taken over all processes."""
+    if options.distill_domains and options.old_bn != 'frozen':
+        raise UserError(f'--sync-bn and --old-bn {options.old_bn} need every process to run the same old domains; '
+                        'leave out --distill-domains')
     if place.device.type != 'cuda' or place.world == 1:
         raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
     return nn.SyncBatchNorm.convert_sync_batchnorm(student)

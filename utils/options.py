@@ -4,6 +4,7 @@
 translated in `translate_paper` and nothing behind it knows them.
 """
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -219,8 +220,8 @@ def parse_train(argv=None):
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
-    check_domains(options)
     complete_size(options)
+    check_domains(options)
     complete_fast(options)
     for name, value in recipe_settings(options.recipe, len(options.domains)).items():
         if getattr(options, name) is None:
@@ -238,8 +239,12 @@ def complete_size(options):
 def complete_fast(options):
     """Replaces --fast by what it stands for."""
     if options.__dict__.pop('fast'):
+        if options.precision == 'fp16':
+            raise UserError('--fast stands for --precision bf16; give one of --fast and --precision fp16')
         options.precision, options.augment = 'bf16', 'device'
-        options.compile |= options.device != 'cpu' and torch.cuda.is_available()
+        # DataParallel, which several GPUs get without torchrun, cannot be compiled.
+        alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
+        options.compile |= options.device != 'cpu' and torch.cuda.is_available() and alone
 
 
 def check_domains(options):
@@ -252,6 +257,8 @@ def check_domains(options):
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '
                         'checkpoint that knows the latter')
+    if options.batch_size * options.height * options.width == 64:
+        raise UserError('--batch-size 1 with --height 8 and --width 8 leaves batch norms one value; enlarge one of them')
     if options.temperature == 0:
         raise UserError('--temperature must be above 0')
 

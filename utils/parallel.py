@@ -58,6 +58,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f'--device {name} is not one of auto, cpu, cuda, cuda:N') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise UserError(f'--device {name} is not one of auto, cpu, cuda, cuda:N')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu')
     return device

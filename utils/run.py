@@ -12,11 +12,22 @@ LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'm
 WRITTEN = LATEST, PREVIOUS, BEST, 'metrics.jsonl', 'opts.json'
 
 
+def like_their_weights(optimizer):
+    """Gives Adam's moments the memory layout of their weights, which its fused form takes for granted.
+
+    A file may come from another device or precision, and so in another layout.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name in ('exp_avg', 'exp_avg_sq'):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
+
 class Run:
     """Everything that a training step consists of.
 
     epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. old: how many old domains are distilled. sound: whether the file at LATEST is worth keeping.
+    the loss parts over those batches. old: how many old domains are distilled.
+    sound: whether the file at LATEST is worth keeping.
     saved: the checkpoint to go on from, as `resume.find` gives it, or None.
     """
 
@@ -31,7 +42,7 @@ class Run:
         build = building.rebuild_networks if saved else building.build_networks
         self.student, self.teacher, self.loaded = build(options, domains)
         if options.sync_bn:
-            self.student = building.synchronised(self.student, place)
+            self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)
         self.old = len(self.teacher.decoder) if self.teacher is not None else 0
         self.student.to(place.device)
@@ -90,6 +101,7 @@ class Run:
             if self.teacher is not None:
                 self.teacher.load_state_dict(state['teacher'])
             self.optimizer.load_state_dict(state['optimizer'])
+            like_their_weights(self.optimizer)
             self.schedule.load_state_dict(resume.checked_schedule(state, self.schedule))
             if state['scaler']:
                 self.scaler.load_state_dict(state['scaler'])

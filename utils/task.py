@@ -24,6 +24,8 @@ class Task(nn.Module):
         for number, weights in enumerate(class_weights):
             self.register_buffer(f'weights{number}', weights, persistent=False)
         if compiled:
+            # A program for each branch; beyond the limit terms would silently run uncompiled.
+            torch._dynamo.config.recompile_limit = max(8, 2 * len(class_weights))
             self.term = torch.compile(self.term, dynamic=False)
 
     def train(self, mode=True):
