@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -263,6 +264,16 @@ def test_a_dead_loader_worker_ends_with_advice(toy, tmp_path):
         process.kill()
     # torch raises from a signal handler, which may also leave lines of its own before ours.
     assert process.returncode == 2 and err.splitlines()[-1].startswith('error: a loader process died'), err
+
+
+def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_ends_with_advice(capsys):
+    def _try_get_data():        # the name of torch's function that waits for a worker
+        raise ConnectionResetError(104, 'Connection reset by peer')
+    with pytest.raises(SystemExit) as end:
+        run_main(_try_get_data)
+    assert end.value.code == 2 and 'a loader process died' in capsys.readouterr().err
+    with pytest.raises(ConnectionResetError):       # of another origin: not ours to explain
+        run_main(mock.Mock(side_effect=ConnectionResetError))
 
 
 def test_out_of_gpu_memory_says_which_option_lowers_it():

@@ -1,5 +1,6 @@
 """Errors that a user can mend: one line, exit status 2."""
 import sys
+import traceback
 
 # What other libraries raise, known by type name or text -> what to do about it.
 ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
@@ -18,6 +19,9 @@ class UserError(Exception):
 
 def advice(error):
     """The line for an error of another library that users meet, None for any other."""
+    handed_over = any(frame.f_code.co_name == '_try_get_data' for frame, _ in traceback.walk_tb(error.__traceback__))
+    if handed_over and isinstance(error, (OSError, EOFError)):      # the worker died while it handed over a batch
+        return ADVICE['DataLoader worker']
     return next((line for key, line in ADVICE.items() if key in type(error).__name__ or key in str(error)), None)
 
 
@@ -30,7 +34,7 @@ def run_main(main):
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         line = advice(error)
         if line is None:
             raise
