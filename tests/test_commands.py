@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from tests.conftest import ROOT, run_script
 from tests.fill import fill
 from tests.test_checkpoints import encoder_file, published_file
 from models.layouts import published_keys
-from utils import checkpoint
+from utils import checkpoint, resume
 from utils.errors import UserError, advice, run_main
 
 SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '0', '--device', 'cpu']
@@ -163,6 +164,13 @@ def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, workers
         content.pop('options')
     assert equal(straight, resumed)
     assert metrics(tmp_path / 'straight') == metrics(tmp_path / 'broken')
+
+
+def test_an_option_that_the_interrupted_run_did_not_know_may_be_left_at_its_default():
+    options = SimpleNamespace(lr=0.1, sync_bn=False, distill_domains=None)
+    assert resume.differences({'lr': 0.1}, options) == ([], [])
+    options.distill_domains = 1
+    assert resume.differences({'lr': 0.1}, options) == (['--distill-domains was None, is 1'], [])
 
 
 def test_resuming_with_other_options_is_refused_and_finished_is_said(toy, tmp_path, capsys):

@@ -168,7 +168,8 @@ def differences(saved, options):
     now = vars(options)
     for name in sorted(now.keys() | saved.keys()):
         before, value = saved.get(name), now.get(name)
-        if name in HARMLESS or before == value:
+        later = name not in saved and not value     # an option that came with a later version, left at its default
+        if name in HARMLESS or before == value or later:
             continue
         line = f'--{name.replace("_", "-")} was {before}, is {value}'
         (said if name in SAID else refused).append(line)
