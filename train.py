@@ -38,19 +38,19 @@ def train_batch(run, images, labels, number):
     (B, H, W) uint8; raises NotFinite.
     """
     options, seen = run.options, {'ce': 0.0, 'kd': 0.0}
+    weights = {'ce': 1.0, 'kd': options.lambdac}
     olds, scale = drawn(run.old, options.distill_domains)
     for terms in [[*olds, None]] if options.steps_per_batch == 1 or not olds else [[None], olds]:
         run.optimizer.zero_grad(set_to_none=True)
         learns = False
         for old in terms:
+            name, factor = ('ce', 1.0) if old is None else ('kd', scale)
             with reduced(run.task, last=old == terms[-1]):
-                value = run.task(images, labels, number, old).mean()
+                value = factor * run.task(images, labels, number, old).mean()
                 if value.requires_grad:
-                    weight = 1.0 if old is None else options.lambdac * scale
-                    run.scaler.scale(weight * value).backward()
+                    run.scaler.scale(weights[name] * value).backward()
                     learns = True
-            name = 'ce' if old is None else 'kd'
-            seen[name] = seen[name] + value.detach() * (1.0 if old is None else scale)
+            seen[name] = seen[name] + value.detach()
         loss = seen['ce'] + options.lambdac * seen['kd']
         if not torch.isfinite(loss):
             raise NotFinite(loss.item())

@@ -6,8 +6,8 @@
 
 (a) is the published way: recipe `released`, float32, eager, contiguous, the teacher's output
 fetched to the CPU and sent back, the device's cache emptied after each batch, evaluation by
-one-hot maps. (b) is ours in bf16, compiled with --compile. Both get the same uint8 images and labels from the
-CPU. 20 classes each; step N knows N - 1 old domains.
+one-hot maps. (b) is ours in bf16, compiled with --compile. Both get the same uint8 images and
+labels from the CPU. 20 classes each; step N knows N - 1 old domains.
 """
 import contextlib
 import copy
@@ -28,7 +28,6 @@ from tqdm import tqdm
 import train
 from benchmarks.floor import traffic
 from benchmarks.loading import SOURCES, published, write_pair
-from datasets.augment import augment_batch, draw
 from datasets.cache import cached
 from datasets.loading import TrainBatches, make_loader
 from datasets.segmentation import SegmentationDataset
@@ -48,8 +47,8 @@ PUBLISHED, OURS, REPEATABLE = 'published', 'ours', 'ours, --deterministic'
 
 
 def published_batch(run, images, labels):
-    """A batch the published way: plain formulas, the terms in one graph or a step on each, the teacher's output over the CPU."""
-    task, steps = run.task, 0.0
+    """A batch the published way: plain formulas, terms in one graph or a step on each, the teacher's output over the CPU."""
+    task, total = run.task, 0.0
     for part in run.parts:
         run.optimizer.zero_grad()
         loss = 0.0
@@ -61,8 +60,8 @@ def published_batch(run, images, labels):
             loss = loss + run.options.lambdac * task.distill(task.student(images, old), target)
         loss.backward()
         run.optimizer.step()
-        steps += loss.item()
-    return steps
+        total += loss.item()
+    return total
 
 
 @contextlib.contextmanager
@@ -136,7 +135,7 @@ class Training:
 class Evaluation:
     """One side's evaluation of a network of one domain; a call takes one batch from the CPU."""
 
-    def __init__(self, side, _, options, place):
+    def __init__(self, side, options, place):
         self.side, self.place, self.options = side, place, options
         self.weights = torch.ones(CLASSES, device=place.device)
         layout = torch.contiguous_format if side == PUBLISHED else torch.channels_last
@@ -170,7 +169,7 @@ def published_evaluation(network, images, labels, weights):
 def side_of(side, what, options, place):
     """The Training or Evaluation that `what` names."""
     if what == 'evaluation':
-        return Evaluation(side, 1, options, place)
+        return Evaluation(side, options, place)
     return Training(side, int(what.split()[1]), options, place)
 
 
@@ -269,8 +268,12 @@ def best_time(work, place, rounds=10):
 
 def floors(what, options, top):
     """What one image costs at least: {'gflop', 'gb', 'seconds'} at the ceilings `top`."""
-    counts = costs_of(what, options).values()
-    batch = options.batch_size
+    return together(costs_of(what, options), options, top)
+
+
+def together(costs, options, top):
+    """`floors` of the costs of a batch."""
+    batch, counts = options.batch_size, costs.values()
     return {'gflop': sum(c[0] for c in counts) / batch / 1e9, 'gb': sum(c[1] for c in counts) / batch / 1e9,
             'seconds': sum(max(flops / top[0], moved / top[1]) for flops, moved in counts) / batch}
 
@@ -294,12 +297,12 @@ def costs_of(what, options):
 def show_floor(options, top):
     """Prints FLOPs and bytes per image, kind by kind, and what they allow."""
     for what in options.what:
-        rows = []
-        for name, (flops, moved) in costs_of(what, options).items():
+        rows, costs = [], costs_of(what, options)
+        for name, (flops, moved) in costs.items():
             at_least = max(flops / top[0], moved / top[1])
             rows.append([name] + [number(value / options.batch_size, 3)
                                   for value in (flops / 1e9, moved / 1e9, 1e6 * at_least)])
-        total = floors(what, options, top)
+        total = together(costs, options, top)
         rows.append(['together', number(total['gflop'], 3), number(total['gb'], 3), number(1e6 * total['seconds'], 3)])
         print(f'{what}: at most {1 / total["seconds"]:.1f} images/s')
         print(plain(['kernel, channels given, W x H', 'GFLOP', 'GB', 'microseconds'], rows) + '\n')
@@ -344,9 +347,8 @@ def waiting_share(side, loader, training, data, options, place):
         for images, labels, indices in loader:
             there = time.perf_counter()
             if side == OURS:
-                images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
-                draws = [draw(0, epoch, index) for index in indices.tolist()]
-                images, labels = augment_batch(images, labels, draws, data.domain.void)
+                feed = SimpleNamespace(train=loader, domain=data.domain)
+                images, labels = building.on_device(feed, (images, labels, indices), 0, epoch, place)
             training(images, labels)
             wait(place)
             after = time.perf_counter()

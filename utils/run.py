@@ -26,8 +26,7 @@ class Run:
     """Everything that a training step consists of.
 
     epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. old: how many old domains are distilled.
-    sound: whether the file at LATEST is worth keeping.
+    the loss parts over those batches. sound: whether the file at LATEST is worth keeping.
     saved: the checkpoint to go on from, as `resume.find` gives it, or None.
     """
 
@@ -44,7 +43,6 @@ class Run:
         if options.sync_bn:
             self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)
-        self.old = len(self.teacher.decoder) if self.teacher is not None else 0
         self.student.to(place.device)
         self.task = building.build_task(self.student, self.teacher, self.feeds, options, place)
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
@@ -58,6 +56,11 @@ class Run:
     def folder(self):
         """--savedir."""
         return Path(self.options.savedir)
+
+    @property
+    def old(self):
+        """How many old domains are distilled."""
+        return len(self.teacher.decoder) if self.teacher is not None else 0
 
     @property
     def learnt(self):
