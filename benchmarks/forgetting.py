@@ -61,7 +61,8 @@ class Row:
     args: options of train.py in the steps after the first, first: in the first one.
     variant, first_variant: options of benchmarks.variants likewise.
     after: name of a correction in AFTER, of the states that are evaluated. carried: whether
-    the next step starts from the corrected state.
+    the next step starts from the corrected state. copies: whether every domain keeps the
+    network that learnt it.
     """
     about: str
     method: str = 'ours'
@@ -71,6 +72,7 @@ class Row:
     first_variant: tuple = ()
     after: Optional[str] = None
     carried: bool = False
+    copies: bool = False
 
 
 def with_values(option, values):
@@ -89,6 +91,7 @@ ROWS = {
     SINGLE: Row('a network per domain', SINGLE),
     JOINT: Row('all domains at once', JOINT),
     'fine-tune': Row('plain encoder learns on', 'fine-tune'),
+    'fine-tune-copies': Row('the same, every domain keeping the network that learnt it', 'fine-tune', copies=True),
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
     'lwf': Row('plain encoder, distillation', 'lwf'),
     'adapters-only': Row('as ours, shared weights frozen', 'adapters-only'),
@@ -397,9 +400,17 @@ def evaluated(plans, evaluator, options):
     found = {}
     for key, states in tqdm(complete.items(), unit='sequence', disable=None):
         steps = [{name: entry['miou'] for name, entry in scores(state, evaluator, options).items()} for state in states]
-        lonely = METHODS[ROWS[key[1]].method].lonely
-        found[key] = [{name: value for step in steps for name, value in step.items()}] if lonely else steps
+        row = ROWS[key[1]]
+        if METHODS[row.method].lonely:
+            steps = [{name: value for step in steps for name, value in step.items()}]
+        found[key] = kept(steps) if row.copies else steps
     return found
+
+
+def kept(steps):
+    """[{domain: mIoU}] after each step where every domain's is that of the step that learnt it."""
+    learnt = metrics.learnt_at(steps)
+    return [{name: learnt[name] for name in step} for step in steps]
 
 
 def sequence_figures(order, steps, single):
@@ -430,19 +441,21 @@ def units(step):
     return 3 + min(old, options.get('distill_domains') or old) * (3 + 1)
 
 
-def added(step, options):
-    """Parameters that the last of the step's domains added."""
-    paths, lonely = data_paths(options.data), METHODS[step.method].lonely
-    network = build_model([get_domain(name, paths).num_classes for name in step.domains], step.method)
-    parameters = network.parameters() if lonely else network.branch_parameters(len(step.domains) - 1)
+def added(step, row, options):
+    """Parameters that the last of the step's domains added: its branch, or a whole network."""
+    counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
+    if METHODS[step.method].lonely or row.copies:
+        parameters = build_model(counts[-1:], step.method).parameters()
+    else:
+        parameters = build_model(counts, step.method).branch_parameters(len(counts) - 1)
     return sum(parameter.numel() for parameter in parameters)
 
 
-def cost(steps, options):
+def cost(steps, row, options):
     """What the last steps of a row's seeds cost: {'added_parameters', 'units', 'images_per_second' (median)}."""
     lines = [line for step in steps for line in records.read_metrics(step.folder(options))]
     rates = [line['train']['images_per_second'] for line in lines]
-    return {'added_parameters': added(steps[0], options), 'units': units(steps[0]),
+    return {'added_parameters': added(steps[0], row, options), 'units': units(steps[0]),
             'images_per_second': statistics.median(rates) if rates else None}
 
 
@@ -451,7 +464,8 @@ def all_costs(plans, found, options):
     steps = {}
     for order, name, seed in found:
         steps.setdefault(order, {}).setdefault(name, []).append(plans[order, name, seed][-1].step)
-    return {order: {name: cost(last, options) for name, last in rows.items()} for order, rows in steps.items()}
+    return {order: {name: cost(last, ROWS[name], options) for name, last in rows.items()}
+            for order, rows in steps.items()}
 
 
 def label(name, seeds, options):

@@ -90,8 +90,16 @@ def test_units_count_teacher_and_old_branches(tmp_path):
         'ours': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
     assert forgetting.units(last['ours'].before) == 7
     assert forgetting.units(last_steps(options_of(tmp_path, '--rows', 'distill-domains-1'))['distill-domains-1']) == 7
-    assert forgetting.added(last['ours'], options_of(tmp_path)) == sum(
-        p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
+    added = lambda name: forgetting.added(last[name], forgetting.ROWS[name], options_of(tmp_path))
+    assert added('ours') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
+    copies = forgetting.ROWS['fine-tune-copies']
+    assert forgetting.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
+        p.numel() for p in build_model([27], 'single-task').parameters())
+
+
+def test_copies_keep_what_each_domain_had_when_learnt():
+    steps = [{'CS': 40.0}, {'CS': 30.0, 'BDD': 50.0}, {'CS': 20.0, 'BDD': 44.0, 'IDD': 60.0}]
+    assert forgetting.kept(steps) == [{'CS': 40.0}, {'CS': 40.0, 'BDD': 50.0}, {'CS': 40.0, 'BDD': 50.0, 'IDD': 60.0}]
 
 
 def test_figures_of_a_hand_made_sequence(tmp_path):
@@ -150,23 +158,26 @@ def run(folder, roads, *arguments):
 
 
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
-    calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'compensated', 'ema']
+    calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'compensated', 'ema', 'fine-tune-copies']
     trained_here(calls)
     files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'))
              for text in (option, str(tmp_path / name))]
     assert run(tmp_path, roads, '--rows', *rows, *files) is None
-    assert len(calls) == 6      # two single-task, the first of ours, and ours, released, ema: the rest is of the same
+    # two single-task, the first of ours, and ours, released, ema, fine-tune: the rest is of the same
+    assert len(calls) == 7
     result = json.loads((tmp_path / 'f.json').read_text())['orders']['cityscapes BDD']
     assert list(result) == rows and result['ours']['cost']['units'] == 7
     put_back, plain = (result[name]['seeds']['0']['steps'] for name in ('released-put-back', 'released'))
     assert put_back[0] == plain[0] == result['ours']['seeds']['0']['steps'][0]
     assert put_back[1]['BDD'] == plain[1]['BDD']
     assert result['single-task']['seeds']['0']['delta_m'] == 0
+    copies = result['fine-tune-copies']
+    assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
     assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| compensated |' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
     monkeypatch.setattr(forgetting.Evaluator, 'score', None)        # nothing is evaluated again
-    assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 6
-    assert capsys.readouterr().out.splitlines()[-9:] == shown.splitlines()[-9:]
+    assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 7
+    assert capsys.readouterr().out.splitlines()[-10:] == shown.splitlines()[-10:]
 
 
 def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, trained_here, capsys):
