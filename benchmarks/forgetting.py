@@ -80,6 +80,11 @@ def with_values(option, values):
     return {f'{option}-{value}': Row(f'ours, --{option} {value}', args=(f'--{option}', value)) for value in values}
 
 
+def moving(lr, weight):
+    """Options of shared weights that move at rate `lr`, held by distillation of `weight`."""
+    return '--shared-lr', lr, '--lambdac', weight
+
+
 def with_corrected(*pairs):
     """{row name: Row} of the released recipe with one option each as the corrected one has it."""
     return {f'released-{option}-{value}': Row(f'released, but --{option} {value}',
@@ -95,6 +100,13 @@ ROWS = {
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
     'lwf': Row('plain encoder, distillation', 'lwf'),
     'adapters-only': Row('as ours, shared weights frozen', 'adapters-only'),
+    'low-rank-adapters': Row('as adapters-only, the adapters added to the kernels', 'low-rank-adapters'),
+    **{f'adapters-only-lr-{lr}': Row(f'adapters-only, later steps at --lr {lr}', 'adapters-only', args=('--lr', lr))
+       for lr in ('1e-3', '2e-3')},
+    'adapters-only-ema': Row('adapters-only, moving average of the weights', 'adapters-only',
+                             variant=('--ema', '0.99')),
+    'adapters-only-augmented-first': Row('adapters-only, strong augmentation in step 1', 'adapters-only',
+                                         first_variant=('--strong-augmentation',)),
     'ours': Row('the method, corrected'),
     'released': Row('the published loops', args=('--recipe', 'released')),
     **with_corrected(('old-bn', 'frozen'), ('distillation', 'kl'), ('teacher-mode', 'eval'), ('steps-per-batch', '1'),
@@ -104,19 +116,24 @@ ROWS = {
     **with_values('shared-lr', ('0', '5e-6', '5e-5', '5e-4')),
     **with_values('lambdac', ('0.01', '0.1', '1', '10')),
     **with_values('temperature', ('2', '4')),
-    **{f'shared-lr-{lr}-lambdac-{weight}': Row(f'ours, --shared-lr {lr} --lambdac {weight}',
-                                               args=('--shared-lr', lr, '--lambdac', weight))
-       for lr, weight in (('5e-5', '1'), ('5e-5', '10'), ('5e-4', '1'), ('5e-4', '10'))},
+    **{f'shared-lr-{lr}-lambdac-{weight}': Row(f'ours, --shared-lr {lr} --lambdac {weight}', args=moving(lr, weight))
+       for lr, weight in (('5e-5', '0'), ('5e-5', '1'), ('5e-5', '10'), ('5e-4', '1'), ('5e-4', '10'))},
     **with_values('distill-domains', ('1',)),
-    'features-encoder': Row("ours, encoder's features held too", variant=('--feature-distillation', '1')),
-    'features-decoder': Row("ours, decoder's features held too",
-                            variant=('--feature-distillation', '1', '--feature-place', 'decoder')),
-    'warm-start': Row('ours, shared weights wait for 3 epochs', variant=('--warm-start', '3')),
-    'ema': Row('ours, moving average of the weights', variant=('--ema', '0.99')),
-    'augmented-first': Row('ours, strong augmentation in step 1', first_variant=('--strong-augmentation',)),
-    'averaged': Row('ours, shared weights put halfway back after a step', after='average', carried=True),
-    'compensated': Row('ours, old BN statistics moved along afterwards', after='compensate'),
-    'compensated-5e-4': Row('the same at --shared-lr 5e-4', args=('--shared-lr', '5e-4'), after='compensate'),
+    'shared-lr-5e-5-distill-domains-1': Row('ours, --shared-lr 5e-5 --lambdac 1 --distill-domains 1',
+                                            args=(*moving('5e-5', '1'), '--distill-domains', '1')),
+    # What is meant to hold the old domains, where the shared weights move enough to lose them:
+    'temperature-2-5e-4': Row('--shared-lr 5e-4 --lambdac 10 --temperature 2',
+                              args=(*moving('5e-4', '10'), '--temperature', '2')),
+    'features-encoder-5e-4': Row("--shared-lr 5e-4 --lambdac 10, encoder's features held too",
+                                 args=moving('5e-4', '10'), variant=('--feature-distillation', '1')),
+    'features-decoder-5e-4': Row("the same of the decoder's features", args=moving('5e-4', '10'),
+                                 variant=('--feature-distillation', '1', '--feature-place', 'decoder')),
+    'warm-start-5e-4': Row('--shared-lr 5e-4 --lambdac 10, shared weights wait for 3 epochs',
+                           args=moving('5e-4', '10'), variant=('--warm-start', '3')),
+    'averaged-5e-4': Row('--shared-lr 5e-4 --lambdac 10, shared weights put halfway back after a step',
+                         args=moving('5e-4', '10'), after='average', carried=True),
+    'compensated-5e-4': Row('--shared-lr 5e-4 --lambdac 10, old BN statistics moved along afterwards',
+                            args=moving('5e-4', '10'), after='compensate'),
 }
 
 

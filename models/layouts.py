@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.erfnet import ERFNet
+from models.erfnet import ADAPTERS, ERFNet
 from models.methods import METHODS
 from utils.errors import UserError
 
@@ -73,7 +73,7 @@ def recognise(state, source):
                         'names of others in another layout')
     if any(len(shape) != 4 or shape[1] not in CLASSES for shape in heads.values()):
         raise UserError(f'{source}: an output layer is not four-dimensional with {CLASSES[0]} to {CLASSES[-1]} classes')
-    adapter = next((kind for kind in ('parallel', 'series')
+    adapter = next((kind for kind in filter(None, ADAPTERS)
                     if any(f'.{kind}_conv_1.' in key for key in native)), None)
     norms = len({key.split('.')[3] for key in native if key.startswith('encoder.initial_block.bn_ini.')})
     counts = [heads[index][1] for index in range(len(heads))]

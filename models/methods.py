@@ -28,6 +28,8 @@ METHODS = {
                    adapter='parallel', domain_bn=True, shared='slow', distill=True),
     'adapters-only': Method('as ours, shared weights frozen after the first domain, no distillation',
                             adapter='parallel', domain_bn=True, shared='frozen'),
+    'low-rank-adapters': Method('as adapters-only, the adapters added to the kernels',
+                                adapter='low_rank', domain_bn=True, shared='frozen'),
     'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen'),
     'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
     'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',

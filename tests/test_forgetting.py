@@ -56,11 +56,11 @@ def test_an_order_shares_single_and_multi_task_runs_with_another(tmp_path):
 
 
 def test_a_step_is_another_after_another_step_or_with_other_options(tmp_path):
-    last = last_steps(options_of(tmp_path, '--rows', 'ours', 'augmented-first', 'averaged', 'lambdac-1', 'ema'))
+    last = last_steps(options_of(tmp_path, '--rows', 'ours', 'adapters-only-augmented-first', 'averaged-5e-4', 'lambdac-1', 'features-encoder-5e-4'))
     assert len(set(last.values())) == 5
     options = options_of(tmp_path)
     assert len({step.folder(options) for step in last.values()}) == 5
-    assert last['augmented-first'].key == last['ours'].key and last['averaged'].start.after == 'average'
+    assert last['adapters-only-augmented-first'].before.key == last['ours'].before.key and last['averaged-5e-4'].start.after == 'average'
 
 
 def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_step(tmp_path):
@@ -158,13 +158,13 @@ def run(folder, roads, *arguments):
 
 
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
-    calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'compensated', 'ema', 'fine-tune-copies']
+    calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'compensated-5e-4', 'warm-start-5e-4', 'fine-tune-copies']
     trained_here(calls)
     files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'))
              for text in (option, str(tmp_path / name))]
     assert run(tmp_path, roads, '--rows', *rows, *files) is None
-    # two single-task, the first of ours, and ours, released, ema, fine-tune: the rest is of the same
-    assert len(calls) == 7
+    # two single-task, the first of ours, and ours, released, 5e-4, warm start, fine-tune: the rest is of the same
+    assert len(calls) == 8
     result = json.loads((tmp_path / 'f.json').read_text())['orders']['cityscapes BDD']
     assert list(result) == rows and result['ours']['cost']['units'] == 7
     put_back, plain = (result[name]['seeds']['0']['steps'] for name in ('released-put-back', 'released'))
@@ -173,10 +173,10 @@ def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_her
     assert result['single-task']['seeds']['0']['delta_m'] == 0
     copies = result['fine-tune-copies']
     assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
-    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| compensated |' in (tmp_path / 'f.md').read_text()
+    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| compensated-5e-4 |' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
     monkeypatch.setattr(forgetting.Evaluator, 'score', None)        # nothing is evaluated again
-    assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 7
+    assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 8
     assert capsys.readouterr().out.splitlines()[-10:] == shown.splitlines()[-10:]
 
 
@@ -192,10 +192,10 @@ def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, tra
 
 
 def test_the_command_of_a_step_names_the_state_it_starts_from(tmp_path):
-    options = options_of(tmp_path, '--rows', 'averaged', 'ema', '--steps', '2', '--which', 'best', '--cache', 'c')
-    averaged, ema = (forgetting.command(step, options) for step in last_steps(options).values())
+    options = options_of(tmp_path, '--rows', 'averaged-5e-4', 'warm-start-5e-4', '--steps', '2', '--which', 'best', '--cache', 'c')
+    averaged, warm = (forgetting.command(step, options) for step in last_steps(options).values())
     assert averaged[1].endswith('train.py') and averaged[averaged.index('--state') + 1].endswith('/model_best.pth.tar')
-    assert ema[1:6] == ['-m', 'benchmarks.variants', '--ema', '0.99', '--'] and '--resume' in ema and 'c' in ema
+    assert warm[1:6] == ['-m', 'benchmarks.variants', '--warm-start', '3', '--'] and '--resume' in warm and 'c' in warm
 
 
 def pair(seed=0):
