@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from benchmarks import forgetting, variants
+from benchmarks import forgetting, sequences, variants
 from datasets.toy_roads import write_toy_roads
 from models import build_model
 from models.erfnet import batch_norms_of
@@ -36,13 +36,13 @@ def options_of(folder, *arguments, root='data'):
 
 def last_steps(options):
     """{row name: Step of the last state}."""
-    return {name: states[-1].step for (_, name, _), states in forgetting.plan(options).items()}
+    return {name: states[-1].step for (_, name, _), states in sequences.plan(options).items()}
 
 
 def test_equal_steps_are_one_step_whatever_rows_they_are_of(tmp_path):
     options = options_of(tmp_path, '--rows', 'ours', 'adapters-only', 'shared-lr-5e-6', 'single-task', 'fine-tune',
                          'lwf')
-    steps = forgetting.steps_of(forgetting.plan(options))
+    steps = sequences.steps_of(sequences.plan(options))
     names = [(len(step.domains), step.method) for step in steps]
     assert sorted(names) == sorted([(1, 'ours'), (1, 'single-task'), (1, 'single-task'), (1, 'single-task')] + [
         (count, method) for count in (2, 3) for method in ('ours', 'adapters-only', 'fine-tune', 'lwf')])
@@ -52,7 +52,7 @@ def test_equal_steps_are_one_step_whatever_rows_they_are_of(tmp_path):
 
 def test_an_order_shares_single_and_multi_task_runs_with_another(tmp_path):
     options = options_of(tmp_path, '--rows', 'single-task', 'multi-task', '--orders', 'CS BDD', 'BDD CS')
-    assert len(forgetting.steps_of(forgetting.plan(options))) == 3
+    assert len(sequences.steps_of(sequences.plan(options))) == 3
 
 
 def test_a_step_is_another_after_another_step_or_with_other_options(tmp_path):
@@ -76,7 +76,7 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
     (['--rows', 'ours', '--curves', 'x.png'], '--rows leaves them out'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
     with pytest.raises(UserError, match=line):
-        forgetting.plan(options_of(tmp_path, *arguments))
+        sequences.plan(options_of(tmp_path, *arguments))
 
 
 def test_epochs_are_of_the_domain_learnt(tmp_path):
@@ -90,9 +90,9 @@ def test_units_count_teacher_and_old_branches(tmp_path):
         'ours': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
     assert forgetting.units(last['ours'].before) == 7
     assert forgetting.units(last_steps(options_of(tmp_path, '--rows', 'distill-domains-1'))['distill-domains-1']) == 7
-    added = lambda name: forgetting.added(last[name], forgetting.ROWS[name], options_of(tmp_path))
+    added = lambda name: forgetting.added(last[name], sequences.ROWS[name], options_of(tmp_path))
     assert added('ours') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
-    copies = forgetting.ROWS['fine-tune-copies']
+    copies = sequences.ROWS['fine-tune-copies']
     assert forgetting.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
         p.numel() for p in build_model([27], 'single-task').parameters())
 
@@ -128,11 +128,11 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
 def trained_here(monkeypatch):
     """Has steps be trained in this process; call it with a list for the commands, and what failing ones name."""
     monkeypatch.setattr(resume.Interrupt, '__enter__', lambda self: self)     # signals are the main thread's alone
-    return lambda calls, failing='': monkeypatch.setattr(forgetting, 'start', trained_in(calls, failing))
+    return lambda calls, failing='': monkeypatch.setattr(sequences, 'start', trained_in(calls, failing))
 
 
 def trained_in(calls, failing):
-    """A stand-in for `forgetting.start`."""
+    """A stand-in for `sequences.start`."""
     class Process:
         def __init__(self, command, log):
             calls.append(command)
@@ -193,7 +193,7 @@ def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, tra
 
 def test_the_command_of_a_step_names_the_state_it_starts_from(tmp_path):
     options = options_of(tmp_path, '--rows', 'averaged-5e-4', 'warm-start-5e-4', '--steps', '2', '--which', 'best', '--cache', 'c')
-    averaged, warm = (forgetting.command(step, options) for step in last_steps(options).values())
+    averaged, warm = (sequences.command(step, options) for step in last_steps(options).values())
     assert averaged[1].endswith('train.py') and averaged[averaged.index('--state') + 1].endswith('/model_best.pth.tar')
     assert warm[1:6] == ['-m', 'benchmarks.variants', '--warm-start', '3', '--'] and '--resume' in warm and 'c' in warm
 
