@@ -39,7 +39,7 @@ from utils.options import Parser, complete_size, positive, rate, recipe_settings
 from utils.parallel import session
 from utils.records import environment, write_json
 from utils.tables import check_writable, number, plain
-from utils.task import Task
+from utils.task import Task, memory_format
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
@@ -104,7 +104,12 @@ def make_task(side, domains, chosen, device):
     weights[-1] = 0
     task = Task(student, teacher, [weights] * domains, distillation=chosen.distillation,
                 teacher_mode=chosen.teacher_mode, precision=chosen.precision, compiled=chosen.compile)
-    return task.to(device, memory_format=torch.contiguous_format if side == PUBLISHED else torch.channels_last)
+    return task.to(device, memory_format=layout_of(side, torch.device(device), chosen.precision))
+
+
+def layout_of(side, device, precision):
+    """The memory format of a side's weights."""
+    return torch.contiguous_format if side == PUBLISHED else memory_format(device, precision)
 
 
 class Training:
@@ -138,7 +143,7 @@ class Evaluation:
     def __init__(self, side, options, place):
         self.side, self.place, self.options = side, place, options
         self.weights = torch.ones(CLASSES, device=place.device)
-        layout = torch.contiguous_format if side == PUBLISHED else torch.channels_last
+        layout = layout_of(side, place.device, options.precision)
         self.task = build_model([CLASSES]).eval().to(place.device, memory_format=layout)
 
     def __call__(self, images, labels):
@@ -180,7 +185,9 @@ def wait(place):
 
 
 def turn(run, batch, seconds, place):
-    """Images per second of whole batches that take at least `seconds`."""
+    """Images per second of whole batches that take at least `seconds`, after one more: the other side's emptied the cache."""
+    if place.device.type == 'cuda':
+        run(*batch)
     wait(place)
     done, start = 0, time.perf_counter()
     while not done or time.perf_counter() - start < seconds:
@@ -205,7 +212,7 @@ class Peak:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = 0
+            self.before = torch.cuda.memory_allocated(self.device)
         else:
             ctypes.CDLL(None).malloc_trim(0)                    # freed memory goes back first
             Path('/proc/self/clear_refs').write_text('5')       # the high-water mark starts anew
@@ -213,7 +220,8 @@ class Peak:
         return self
 
     def __exit__(self, *_):
-        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.resident('VmHWM') - self.before
+        highest = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.resident('VmHWM')
+        self.bytes = highest - self.before
 
 
 def peak_of(side, what, options, place, batch):
@@ -365,6 +373,8 @@ def growth(options, place, batch):
     found = []
     for old in tqdm(range(1, 9), desc='old domains', disable=None):
         entry = {'old': old}
+        if options.compile:
+            torch._dynamo.reset()       # programs for fewer domains are done with
         for name, (side, chosen) in ways.items():
             what = f'step {old + 1}'
             peak, run = peak_of(side, what, chosen, place, batch), side_of(side, what, chosen, place)
@@ -450,6 +460,10 @@ def main(argv=None):
         size = options.batch_size, options.height, options.width
         batch = (torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8, generator=random),
                  torch.randint(0, CLASSES, size, dtype=torch.uint8, generator=random))
+        if place.device.type == 'cuda':
+            batch = tuple(tensor.pin_memory() for tensor in batch)      # as loaders give it
+        if options.compile:
+            torch._dynamo.config.fail_on_recompile_limit_hit = True     # in place of running uncompiled
         if options.growth:
             found['growth'] = growth(options, place, batch)
             draw_growth(found['growth'], options.growth)

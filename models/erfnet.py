@@ -99,8 +99,9 @@ class Downsampler(nn.Module):
         self.bn_ini = batch_norms(out_channels, domains, domain_bn)
 
     def forward(self, x, domain):
-        x = torch.cat([self.conv(x), F.max_pool2d(x, 2)], dim=1)
-        return F.relu_(self.bn_ini[domain](x))
+        y = self.conv(x)        # of lower precision than the images, under autocast
+        y = torch.cat([y, F.max_pool2d(x, 2).to(y.dtype)], dim=1)
+        return F.relu_(self.bn_ini[domain](y))
 
 
 class EncoderBlock(nn.Module):

@@ -159,7 +159,8 @@ class Evaluator:
         model = load_network(checkpoint, self.options.method)
         if checkpoint.domains is None and self.place.main:
             print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
-        return model.to(self.place.device), domains
+        layout = memory_format(self.place.device, self.options.precision)
+        return model.to(self.place.device, memory_format=layout), domains
 
     def domain(self, name):
         """The Domain called `name`."""

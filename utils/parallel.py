@@ -1,6 +1,8 @@
 """One process or several, one device or several."""
 import contextlib
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +39,26 @@ def session(device, parallel='auto'):
     if launched and world > 1 and parallel in ('none', 'dp'):
         raise UserError(f'--parallel {parallel} contradicts torchrun with {world} processes')
     if not launched or parallel in ('none', 'dp'):
-        yield Place(pick_device(device))
+        yield Place(current(pick_device(device)))
         return
     local = int(os.environ.get('LOCAL_RANK', 0))
     chosen = pick_device(f'cuda:{local}' if device in ('auto', 'cuda') and torch.cuda.is_available() else device)
-    if chosen.type == 'cuda':
-        torch.cuda.set_device(chosen)
-    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo')
+    dist.init_process_group('nccl' if current(chosen).type == 'cuda' else 'gloo')
     try:
         yield Place(chosen, dist.get_rank(), dist.get_world_size())
-    finally:
+    except Exception:
+        raise       # Leaving the group would wait for ranks that wait for this one; torchrun ends them.
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def current(device):
+    """The device, made the current one if it is a certain GPU: what pins memory asks for that."""
+    if device.type == 'cuda' and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_device(name):
@@ -68,15 +79,21 @@ def pick_device(name):
 def wrap(task, place, parallel, unused=False):
     """The task for several devices: DDP under torchrun, DataParallel on several GPUs, else as it is.
 
-    unused: whether some batches leave trainable parameters without a gradient.
+    unused: whether some batches leave trainable parameters without a gradient. DataParallel
+    would give them one of zeros, on which Adam moves them; then one GPU is used.
     """
     if dist.is_initialized() and place.world > 1:
         devices = [place.device] if place.device.type == 'cuda' else None
         # Running statistics follow rank 0's before each validation (`broadcast_buffers`), not at every step.
-        return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():     # forward_sync_buffers, its new name, is not known to older versions
+            warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
+            return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused,
+                                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
-    if parallel in ('auto', 'dp') and several:
+    if parallel in ('auto', 'dp') and several and unused:
+        print('one GPU is used: DataParallel would move weights that a batch does not use; for all of them '
+              'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
+    elif parallel in ('auto', 'dp') and several:
         return nn.DataParallel(task)
     return task
 

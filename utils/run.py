@@ -108,15 +108,22 @@ class Run:
             self.schedule.load_state_dict(resume.checked_schedule(state, self.schedule))
             if state['scaler']:
                 self.scaler.load_state_dict(state['scaler'])
-            torch.set_rng_state(state['random']['torch'])
-            if self.place.device.type == 'cuda' and state['random']['cuda']:
-                torch.cuda.set_rng_state_all(state['random']['cuda'])
+            self.restore_random(state['random'], state['epoch'], state['batch'])
             self.totals = {name: torch.tensor(value, dtype=torch.float64, device=self.place.device)
                            for name, value in state['totals'].items()}
             self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f'the checkpoint in {self.folder} does not fit this run '
                             f'({" ".join(str(error).split())[:200]}); use another --savedir') from None
+
+    def restore_random(self, random, epoch, batch):
+        """Sets torch's generators to the saved states, which are rank 0's; other ranks draw anew."""
+        if self.place.main:
+            torch.set_rng_state(random['torch'])
+            if self.place.device.type == 'cuda':        # there may have been more GPUs
+                torch.cuda.set_rng_state_all(random['cuda'][:torch.cuda.device_count()])
+        else:
+            torch.manual_seed(hash((self.options.seed, epoch + 1, self.place.rank, batch)) % 2 ** 63)
 
     def check_fit(self, state):
         """ValueError unless every part of `state` has the form of this run's own and a possible value."""

@@ -24,8 +24,9 @@ class Task(nn.Module):
         for number, weights in enumerate(class_weights):
             self.register_buffer(f'weights{number}', weights, persistent=False)
         if compiled:
-            # A program for each branch; beyond the limit terms would silently run uncompiled.
-            torch._dynamo.config.recompile_limit = max(8, 2 * len(class_weights))
+            # A program for each branch and size of batch; beyond the limit terms would silently run uncompiled.
+            torch._dynamo.config.recompile_limit = max(64, 4 * len(class_weights))
+            torch._dynamo.config.optimize_ddp = False       # would cut each program in several
             self.term = torch.compile(self.term, dynamic=False)
 
     def train(self, mode=True):
