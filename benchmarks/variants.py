@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 
 import train
 from datasets import SegmentationDataset
-from models.erfnet import batch_norms_of
+from models.erfnet import EncoderBlock, batch_norms_of
 from utils import building, records
 from utils.errors import UserError, run_main
 from utils.options import Parser, natural, parse_train, rate
@@ -136,6 +136,17 @@ def ends_averaged(train_epoch):
     return changed
 
 
+def without_dropout(freeze):
+    """`freeze` of a student that drops out nothing."""
+    @wraps(freeze)
+    def changed(student, *arguments):
+        for module in student.modules():
+            if isinstance(module, EncoderBlock):
+                module.dropout = 0.0
+        return freeze(student, *arguments)
+    return changed
+
+
 class StrongDataset(SegmentationDataset):
     """Training images with changed colours and scale beside flip and shift, drawn from (seed, epoch, number)."""
 
@@ -189,6 +200,8 @@ def changed_training(options):
             put(train, 'Run', AveragedRun)
             put(train, 'train_batch', averaged(train.train_batch, options.ema))
             put(train, 'train_epoch', ends_averaged(train.train_epoch))
+        if options.no_dropout:
+            put(building, 'freeze', without_dropout(building.freeze))
         if options.strong_augmentation:
             put(building, 'SegmentationDataset', StrongDataset)
         yield
@@ -290,6 +303,7 @@ def parse(argv):
                         help="features: the encoder's output, or what the decoder's output layer gets")
     parser.add_argument('--warm-start', type=natural, default=0, metavar='N', help='shared weights wait for N epochs')
     parser.add_argument('--ema', type=decay, metavar='DECAY', help='end with the moving average of all tensors')
+    parser.add_argument('--no-dropout', action='store_true', help='drop out nothing')
     parser.add_argument('--strong-augmentation', action='store_true', help='change colours and scale too')
     if '--' not in argv:
         parser.parse_args(argv)         # so that --help and misspelt options are answered

@@ -332,6 +332,8 @@ def test_variants_change_what_they_should(roads, first, tmp_path):
         assert not torch.equal(held[SHARED], plain[SHARED])
         held, free = (read_metrics(tmp_path / name)[0]['train']['kd'] for name in (place, 'plain'))
         assert held > 1e-4 > free
+    wet = learn(roads, first, tmp_path / 'wet', '--no-dropout')
+    assert not torch.equal(wet[SHARED], plain[SHARED])
     strong = learn(roads, first, tmp_path / 'strong', '--strong-augmentation')
     assert not torch.equal(strong['decoder.1.output_conv.weight'], plain['decoder.1.output_conv.weight'])
     assert all(torch.equal(strong[name], plain[name]) for name in plain if name.startswith('decoder.0.'))
