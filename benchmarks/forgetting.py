@@ -1,7 +1,7 @@
 """What makes a sequence forget: methods and options, orders of domains and seeds beside each other.
 
     python -m benchmarks.forgetting --data-root DATA --out runs/forgetting --class-weights computed \\
-        --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE
+        --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE --figure FILE
     python -m benchmarks.forgetting --data-root DATA --out DIR --rows ours fine-tune --orders "CS BDD IDD" --steps 2
 
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
@@ -32,7 +32,8 @@ from utils.parallel import pick_device, session
 from utils.tables import Table, number, spread
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
-OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves'     # say nothing of a result
+OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
+MARKERS = 'osD^v<>Pphd8'
 
 
 def make_evaluator(options, place):
@@ -199,6 +200,31 @@ def draw_curves(plans, options):
     pictures.save_figure(options.curves, figure)
 
 
+def draw_rows(figures, options):
+    """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation over seeds."""
+    figure = pictures.new_figure(figsize=(6 * len(figures), 4.4))
+    styles = {name: f'C{number % 10}{MARKERS[number % len(MARKERS)]}' for number, name in enumerate(options.rows)}
+    for axis, (order, rows) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items()):
+        for name, seeds in rows.items():
+            new = [one['new'] for one in seeds.values()]
+            lost = [statistics.fmean(one['forgetting'].values()) for one in seeds.values() if one['forgetting']]
+            if lost:
+                axis.errorbar(statistics.fmean(lost), statistics.fmean(new), deviation(new), deviation(lost), styles[name],
+                              markersize=7, label=name, alpha=0.8)
+            else:
+                axis.axhline(statistics.fmean(new), color=styles[name][:2], linestyle='--', linewidth=1, label=name)
+        axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',
+                 ylabel='mIoU of new domains when learnt, mean')
+        axis.grid(color='#eee')
+        axis.legend(frameon=False, fontsize=7)
+    pictures.save_figure(options.figure, figure)
+
+
+def deviation(values):
+    """Sample standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def report(plans, found, evaluator, options):
     """Prints the tables and writes the files."""
     figures, costs = all_figures(found), all_costs(plans, found, options)
@@ -216,6 +242,9 @@ def report(plans, found, evaluator, options):
             {'options': {**stated, 'orders': list(orders)}, 'versions': records.environment(evaluator.place.device), 'orders': orders}))
     if options.curves:
         draw_curves(plans, options)
+    longer = {order: rows for order, rows in figures.items() if len(order) > 1}
+    if options.figure and longer:
+        draw_rows(longer, options)
 
 
 def forgetting_parser():
@@ -235,7 +264,8 @@ def forgetting_parser():
     group = parser.add_argument_group('results')
     group.add_argument('--out', required=True, metavar='DIR', help='folder of all runs')
     for name, text in (('json', 'all figures'), ('markdown', 'the tables'),
-                       ('curves', 'a figure of how the single-task runs converge')):
+                       ('curves', 'a figure of how the single-task runs converge'),
+                       ('figure', 'a figure of the rows: new domains over forgetting')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     return parser
 
@@ -281,15 +311,17 @@ def parse(argv=None):
     options.orders = parsed_orders(options.orders, options.steps, paths)
     options.epochs = parsed_epochs(options.epochs, paths)
     options.rows, options.seeds = list(dict.fromkeys(options.rows)), list(dict.fromkeys(options.seeds))
-    for name in ('json', 'markdown', 'curves'):
+    for name in ('json', 'markdown', 'curves', 'figure'):
         if getattr(options, name):
             tables.check_writable(f'--{name}', getattr(options, name))
     tables.check_writable('--out', options.out, folder=True)
     pick_device(options.device)
     if options.curves and SINGLE not in options.rows:
         raise UserError(f'--curves draws the {SINGLE} runs, but --rows leaves them out')
-    if options.curves:
-        pictures.figure_format(options.curves)
+    for path in filter(None, (options.curves, options.figure)):
+        pictures.figure_format(path)
+    if options.figure and all(len(order) < 2 for order in options.orders):
+        raise UserError('--figure is of forgetting, but no order of --orders and --steps has a second step')
     return options
 
 

@@ -81,6 +81,8 @@ ROWS = {
     JOINT: Row('all domains at once', JOINT),
     'fine-tune': Row('plain encoder learns on', 'fine-tune'),
     'fine-tune-copies': Row('the same, every domain keeping the network that learnt it', 'fine-tune', copies=True),
+    'single-task-lr-1e-3': Row('a network per domain at --lr 1e-3', SINGLE, first=('--lr', '1e-3')),
+    'fine-tune-lr-1e-3': Row('plain encoder learns on, later steps at --lr 1e-3', 'fine-tune', args=('--lr', '1e-3')),
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
     'lwf': Row('plain encoder, distillation', 'lwf'),
     'adapters-only': Row('as ours, shared weights frozen', 'adapters-only'),

@@ -73,7 +73,8 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
 @pytest.mark.parametrize('arguments, line', [
     (['--epochs', 'CS=2'], '--epochs says nothing of BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
     (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'released-put-back'),
-    (['--rows', 'ours', '--curves', 'x.png'], '--rows leaves them out'), (['--orders', ' '], 'empty order')])
+    (['--rows', 'ours', '--curves', 'x.png'], '--rows leaves them out'),
+    (['--rows', 'ours', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
     with pytest.raises(UserError, match=line):
         sequences.plan(options_of(tmp_path, *arguments))
@@ -160,7 +161,7 @@ def run(folder, roads, *arguments):
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
     calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'compensated-5e-4', 'warm-start-5e-4', 'fine-tune-copies']
     trained_here(calls)
-    files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'))
+    files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'), ('--figure', 'g.svg'))
              for text in (option, str(tmp_path / name))]
     assert run(tmp_path, roads, '--rows', *rows, *files) is None
     # two single-task, the first of ours, and ours, released, 5e-4, warm start, fine-tune: the rest is of the same
@@ -173,6 +174,7 @@ def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_her
     assert result['single-task']['seeds']['0']['delta_m'] == 0
     copies = result['fine-tune-copies']
     assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
+    assert all(f'<!-- {name} -->' in (tmp_path / 'g.svg').read_text() for name in rows)
     assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| compensated-5e-4 |' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
     monkeypatch.setattr(forgetting.Evaluator, 'score', None)        # nothing is evaluated again
