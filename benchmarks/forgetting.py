@@ -12,6 +12,7 @@ step failed; the tables are of what is there.
 """
 import argparse
 import json
+import re
 import signal
 import statistics
 
@@ -70,7 +71,7 @@ def evaluated(plans, evaluator, options):
         row = ROWS[key[1]]
         if METHODS[row.method].lonely:
             steps = [{name: value for step in steps for name, value in step.items()}]
-        found[key] = kept(steps) if row.copies else steps
+        found[key] = steps if row.copies is None else kept(steps)
     return found
 
 
@@ -109,13 +110,15 @@ def units(step):
 
 
 def added(step, row, options):
-    """Parameters that the last of the step's domains added: its branch, or a whole network."""
+    """Parameters that the last of the step's domains added: its branch and copies, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
-    if METHODS[step.method].lonely or row.copies:
-        parameters = build_model(counts[-1:], step.method).parameters()
-    else:
-        parameters = build_model(counts, step.method).branch_parameters(len(counts) - 1)
-    return sum(parameter.numel() for parameter in parameters)
+    network = build_model(counts, step.method)
+    own = network.branch_parameters(len(counts) - 1)
+    copied = '' if METHODS[step.method].lonely else row.copies
+    if copied is not None:
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        own += [parameter for parameter in network.shared_parameters() if re.search(copied, names[id(parameter)])]
+    return sum(parameter.numel() for parameter in own)
 
 
 def cost(steps, row, options):

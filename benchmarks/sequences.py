@@ -45,8 +45,8 @@ class Row:
     args: options of train.py in the steps after the first, first: in the first one.
     variant, first_variant: options of benchmarks.variants likewise.
     after: name of a correction in AFTER, of the states that are evaluated. carried: whether
-    the next step starts from the corrected state. copies: whether every domain keeps the
-    network that learnt it.
+    the next step starts from the corrected state. copies: pattern that finds the names of the
+    shared tensors of which every domain keeps a copy, as it learnt them.
     """
     about: str
     method: str = 'ours'
@@ -56,7 +56,7 @@ class Row:
     first_variant: tuple = ()
     after: Optional[str] = None
     carried: bool = False
-    copies: bool = False
+    copies: Optional[str] = None
 
 
 def with_values(option, values):
@@ -76,11 +76,15 @@ def with_corrected(*pairs):
             for option, value in pairs}
 
 
+# Parts of the shared encoder: (in words, names of their tensors).
+PARTS = {'early': ('the layers of up to 64 channels', r'encoder\.(initial_block|layers\.[0-6]\.)'),
+         'late': ('the last four blocks', r'encoder\.layers\.1[1-4]\.'),
+         'encoder': ('the encoder', '')}
 ROWS = {
     SINGLE: Row('a network per domain', SINGLE),
     JOINT: Row('all domains at once', JOINT),
     'fine-tune': Row('plain encoder learns on', 'fine-tune'),
-    'fine-tune-copies': Row('the same, every domain keeping the network that learnt it', 'fine-tune', copies=True),
+    'fine-tune-copies': Row('the same, every domain keeping the network that learnt it', 'fine-tune', copies=''),
     'single-task-lr-1e-3': Row('a network per domain at --lr 1e-3', SINGLE, first=('--lr', '1e-3')),
     'fine-tune-lr-1e-3': Row('plain encoder learns on, later steps at --lr 1e-3', 'fine-tune', args=('--lr', '1e-3')),
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
@@ -95,6 +99,9 @@ ROWS = {
                                     variant=('--no-dropout',)),
     'adapters-only-lr-1e-3-no-dropout': Row('adapters-only, later steps at --lr 1e-3 and without dropout',
                                             'adapters-only', args=('--lr', '1e-3'), variant=('--no-dropout',)),
+    **{f'own-{part}': Row(f'adapters-only, every domain with a copy of {about} of its own', copies=pattern,
+                          args=moving('5e-4', '0'), variant=('--learn-shared', pattern) if pattern else ())
+       for part, (about, pattern) in PARTS.items()},
     'adapters-only-augmented-first': Row('adapters-only, strong augmentation in step 1', 'adapters-only',
                                          first_variant=('--strong-augmentation',)),
     'ours': Row('the method, corrected'),

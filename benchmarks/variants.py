@@ -10,6 +10,7 @@ that of the step before. `python -m benchmarks.forgetting` compares them all.
 import argparse
 import contextlib
 import json
+import re
 import sys
 from functools import partial, wraps
 from pathlib import Path
@@ -147,6 +148,18 @@ def without_dropout(freeze):
     return changed
 
 
+def learning_some(freeze, pattern):
+    """`freeze` of a student of whose shared weights only those learn whose names `pattern` finds."""
+    @wraps(freeze)
+    def changed(student, *arguments):
+        result, shared = freeze(student, *arguments), set(map(id, student.shared_parameters()))
+        for name, parameter in student.named_parameters():
+            if id(parameter) in shared and not re.search(pattern, name):
+                parameter.requires_grad_(False)
+        return result
+    return changed
+
+
 class StrongDataset(SegmentationDataset):
     """Training images with changed colours and scale beside flip and shift, drawn from (seed, epoch, number)."""
 
@@ -200,6 +213,8 @@ def changed_training(options):
             put(train, 'Run', AveragedRun)
             put(train, 'train_batch', averaged(train.train_batch, options.ema))
             put(train, 'train_epoch', ends_averaged(train.train_epoch))
+        if options.learn_shared:
+            put(building, 'freeze', learning_some(building.freeze, options.learn_shared))
         if options.no_dropout:
             put(building, 'freeze', without_dropout(building.freeze))
         if options.strong_augmentation:
@@ -303,6 +318,7 @@ def parse(argv):
                         help="features: the encoder's output, or what the decoder's output layer gets")
     parser.add_argument('--warm-start', type=natural, default=0, metavar='N', help='shared weights wait for N epochs')
     parser.add_argument('--ema', type=decay, metavar='DECAY', help='end with the moving average of all tensors')
+    parser.add_argument('--learn-shared', metavar='PATTERN', help='of the shared weights only those of such names learn')
     parser.add_argument('--no-dropout', action='store_true', help='drop out nothing')
     parser.add_argument('--strong-augmentation', action='store_true', help='change colours and scale too')
     if '--' not in argv:

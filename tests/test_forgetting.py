@@ -96,6 +96,7 @@ def test_units_count_teacher_and_old_branches(tmp_path):
     copies = sequences.ROWS['fine-tune-copies']
     assert forgetting.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
         p.numel() for p in build_model([27], 'single-task').parameters())
+    assert forgetting.added(last['ours'], sequences.ROWS['own-late'], options_of(tmp_path)) == added('ours') + 788_480
 
 
 def test_copies_keep_what_each_domain_had_when_learnt():
@@ -334,6 +335,9 @@ def test_variants_change_what_they_should(roads, first, tmp_path):
         assert not torch.equal(held[SHARED], plain[SHARED])
         held, free = (read_metrics(tmp_path / name)[0]['train']['kd'] for name in (place, 'plain'))
         assert held > 1e-4 > free
+    few = learn(roads, first, tmp_path / 'few', '--learn-shared', r'encoder\.layers\.1\.conv3x1_1')
+    moved = {name for name, value in checkpoint.read(first)['state_dict'].items() if not torch.equal(value, few[name])}
+    assert moved == {SHARED, SHARED.replace('weight', 'bias')}
     wet = learn(roads, first, tmp_path / 'wet', '--no-dropout')
     assert not torch.equal(wet[SHARED], plain[SHARED])
     strong = learn(roads, first, tmp_path / 'strong', '--strong-augmentation')
