@@ -89,16 +89,12 @@ ROWS = {
     'fine-tune-lr-1e-3': Row('plain encoder learns on, later steps at --lr 1e-3', 'fine-tune', args=('--lr', '1e-3')),
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
     'lwf': Row('plain encoder, distillation', 'lwf'),
-    'adapters-only': Row('as ours, shared weights frozen', 'adapters-only'),
+    'adapters-only': Row('shared weights frozen, later steps at 1e-3 without dropout', 'adapters-only'),
+    **{f'adapters-only-{"-".join(args).replace("--", "")}': Row(f'adapters-only, {" ".join(args)}', 'adapters-only', args=args)
+       for args in (('--lr', '5e-4', '--dropout'), ('--lr', '5e-4'), ('--dropout',), ('--lr', '2e-3'))},
     'low-rank-adapters': Row('as adapters-only, the adapters added to the kernels', 'low-rank-adapters'),
-    **{f'adapters-only-lr-{lr}': Row(f'adapters-only, later steps at --lr {lr}', 'adapters-only', args=('--lr', lr))
-       for lr in ('1e-3', '2e-3')},
     'adapters-only-ema': Row('adapters-only, moving average of the weights', 'adapters-only',
                              variant=('--ema', '0.99')),
-    'adapters-only-no-dropout': Row('adapters-only, later steps without dropout', 'adapters-only',
-                                    variant=('--no-dropout',)),
-    'adapters-only-lr-1e-3-no-dropout': Row('adapters-only, later steps at --lr 1e-3 and without dropout',
-                                            'adapters-only', args=('--lr', '1e-3'), variant=('--no-dropout',)),
     **{f'own-{part}': Row(f'adapters-only, every domain with a copy of {about} of its own', copies=pattern,
                           args=moving('5e-4', '0'), variant=('--learn-shared', pattern) if pattern else ())
        for part, (about, pattern) in PARTS.items()},

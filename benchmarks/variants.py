@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 
 import train
 from datasets import SegmentationDataset
-from models.erfnet import EncoderBlock, batch_norms_of
+from models.erfnet import batch_norms_of
 from utils import building, records
 from utils.errors import UserError, run_main
 from utils.options import Parser, natural, parse_train, rate
@@ -137,17 +137,6 @@ def ends_averaged(train_epoch):
     return changed
 
 
-def without_dropout(freeze):
-    """`freeze` of a student that drops out nothing."""
-    @wraps(freeze)
-    def changed(student, *arguments):
-        for module in student.modules():
-            if isinstance(module, EncoderBlock):
-                module.dropout = 0.0
-        return freeze(student, *arguments)
-    return changed
-
-
 def learning_some(freeze, pattern):
     """`freeze` of a student of whose shared weights only those learn whose names `pattern` finds."""
     @wraps(freeze)
@@ -215,8 +204,6 @@ def changed_training(options):
             put(train, 'train_epoch', ends_averaged(train.train_epoch))
         if options.learn_shared:
             put(building, 'freeze', learning_some(building.freeze, options.learn_shared))
-        if options.no_dropout:
-            put(building, 'freeze', without_dropout(building.freeze))
         if options.strong_augmentation:
             put(building, 'SegmentationDataset', StrongDataset)
         yield
@@ -319,7 +306,6 @@ def parse(argv):
     parser.add_argument('--warm-start', type=natural, default=0, metavar='N', help='shared weights wait for N epochs')
     parser.add_argument('--ema', type=decay, metavar='DECAY', help='end with the moving average of all tensors')
     parser.add_argument('--learn-shared', metavar='PATTERN', help='of the shared weights only those of such names learn')
-    parser.add_argument('--no-dropout', action='store_true', help='drop out nothing')
     parser.add_argument('--strong-augmentation', action='store_true', help='change colours and scale too')
     if '--' not in argv:
         parser.parse_args(argv)         # so that --help and misspelt options are answered

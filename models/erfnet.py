@@ -107,13 +107,13 @@ class Downsampler(nn.Module):
 class EncoderBlock(nn.Module):
     """Non-bottleneck-1D block with an adapter and batch norms per domain, (B, C, H, W) kept.
 
-    Dropout is active exactly while the branch's last batch norm trains, so that a
-    frozen branch is deterministic although its convolutions are shared.
+    Dropout is active exactly while the branch's last batch norm trains (and `drops` says
+    so), so that a frozen branch is deterministic although its convolutions are shared.
     """
 
     def __init__(self, channels, dropout, dilation, domains, adapter, domain_bn):
         super().__init__()
-        self.adapter, self.dropout = adapter, dropout
+        self.adapter, self.dropout, self.drops = adapter, dropout, True
         self.conv3x1_1, self.conv1x3_1 = conv_pair(channels, 1)
         self.conv3x1_2, self.conv1x3_2 = conv_pair(channels, dilation)
         self.bns_1 = batch_norms(channels, domains, domain_bn)
@@ -139,7 +139,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x, domain):
         y = F.relu_(self.adapted(x, 1, domain))
         y = self.adapted(y, 2, domain)
-        y = F.dropout2d(y, self.dropout, training=self.bns_2[domain].training)
+        y = F.dropout2d(y, self.dropout, training=self.drops and self.bns_2[domain].training)
         return F.relu_(y.add_(x))
 
 
@@ -280,14 +280,14 @@ class ERFNet(nn.Module):
                     module[new].reset_running_stats()
         return new
 
-    def train_only(self, domains, shared=True, old_bn='frozen'):
+    def train_only(self, domains, shared=True, old_bn='frozen', dropout=True):
         """Freezes all but the branches of `domains` and, if `shared`, the shared weights.
 
         Frozen covers batch-norm statistics: the modules stay in eval mode whatever
         `train()` says. `old_bn` loosens that for the other domains' branches:
         'batch' normalises by batch statistics without keeping them, 'released' lets
         them run and overwrite the buffers, as the published loops do. Dropout of a
-        branch follows its batch norms.
+        branch follows its batch norms; `dropout` says whether there is any.
         """
         if old_bn not in OLD_BN:
             raise ValueError(f'old_bn {old_bn!r} is not one of {OLD_BN}')
@@ -304,6 +304,9 @@ class ERFNet(nn.Module):
         if not shared:
             still = still + [module for module in self.modules() if isinstance(module, Shared)]
         self.still = tuple(still)
+        for module in self.modules():
+            if isinstance(module, EncoderBlock):
+                module.drops = dropout
         return self
 
     def train(self, mode=True):

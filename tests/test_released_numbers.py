@@ -101,7 +101,7 @@ def released_run(entry):
                 'teacher_mode': 'train' if two else 'eval'}
     options = SimpleNamespace(domains=[f'd{i}' for i in range(len(classes))], method='ours', lr=5e-4, shared_lr=5e-6,
                               lambdac=entry['lambda'], temperature=1.0, precision='fp32', num_epochs=150,
-                              parallel='none', compile=False, distill_domains=None, **settings)
+                              parallel='none', compile=False, distill_domains=None, no_dropout=False, **settings)
     student = fill(build_model(classes[:-1]))
     teacher = copy.deepcopy(student)
     new = student.add_domain(classes[-1], options.new_statistics)

@@ -109,10 +109,29 @@ def test_teacher_mode_and_steps_are_options_of_their_own():
     assert max(steps) == 4 and min(steps) == 2      # shared weights step on both terms
 
 
-@pytest.mark.parametrize('arguments, shared, branch', [
-    ((), 5e-6, 5e-4), (('--shared-lr', '1e-5'), 1e-5, 5e-4), (('--lr', '1e-3', '--shared-lr', '0'), None, 1e-3)])
-def test_rates(arguments, shared, branch):
-    run, _, _ = step_of('ours', *arguments)
+@pytest.mark.parametrize('method, arguments, drops', [
+    ('ours', (), True), ('ours', ('--no-dropout',), False), ('adapters-only', (), False),
+    ('adapters-only', ('--dropout',), True)])
+def test_dropout_is_the_methods_unless_said(method, arguments, drops):
+    run, _, _ = step_of(method, *arguments)
+    run.student.train()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        one, other = run.student(IMAGES, 1), run.student(IMAGES, 1)
+    assert torch.equal(one, other) is not drops
+
+
+def test_the_first_step_is_learnt_alike_by_methods_of_one_network():
+    first = [vars(parse_train(['--domains', 'CS', '--savedir', 'x', '--method', method])) for method in ('ours', 'adapters-only')]
+    differing = {name for name in first[0] if first[0][name] != first[1][name]}
+    assert differing == {'method', 'shared_lr'} and first[0]['lr'] == 5e-4 and not first[0]['no_dropout']
+
+
+@pytest.mark.parametrize('method, arguments, shared, branch', [
+    ('ours', (), 5e-6, 5e-4), ('ours', ('--shared-lr', '1e-5'), 1e-5, 5e-4),
+    ('ours', ('--lr', '1e-3', '--shared-lr', '0'), None, 1e-3), ('adapters-only', (), None, 1e-3)])
+def test_rates(method, arguments, shared, branch):
+    run, _, _ = step_of(method, *arguments)
     rates = {group['name']: group['lr'] for group in run.optimizer.param_groups}
     assert rates == ({'shared': shared, 'branch': branch} if shared else {'branch': branch})
 

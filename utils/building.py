@@ -182,7 +182,8 @@ def synchronised(student, options, place):
 def freeze(student, options):
     """Sets what trains, following the method's row."""
     first = len(student.decoder) == 1 or get_method(options.method).joint
-    student.train_only(learnt_numbers(options), shared=first or options.shared_lr > 0, old_bn=options.old_bn)
+    student.train_only(learnt_numbers(options), shared=first or options.shared_lr > 0, old_bn=options.old_bn,
+                       dropout=not options.no_dropout)
 
 
 def parameter_groups(student, options):

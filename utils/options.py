@@ -13,6 +13,7 @@ from datasets.domains import domain_names, get_domain
 from models.methods import METHODS
 from utils.errors import UserError
 
+FIRST_RATE = 5e-4
 SLOW_RATE = 5e-6
 
 
@@ -141,7 +142,7 @@ def train_parser():
     group = parser.add_argument_group('training')
     group.add_argument('--num-epochs', type=positive, default=150, help='epochs')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
-    group.add_argument('--lr', type=rate, default=5e-4, help='rate of the new domain, and of all in step 1')
+    group.add_argument('--lr', type=rate, help='rate of the new domain, and of all in step 1 (default: by method)')
     size_options(group)
     group.add_argument('--seed', type=natural, default=0, help='seed of weights, order, augmentation, dropout')
     group.add_argument('--val-every', type=positive, default=1, metavar='N',
@@ -179,6 +180,9 @@ def method_options(parser):
                        help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
+    group.add_argument('--no-dropout', action='store_true', default=None,
+                       help='the encoder drops out nothing (default: by method)')
+    group.add_argument('--dropout', action='store_false', dest='no_dropout', help='it does')
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)')
     group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')
@@ -226,9 +230,19 @@ def parse_train(argv=None):
     for name, value in recipe_settings(options.recipe, len(options.domains)).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.shared_lr is None:
-        options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[METHODS[options.method].shared]
+    complete_method(options)
     return options
+
+
+def complete_method(options):
+    """Sets rates and dropout that were not given to the method's."""
+    method, first = METHODS[options.method], len(options.domains) == 1
+    if options.lr is None:
+        options.lr = FIRST_RATE if first else method.lr
+    if options.shared_lr is None:
+        options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
+    if options.no_dropout is None:
+        options.no_dropout = not (first or method.dropout)
 
 
 def complete_size(options):
