@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from utils.options import parse_train
 
-SCRIPTS = ['ours', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
+SCRIPTS = ['ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 
 
 def script(name, *arguments, expect=0):
@@ -30,7 +30,7 @@ def commands(text):
 def test_dry_run_prints_commands_that_train_py_accepts(name):
     found = commands(script(name, '--dry-run'))
     options = [parse_train(words) for words in found]
-    steps = {'ours': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36, 'demo': 6, 'small_real': 6}
+    steps = {'ours': 3, 'adapters_only': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36, 'demo': 6, 'small_real': 6}
     assert len(options) == steps[name]
     assert len({option.savedir for option in options}) == len(options)
     for option in options:
