@@ -34,7 +34,7 @@ from utils.tables import Table, number, spread
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
-MARKERS = 'osD^v<>Pphd8'
+MARKERS = 'osD^v<>Pphd'
 
 
 def make_evaluator(options, place):

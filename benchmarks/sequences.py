@@ -92,7 +92,6 @@ ROWS = {
     'adapters-only': Row('shared weights frozen, later steps at 1e-3 without dropout', 'adapters-only'),
     **{f'adapters-only-{"-".join(args).replace("--", "")}': Row(f'adapters-only, {" ".join(args)}', 'adapters-only', args=args)
        for args in (('--lr', '5e-4', '--dropout'), ('--lr', '5e-4'), ('--dropout',), ('--lr', '2e-3'))},
-    'low-rank-adapters': Row('as adapters-only, the adapters added to the kernels', 'low-rank-adapters'),
     'adapters-only-ema': Row('adapters-only, moving average of the weights', 'adapters-only',
                              variant=('--ema', '0.99')),
     **{f'own-{part}': Row(f'adapters-only, every domain with a copy of {about} of its own', copies=pattern,

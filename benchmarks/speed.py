@@ -185,7 +185,10 @@ def wait(place):
 
 
 def turn(run, batch, seconds, place):
-    """Images per second of whole batches that take at least `seconds`, after one more: the other side's emptied the cache."""
+    """Images per second of whole batches that take at least `seconds`.
+
+    On a GPU an untimed one comes first, as the published side empties the cache.
+    """
     if place.device.type == 'cuda':
         run(*batch)
     wait(place)

@@ -213,7 +213,8 @@ def keep_record(folder, options):
     """Writes variants.json; UserError if the run in `folder` was begun with other options."""
     path = folder / RECORD
     known = json.loads(path.read_text()) if path.exists() else None
-    if (folder / LATEST).exists() and known != vars(options):
+    now = {name: value for name, value in vars(options).items() if name in (known or {}) or value}     # more came later
+    if (folder / LATEST).exists() and known != now:
         raise UserError(f'the run in {folder} was begun with other options of benchmarks.variants: {known}; repeat '
                         'them, or use another --savedir')
     records.write_json(path, vars(options))

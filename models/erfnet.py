@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ADAPTERS = (None, 'parallel', 'series', 'low_rank')
+ADAPTERS = (None, 'parallel', 'series')
 OLD_BN = ('frozen', 'batch', 'released')
 
 
@@ -35,30 +35,9 @@ def batch_norms(channels, domains, own):
     return PerDomain(make() for _ in range(domains)) if own else Shared([make()])
 
 
-class LowRank(nn.Module):
-    """What a domain adds to the kernels of a pair: (2, C, 3 C), of rank C/8, 0 at first.
-
-    Two of them have the parameters of two 1x1 convolutions.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.down = nn.Parameter(torch.randn(2, channels // 8, 3 * channels) / (3 * channels) ** 0.5)
-        self.up = nn.Parameter(torch.zeros(2, channels, channels // 8))
-
-    def forward(self):
-        return self.up @ self.down
-
-
-def changed(conv, x, change):
-    """`conv` of x with `change` added to its kernel."""
-    return F.conv2d(x, conv.weight + change.view_as(conv.weight), conv.bias, conv.stride, conv.padding, conv.dilation)
-
-
-def adapters(channels, domains, kind):
-    """For each domain a 1x1 convolution with bias, or what it adds to a pair's kernels."""
-    make = LowRank if kind == 'low_rank' else lambda channels: nn.Conv2d(channels, channels, 1)
-    return PerDomain(make(channels) for _ in range(domains))
+def adapters(channels, domains):
+    """A 1x1 convolution with bias for each domain."""
+    return PerDomain(nn.Conv2d(channels, channels, 1) for _ in range(domains))
 
 
 def conv_pair(channels, dilation):
@@ -119,17 +98,13 @@ class EncoderBlock(nn.Module):
         self.bns_1 = batch_norms(channels, domains, domain_bn)
         self.bns_2 = batch_norms(channels, domains, domain_bn)
         if adapter:
-            self.add_module(f'{adapter}_conv_1', adapters(channels, domains, adapter))
-            self.add_module(f'{adapter}_conv_2', adapters(channels, domains, adapter))
+            self.add_module(f'{adapter}_conv_1', adapters(channels, domains))
+            self.add_module(f'{adapter}_conv_2', adapters(channels, domains))
 
     def adapted(self, x, number, domain):
         """The pair `number` (1 or 2) of `x`, with the domain's adapter added, after its BN."""
         children, bn = self._modules, getattr(self, f'bns_{number}')[domain]
         adapter = children[f'{self.adapter}_conv_{number}'][domain] if self.adapter else None
-        if self.adapter == 'low_rank':
-            first, second = adapter()
-            y = F.relu_(changed(children[f'conv3x1_{number}'], x, first))
-            return bn(changed(children[f'conv1x3_{number}'], y, second))
         y, conv = F.relu_(children[f'conv3x1_{number}'](x)), children[f'conv1x3_{number}']
         if self.adapter == 'series':
             y = conv(y)
@@ -218,8 +193,7 @@ class ERFNet(nn.Module):
     """Segmentation network for one or more domains.
 
     num_classes: classes of each domain, void included, in the order learnt.
-    adapter: None, 'parallel' (added beside each convolution pair), 'series' (after it) or
-        'low_rank' (added to the pair's kernels).
+    adapter: None, 'parallel' (added beside each convolution pair) or 'series' (after it).
     domain_bn: whether every domain has batch norms of its own in the encoder.
     """
 

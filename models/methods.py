@@ -11,8 +11,8 @@ class Method:
     shared: how the shared weights learn after the first domain: 'slow' (5e-6 unless
         `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
     distill: whether the previous model's outputs on the old domains are held.
-    lr: rate of what learns after the first domain, shared weights aside. dropout: whether
-        the encoder drops out then.
+    lr: rate after the first domain, of new branches and of shared weights that learn in
+        full. dropout: whether the student's encoder drops out then.
     joint: whether all domains are learnt at once instead of one after another.
     lonely: whether the network knows one domain only.
     """
@@ -30,10 +30,8 @@ class Method:
 METHODS = {
     'ours': Method('parallel adapters, batch norms and a decoder per domain, distillation',
                    adapter='parallel', domain_bn=True, shared='slow', distill=True),
-    'adapters-only': Method('as ours, shared weights frozen after the first domain, no distillation',
+    'adapters-only': Method('as ours, shared weights frozen after the first domain, twice the rate, no dropout',
                             adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False),
-    'low-rank-adapters': Method('as adapters-only, the adapters added to the kernels',
-                                adapter='low_rank', domain_bn=True, shared='frozen'),
     'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen'),
     'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
     'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',

@@ -183,6 +183,13 @@ def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_her
     assert capsys.readouterr().out.splitlines()[-10:] == shown.splitlines()[-10:]
 
 
+def test_every_row_of_the_figure_has_a_marker():
+    from matplotlib.figure import Figure
+    axis = Figure().subplots()
+    for marker in forgetting.MARKERS:
+        assert axis.errorbar(1, 1, 0, 0, f'C1{marker}').lines[0].get_marker() == marker
+
+
 def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, trained_here, capsys):
     calls = []
     trained_here(calls, failing='single-task')
@@ -357,6 +364,10 @@ def test_the_moving_average_is_saved_and_survives_an_interruption(roads, first, 
         learn(roads, first, tmp_path / 'broken', '--ema', '0.5', epochs=2)
     with pytest.raises(UserError, match='begun with other options'):
         learn(roads, first, tmp_path / 'broken', '--ema', '0.6', epochs=2)
+    record = tmp_path / 'broken' / variants.RECORD      # as an earlier version, without a later option, left it
+    known = json.loads(record.read_text())
+    assert known.pop('learn_shared') is None
+    record.write_text(json.dumps(known))
     resumed = learn(roads, first, tmp_path / 'broken', '--ema', '0.5', epochs=2)
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 

@@ -1,4 +1,5 @@
 """What several devices and processes need, as far as a machine without GPUs can show it."""
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +27,15 @@ def test_data_parallel_is_left_to_steps_that_use_every_weight(two_gpus, way, cap
     assert 'torchrun' in capsys.readouterr().err
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
 def test_an_error_does_not_wait_for_other_ranks(monkeypatch):
     """They may wait for this one: the group is left in order only where all ranks end."""
-    for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29653').items():
+    for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())).items():
         monkeypatch.setenv(name, value)
     for error, left in ((ValueError, False), (SystemExit, True)):
         with pytest.raises(error), parallel.session('cpu'):
@@ -49,7 +56,7 @@ def draws(place, random, batch=3):
     return torch.rand(4).tolist()
 
 
-def test_ranks_go_on_with_numbers_of_their_own(two_gpus, monkeypatch):
+def test_ranks_go_on_with_numbers_of_their_own():
     torch.manual_seed(5)
     random = {'torch': torch.get_rng_state(), 'cuda': []}
     expected = torch.rand(4).tolist()

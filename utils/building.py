@@ -209,7 +209,7 @@ def build_task(student, teacher, feeds, options, place):
                 temperature=options.temperature, teacher_mode=options.teacher_mode, precision=options.precision,
                 compiled=options.compile)
     task.to(place.device, memory_format=memory_format(place.device, options.precision))
-    unused = get_method(options.method).joint or options.steps_per_batch == 2
+    unused = get_method(options.method).joint or options.steps_per_batch == 2 and teacher is not None
     wrapped = wrap(task, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')

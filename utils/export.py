@@ -26,7 +26,7 @@ def main(argv=None):
     model = load_network(checkpoint)
     method = checkpoint.method or 'ours'
     row, counts = get_method(method), checkpoint.found.num_classes
-    if row.adapter not in (None, 'parallel') or row.domain_bn != (row.adapter is not None):
+    if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):
         raise UserError(f'{options.state}: the published code has no network of --method {method}')
     keys = published_keys(model.state_dict(), counts, row.adapter, multi_task=row.joint)
     save({'epoch': int(checkpoint.content.get('epoch', 0)), 'arch': 'ERFNet', 'state_dict': keys,

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from datasets.domains import domain_names, get_domain
-from models.methods import METHODS
+from models.methods import METHODS, Method
 from utils.errors import UserError
 
-FIRST_RATE = 5e-4
 SLOW_RATE = 5e-6
 
 
@@ -142,7 +141,8 @@ def train_parser():
     group = parser.add_argument_group('training')
     group.add_argument('--num-epochs', type=positive, default=150, help='epochs')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
-    group.add_argument('--lr', type=rate, help='rate of the new domain, and of all in step 1 (default: by method)')
+    group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
+                       help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
     size_options(group)
     group.add_argument('--seed', type=natural, default=0, help='seed of weights, order, augmentation, dropout')
     group.add_argument('--val-every', type=positive, default=1, metavar='N',
@@ -180,9 +180,10 @@ def method_options(parser):
                        help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
-    group.add_argument('--no-dropout', action='store_true', default=None,
-                       help='the encoder drops out nothing (default: by method)')
-    group.add_argument('--dropout', action='store_false', dest='no_dropout', help='it does')
+    group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,
+                       help="the student's encoder drops out nothing (default: by method)")
+    group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
+                       help="the student's encoder drops out (default: by method)")
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)')
     group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')
@@ -236,13 +237,12 @@ def parse_train(argv=None):
 
 def complete_method(options):
     """Sets rates and dropout that were not given to the method's."""
-    method, first = METHODS[options.method], len(options.domains) == 1
-    if options.lr is None:
-        options.lr = FIRST_RATE if first else method.lr
+    method = METHODS[options.method]
+    later = method if len(options.domains) > 1 else Method
+    options.lr = getattr(options, 'lr', later.lr)
+    options.no_dropout = getattr(options, 'no_dropout', not later.dropout)
     if options.shared_lr is None:
         options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
-    if options.no_dropout is None:
-        options.no_dropout = not (first or method.dropout)
 
 
 def complete_size(options):

@@ -46,9 +46,7 @@ def session(device, parallel='auto'):
     dist.init_process_group('nccl' if current(chosen).type == 'cuda' else 'gloo')
     try:
         yield Place(chosen, dist.get_rank(), dist.get_world_size())
-    except Exception:
-        raise       # Leaving the group would wait for ranks that wait for this one; torchrun ends them.
-    except BaseException:
+    except SystemExit:      # After any other error the others may wait for this rank: torchrun ends them.
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
