@@ -80,13 +80,16 @@ def with_corrected(*pairs):
 PARTS = {'early': ('the layers of up to 64 channels', r'encoder\.(initial_block|layers\.[0-6]\.)'),
          'late': ('the last four blocks', r'encoder\.layers\.1[1-4]\.'),
          'encoder': ('the encoder', '')}
+FASTER = {'lr-1e-3': ('--lr', '1e-3'), 'lr-1e-3-no-dropout': ('--lr', '1e-3', '--no-dropout')}
 ROWS = {
     SINGLE: Row('a network per domain', SINGLE),
     JOINT: Row('all domains at once', JOINT),
     'fine-tune': Row('plain encoder learns on', 'fine-tune'),
     'fine-tune-copies': Row('the same, every domain keeping the network that learnt it', 'fine-tune', copies=''),
-    'single-task-lr-1e-3': Row('a network per domain at --lr 1e-3', SINGLE, first=('--lr', '1e-3')),
-    'fine-tune-lr-1e-3': Row('plain encoder learns on, later steps at --lr 1e-3', 'fine-tune', args=('--lr', '1e-3')),
+    **{f'single-task-{name}': Row(f'a network per domain, {" ".join(args)}', SINGLE, first=args)
+       for name, args in FASTER.items()},
+    **{f'fine-tune-{name}': Row(f'fine-tune, later steps {" ".join(args)}', 'fine-tune', args=args)
+       for name, args in FASTER.items()},
     'feature-extraction': Row('plain encoder frozen', 'feature-extraction'),
     'lwf': Row('plain encoder, distillation', 'lwf'),
     'adapters-only': Row('shared weights frozen, later steps at 1e-3 without dropout', 'adapters-only'),
