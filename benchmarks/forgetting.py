@@ -205,7 +205,7 @@ def draw_curves(plans, options):
 
 def draw_rows(figures, options):
     """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation over seeds."""
-    figure = pictures.new_figure(figsize=(6 * len(figures), 4.4))
+    figure = pictures.new_figure(figsize=(5 * len(figures) + 2.5, 4.4))
     styles = {name: f'C{number % 10}{MARKERS[number % len(MARKERS)]}' for number, name in enumerate(options.rows)}
     for axis, (order, rows) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items()):
         for name, seeds in rows.items():
@@ -219,7 +219,8 @@ def draw_rows(figures, options):
         axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',
                  ylabel='mIoU of new domains when learnt, mean')
         axis.grid(color='#eee')
-        axis.legend(frameon=False, fontsize=7)
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc='outside right upper', frameon=False, fontsize=8)
     pictures.save_figure(options.figure, figure)
 
 
