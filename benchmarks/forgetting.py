@@ -12,7 +12,6 @@ step failed; the tables are of what is there.
 """
 import argparse
 import json
-import re
 import signal
 import statistics
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.sequences import (FILES, JOINT, ROWS, SINGLE, data_arguments, finished, make_state, parsed, plan,
                                   run_steps, steps_of, training_images)
+from benchmarks.variants import shared_named
 from datasets import get_domain
 from eval import PROTOCOL, eval_parser
 from models import METHODS, build_model
@@ -116,8 +116,7 @@ def added(step, row, options):
     own = network.branch_parameters(len(counts) - 1)
     copied = '' if METHODS[step.method].lonely else row.copies
     if copied is not None:
-        names = {id(parameter): name for name, parameter in network.named_parameters()}
-        own += [parameter for parameter in network.shared_parameters() if re.search(copied, names[id(parameter)])]
+        own += shared_named(network, copied)
     return sum(parameter.numel() for parameter in own)
 
 

@@ -97,7 +97,7 @@ ROWS = {
        for args in (('--lr', '5e-4', '--dropout'), ('--lr', '5e-4'), ('--dropout',), ('--lr', '2e-3'))},
     'adapters-only-ema': Row('adapters-only, moving average of the weights', 'adapters-only',
                              variant=('--ema', '0.99')),
-    **{f'own-{part}': Row(f'adapters-only, every domain with a copy of {about} of its own', copies=pattern,
+    **{f'own-{part}': Row(f'every domain with a copy of {about} of its own, 5e-4, dropout', copies=pattern,
                           args=moving('5e-4', '0'), variant=('--learn-shared', pattern) if pattern else ())
        for part, (about, pattern) in PARTS.items()},
     'adapters-only-augmented-first': Row('adapters-only, strong augmentation in step 1', 'adapters-only',

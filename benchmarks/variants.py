@@ -137,15 +137,21 @@ def ends_averaged(train_epoch):
     return changed
 
 
+def shared_named(network, pattern):
+    """The shared parameters of a network whose names `pattern` finds."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return [parameter for parameter in network.shared_parameters() if re.search(pattern, names[id(parameter)])]
+
+
 def learning_some(freeze, pattern):
     """`freeze` of a student of whose shared weights only those learn whose names `pattern` finds."""
     @wraps(freeze)
     def changed(student, *arguments):
-        result, shared = freeze(student, *arguments), set(map(id, student.shared_parameters()))
-        for name, parameter in student.named_parameters():
-            if id(parameter) in shared and not re.search(pattern, name):
+        freeze(student, *arguments)
+        learning = set(map(id, shared_named(student, pattern)))
+        for parameter in student.shared_parameters():
+            if id(parameter) not in learning:
                 parameter.requires_grad_(False)
-        return result
     return changed
 
 

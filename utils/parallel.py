@@ -88,11 +88,12 @@ def wrap(task, place, parallel, unused=False):
             return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused,
                                                        broadcast_buffers=False, gradient_as_bucket_view=True)
     several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
-    if parallel in ('auto', 'dp') and several and unused:
-        print('one GPU is used: DataParallel would move weights that a batch does not use; for all of them '
-              'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
-    elif parallel in ('auto', 'dp') and several:
+    if not several or parallel not in ('auto', 'dp'):
+        return task
+    if not unused:
         return nn.DataParallel(task)
+    print('one GPU is used: DataParallel would move weights that a batch does not use; for all of them '
+          'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
     return task
 
 

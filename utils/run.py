@@ -22,6 +22,11 @@ def like_their_weights(optimizer):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
+def seed_dropout(*numbers):
+    """Seeds torch's generators by several numbers."""
+    torch.manual_seed(hash(numbers) % 2 ** 63)
+
+
 class Run:
     """Everything that a training step consists of.
 
@@ -74,7 +79,7 @@ class Run:
             sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.learnt)
         if self.batch == 0:
             self.totals = {}
-            torch.manual_seed(hash((self.options.seed, self.epoch + 1, self.place.rank)) % 2 ** 63)
+            seed_dropout(self.options.seed, self.epoch + 1, self.place.rank)
         self.task.train()
 
     def end_epoch(self):
@@ -123,7 +128,7 @@ class Run:
             if self.place.device.type == 'cuda':        # there may have been more GPUs
                 torch.cuda.set_rng_state_all(random['cuda'][:torch.cuda.device_count()])
         else:
-            torch.manual_seed(hash((self.options.seed, epoch + 1, self.place.rank, batch)) % 2 ** 63)
+            seed_dropout(self.options.seed, epoch + 1, self.place.rank, batch)
 
     def check_fit(self, state):
         """ValueError unless every part of `state` has the form of this run's own and a possible value."""
