@@ -97,12 +97,17 @@ ROWS = {
        for args in (('--lr', '5e-4', '--dropout'), ('--lr', '5e-4'), ('--dropout',), ('--lr', '2e-3'))},
     'adapters-only-ema': Row('adapters-only, moving average of the weights', 'adapters-only',
                              variant=('--ema', '0.99')),
-    **{f'own-{part}': Row(f'every domain with a copy of {about} of its own, 5e-4, dropout', copies=pattern,
-                          args=moving('5e-4', '0'), variant=('--learn-shared', pattern) if pattern else ())
-       for part, (about, pattern) in PARTS.items()},
+    **{f'own-{part}{name}': Row(f'every domain with a copy of {about} of its own, {said}', copies=pattern,
+                                args=(*args, '--lambdac', '0'), variant=('--learn-shared', pattern) if pattern else ())
+       for part, (about, pattern) in PARTS.items()
+       for name, said, args in (('', '5e-4, dropout', ('--shared-lr', '5e-4')),
+                                ('-lr-1e-3-no-dropout', '1e-3, no dropout', ('--shared-lr', '1e-3', *FASTER['lr-1e-3-no-dropout'])))},
     'adapters-only-augmented-first': Row('adapters-only, strong augmentation in step 1', 'adapters-only',
                                          first_variant=('--strong-augmentation',)),
     'ours': Row('the method, corrected'),
+    **{f'ours-{name}': Row(f'ours, later steps {" ".join(args)}', args=args) for name, args in FASTER.items()},
+    **{f'shared-lr-5e-5-lambdac-1-{name}': Row(f'ours, --shared-lr 5e-5 --lambdac 1, later steps {" ".join(args)}',
+                                               args=(*moving('5e-5', '1'), *args)) for name, args in FASTER.items()},
     'released': Row('the published loops', args=('--recipe', 'released')),
     **with_corrected(('old-bn', 'frozen'), ('distillation', 'kl'), ('teacher-mode', 'eval'), ('steps-per-batch', '1'),
                      ('new-statistics', 'copied')),

@@ -243,7 +243,7 @@ def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     state = tmp_path / '1/checkpoint.pth.tar'
     for step, more in (('1', ['--domains', 'CS']),
-                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--lambdac', '10', '--shared-lr', '1e-3'])):
+                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--method', 'ours', '--lambdac', '10', '--shared-lr', '1e-3'])):
         run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / step, *more,
                    '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
         ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]

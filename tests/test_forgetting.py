@@ -321,7 +321,7 @@ def train_arguments(roads, epochs=1):
 
 def learn(roads, first, folder, *options, epochs=1):
     """state_dict after a second step with the variant `options`."""
-    variants.main([*options, '--', '--domains', 'CS', 'BDD', '--state', str(first), '--savedir', str(folder),
+    variants.main([*options, '--', '--method', 'ours', '--domains', 'CS', 'BDD', '--state', str(first), '--savedir', str(folder),
                    '--resume', '--shared-lr', '1e-4', *train_arguments(roads, epochs)])
     return checkpoint.read(folder / 'checkpoint.pth.tar')['state_dict']
 

@@ -22,7 +22,7 @@ def parse(text):
 def test_readme_commands(step):
     options = parse(README[step])
     assert options.domains == ['cityscapes', 'BDD', 'IDD'][:step] and options.method == 'ours'
-    native = parse(f'--domains {" ".join(options.domains)} --savedir S --state {options.state} --model-name-suffix '
+    native = parse(f'--domains {" ".join(options.domains)} --method ours --savedir S --state {options.state} --model-name-suffix '
                    f'{options.model_name_suffix or "x"}')
     native.model_name_suffix = options.model_name_suffix
     assert vars(native) == vars(options)
@@ -63,6 +63,7 @@ def test_published_bash_lists(text, method, domains):
     ('--savedir S --domains CS --batch-size 0', 'at least 1'),
     ('--savedir S --domains CS --nonsense', '--nonsense'),
     ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
+    ('--savedir S --domains CS BDD --state x --lambdac 0.1 --shared-lr 0', '--lambdac --shared-lr: .* add --method ours'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
@@ -77,8 +78,16 @@ def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():
     assert (three.teacher_mode, three.steps_per_batch) == ('train', 2)
     mixed = parse('--savedir S --domains CS BDD --state x --recipe released --old-bn frozen --no-published-metric')
     assert (mixed.old_bn, mixed.published_metric, mixed.distillation) == ('frozen', False, 'released')
-    corrected = parse('--savedir S --domains CS BDD --state x --teacher-mode train')
+    corrected = parse('--savedir S --domains CS BDD --state x --method ours --teacher-mode train')
     assert (corrected.old_bn, corrected.teacher_mode, corrected.published_metric) == ('frozen', 'train', False)
+
+
+def test_the_default_method_is_the_paper_s_where_the_published_loops_or_options_are_asked_for():
+    after = '--savedir S --domains CS BDD --state x'
+    found = [parse(f'{after} {text}').method for text in ('', '--recipe released', '--current-task 1', '--method lwf')]
+    assert found == ['adapters-only', 'ours', 'ours', 'lwf']
+    paper = parse('--savedir S --dataset-old CS --dataset-new BDD --state x --lambdac 0.3')
+    assert (paper.method, paper.lambdac, paper.shared_lr, paper.no_dropout) == ('ours', 0.3, 5e-6, False)
 
 
 def test_width_follows_height_unless_given():

@@ -98,10 +98,10 @@ def released_run(entry):
     classes = entry['classes']
     two = entry['optimizer_steps_per_batch'] == 2
     settings = {**recipe_settings('released', len(classes)), 'steps_per_batch': 2 if two else 1,
-                'teacher_mode': 'train' if two else 'eval'}
+                'teacher_mode': 'train' if two else 'eval', 'lambdac': entry['lambda']}
     options = SimpleNamespace(domains=[f'd{i}' for i in range(len(classes))], method='ours', lr=5e-4, shared_lr=5e-6,
-                              lambdac=entry['lambda'], temperature=1.0, precision='fp32', num_epochs=150,
-                              parallel='none', compile=False, distill_domains=None, no_dropout=False, **settings)
+                              precision='fp32', num_epochs=150, parallel='none', compile=False,
+                              distill_domains=None, no_dropout=False, **settings)
     student = fill(build_model(classes[:-1]))
     teacher = copy.deepcopy(student)
     new = student.add_domain(classes[-1], options.new_statistics)

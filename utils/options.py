@@ -14,6 +14,9 @@ from models.methods import METHODS, Method
 from utils.errors import UserError
 
 SLOW_RATE = 5e-6
+DISTILLING = {'lambdac': 0.1, 'temperature': 1.0}       # of both recipes
+# Options that mean nothing where nothing is distilled and the shared weights are frozen.
+OF_MOVING = (*DISTILLING, 'distill_domains', 'shared_lr', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch')
 
 
 # Options of the published scripts that have no counterpart here, and why.
@@ -25,11 +28,19 @@ REFUSED = {
     '--subset': 'eval.py --split names the split'}
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something, where the help text does not speak of them itself."""
+
+    def _get_help_string(self, action):
+        told = 'default' in action.help or action.default is False or action.default in (None, '', [])
+        return action.help if told else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that ends with one line, without the usage text."""
 
     def __init__(self, **keywords):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **keywords)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **keywords)
 
     def error(self, message):
         reasons = '; '.join(f'{option}: {reason}' for option, reason in REFUSED.items()
@@ -44,10 +55,10 @@ def recipe_settings(recipe, domains):
     three-domain loop differ in teacher mode and in optimiser steps.
     """
     if recipe == 'corrected':
-        return {'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval', 'steps_per_batch': 1,
+        return {**DISTILLING, 'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval', 'steps_per_batch': 1,
                 'new_statistics': 'copied', 'imagenet_bn': 'loaded', 'published_metric': False}
     two_steps = domains > 2
-    return {'old_bn': 'released', 'distillation': 'released', 'teacher_mode': 'train' if two_steps else 'eval',
+    return {**DISTILLING, 'old_bn': 'released', 'distillation': 'released', 'teacher_mode': 'train' if two_steps else 'eval',
             'steps_per_batch': 2 if two_steps else 1, 'new_statistics': 'fresh', 'imagenet_bn': 'dropped',
             'published_metric': True}
 
@@ -127,7 +138,8 @@ def train_parser():
     parser = Parser(prog='train.py', description='Learns one step: the last of --domains; --state knows the others.')
     group = parser.add_argument_group('what is learnt')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
-    group.add_argument('--method', choices=tuple(METHODS), help='row of the table of methods (default: ours)')
+    group.add_argument('--method', choices=tuple(METHODS), help="row of the table of methods (default: adapters-only; ours with --recipe "
+                                                                     "released and the paper's options)")
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
@@ -174,8 +186,8 @@ def method_options(parser):
     group = parser.add_argument_group('recipe', 'what is not given is set by --recipe')
     group.add_argument('--recipe', choices=('corrected', 'released'), default='corrected',
                        help='corrected, or the published loops to rounding')
-    group.add_argument('--lambdac', type=rate, default=0.1, help='weight of the distillation term')
-    group.add_argument('--temperature', type=rate, default=1.0, help='temperature of --distillation kl')
+    group.add_argument('--lambdac', type=rate, metavar='WEIGHT', help='weight of the distillation term (default: 0.1)')
+    group.add_argument('--temperature', type=rate, metavar='T', help='temperature of --distillation kl (default: 1)')
     group.add_argument('--distill-domains', type=positive, metavar='K',
                        help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
@@ -226,6 +238,7 @@ def parse_train(argv=None):
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
     complete_size(options)
+    options.method = options.method or default_method(options)
     check_domains(options)
     complete_fast(options)
     for name, value in recipe_settings(options.recipe, len(options.domains)).items():
@@ -233,6 +246,17 @@ def parse_train(argv=None):
             setattr(options, name, value)
     complete_method(options)
     return options
+
+
+def default_method(options):
+    """The method where none is said: the published loops' own, else the one that learns most and forgets nothing."""
+    if options.recipe == 'released':
+        return 'ours'
+    given = [f'--{name.replace("_", "-")}' for name in OF_MOVING if getattr(options, name) is not None]
+    if given:
+        raise UserError(f'{" ".join(given)}: the default --method adapters-only moves no shared weights and distils '
+                        'nothing; add --method ours')
+    return 'adapters-only'
 
 
 def complete_method(options):
@@ -325,12 +349,12 @@ def paper_domains(paper, domains):
 
 
 def paper_method(paper, method, domains):
-    """The method: --finetune, and the multi-task and single-task argument lists, by their shape.
+    """The method: --finetune, and the multi-task and single-task argument lists, by their shape; None of native options.
 
     The published multi-task list names all of --datasets without a new one or a
-    --current-task; the single-task list has --decoder and one domain.
+    --current-task; the single-task list has --decoder and one domain. Others mean `ours`.
     """
-    implied = None
+    implied = 'ours' if any(value not in (None, False) for value in paper.values()) else None
     if paper['finetune']:
         implied = 'fine-tune'
     elif paper['datasets'] and paper['current_task'] is None and not (paper['dataset'] or paper['dataset_new']):
@@ -339,7 +363,7 @@ def paper_method(paper, method, domains):
         implied = 'single-task'
     if paper['finetune'] and method not in (None, 'fine-tune'):
         raise UserError(f'--finetune and --method {method} contradict')
-    return method or implied or 'ours'
+    return method or implied
 
 
 def check_counts(paper, options):
