@@ -5,7 +5,6 @@
 writes `cityscapes/` (Germany), `bdd100k/` (USA) and `IDD_Segmentation/` (India) below DIR: enough
 to run every script of the project without the real data. `datasets.toy_scenes` draws them.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from datasets.labels import label_table
 from datasets.toy_scenes import draw_scene
 from utils.errors import UserError, run_main
+from utils.options import Parser
 
 VERSION = 1     # raised whenever the same request gives other pictures
 SPLITS = ('train', 'val')
@@ -125,19 +125,12 @@ def write_toy_roads(root, train=96, val=24, height=128, width=256, seed=0):
     (root / 'toy_roads.partial.json').unlink(missing_ok=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that ends with one line, without the usage text."""
-
-    def error(self, message):
-        raise UserError(f'{message} (--help lists the options)')
-
-
 def main():
     parser = Parser(prog='python -m datasets.toy_roads', description='Write toy road scenes of three countries.')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write the three data sets to')
     for name, default, text in (('train', 96, 'training scenes per country'), ('val', 24, 'the same for validation'),
                                 ('height', 128, 'pixels'), ('width', 256, 'pixels'), ('seed', 0, 'random seed')):
-        parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=f'{text} (default: {default})')
+        parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=text)
     options = vars(parser.parse_args())
     try:
         write_toy_roads(options.pop('out'), **options)
