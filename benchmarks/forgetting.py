@@ -2,7 +2,8 @@
 
     python -m benchmarks.forgetting --data-root DATA --out runs/forgetting --class-weights computed \\
         --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE --figure FILE
-    python -m benchmarks.forgetting --data-root DATA --out DIR --rows ours fine-tune --orders "CS BDD IDD" --steps 2
+    python -m benchmarks.forgetting --data-root DATA --out DIR --epochs 150 --rows fine-tune ours \
+        "ours --shared-lr 5e-5 --lambdac 1" --orders "CS BDD IDD" --steps 2
 
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
 options and of the step before>/, its output in log.txt there. Steps of equal options after equal
@@ -17,9 +18,8 @@ import statistics
 
 from tqdm import tqdm
 
-from benchmarks.sequences import (FILES, JOINT, ROWS, SINGLE, data_arguments, finished, make_state, parsed, plan,
-                                  run_steps, steps_of, training_images)
-from benchmarks.variants import shared_named
+from benchmarks.sequences import (DEFAULT_ROWS, FILES, JOINT, ROWS, SINGLE, data_arguments, finished, make_state, parsed,
+                                  plan, row_of, run_steps, steps_of, training_images)
 from datasets import get_domain
 from eval import PROTOCOL, eval_parser
 from models import METHODS, build_model
@@ -68,10 +68,10 @@ def evaluated(plans, evaluator, options):
     found = {}
     for key, states in tqdm(complete.items(), unit='sequence', disable=None):
         steps = [{name: entry['miou'] for name, entry in scores(state, evaluator, options).items()} for state in states]
-        row = ROWS[key[1]]
+        row = row_of(key[1])
         if METHODS[row.method].lonely:
             steps = [{name: value for step in steps for name, value in step.items()}]
-        found[key] = steps if row.copies is None else kept(steps)
+        found[key] = kept(steps) if row.copies else steps
     return found
 
 
@@ -110,14 +110,11 @@ def units(step):
 
 
 def added(step, row, options):
-    """Parameters that the last of the step's domains added: its branch and copies, or a network of its own."""
+    """Parameters that the last of the step's domains added: its branch, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
-    network = build_model(counts, step.method)
-    own = network.branch_parameters(len(counts) - 1)
-    copied = '' if METHODS[step.method].lonely else row.copies
-    if copied is not None:
-        own += shared_named(network, copied)
-    return sum(parameter.numel() for parameter in own)
+    if row.copies or METHODS[step.method].lonely:
+        return sum(parameter.numel() for parameter in build_model(counts[-1:], SINGLE).parameters())
+    return sum(parameter.numel() for parameter in build_model(counts, step.method).branch_parameters(len(counts) - 1))
 
 
 def cost(steps, row, options):
@@ -133,7 +130,7 @@ def all_costs(plans, found, options):
     steps = {}
     for order, name, seed in found:
         steps.setdefault(order, {}).setdefault(name, []).append(plans[order, name, seed][-1].step)
-    return {order: {name: cost(last, ROWS[name], options) for name, last in rows.items()}
+    return {order: {name: cost(last, row_of(name), options) for name, last in rows.items()}
             for order, rows in steps.items()}
 
 
@@ -180,9 +177,11 @@ def describe(evaluator, options):
             f'{versions["device"]}, revision {versions["git"]}.')
 
 
-def about_rows(options):
+def about_rows():
     """What the rows are."""
-    return 'Rows: ' + '; '.join(f'{name}: {ROWS[name].about}' for name in options.rows) + '.'
+    return ('Rows: a method, and options of train.py in the steps after the first; fine-tune-copies: every domain '
+            'keeps the network that had learnt it; released: ours --recipe released; released-put-back: the same, with '
+            'the statistics of the old batch norms put back before the evaluation.')
 
 
 def draw_curves(plans, options):
@@ -236,7 +235,7 @@ def report(plans, found, evaluator, options):
                                                                     step_table(order, rows, options))]
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:
-        tables.write(options.markdown, tables.markdown_document(f'{about}\n\n{about_rows(options)}', shown))
+        tables.write(options.markdown, tables.markdown_document(f'{about}\n\n{about_rows()}', shown))
     if options.json:
         orders = {' '.join(order): {name: {'cost': costs[order][name], 'seeds': seeds} for name, seeds in rows.items()}
                   for order, rows in figures.items()}
@@ -254,8 +253,10 @@ def forgetting_parser():
     """The parser."""
     parser = Parser(prog='python -m benchmarks.forgetting', description='Compares whole sequences.')
     group = parser.add_argument_group('what is compared')
-    group.add_argument('--rows', nargs='+', choices=tuple(ROWS), default=list(ROWS), metavar='NAME',
-                       help=f'rows of the table: {", ".join(ROWS)}')
+    group.add_argument('--rows', nargs='+', default=DEFAULT_ROWS, metavar='"METHOD OPTIONS"',
+                       help='rows of the table: methods, with options of train.py for the steps after the first (of '
+                            f'{SINGLE} and {JOINT}: for all), each row quoted; or {", ".join(ROWS)} (default: these, the '
+                            'methods, and released with one difference each switched off)')
     group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."', help='orders of domains')
     group.add_argument('--seeds', nargs='+', type=natural, default=[0, 1, 2], metavar='N', help='seeds')
     group.add_argument('--steps', type=positive, metavar='N', help='stop after step N')
