@@ -2,7 +2,7 @@
 
     python -m benchmarks.forgetting --data-root DATA --out runs/forgetting --class-weights computed \\
         --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE --figure FILE
-    python -m benchmarks.forgetting --data-root DATA --out DIR --epochs 150 --rows fine-tune ours \
+    python -m benchmarks.forgetting --data-root DATA --out DIR --epochs 150 --rows fine-tune ours \\
         "ours --shared-lr 5e-5 --lambdac 1" --orders "CS BDD IDD" --steps 2
 
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
@@ -179,7 +179,8 @@ def describe(evaluator, options):
 
 def about_rows():
     """What the rows are."""
-    return ('Rows: a method, and options of train.py in the steps after the first; fine-tune-copies: every domain '
+    return ('Rows: a method, and options of train.py in the steps after the first (single-task, multi-task: in all); '
+            'fine-tune-copies: every domain '
             'keeps the network that had learnt it; released: ours --recipe released; released-put-back: the same, with '
             'the statistics of the old batch norms put back before the evaluation.')
 
@@ -257,7 +258,8 @@ def forgetting_parser():
                        help='rows of the table: methods, with options of train.py for the steps after the first (of '
                             f'{SINGLE} and {JOINT}: for all), each row quoted; or {", ".join(ROWS)} (default: these, the '
                             'methods, and released with one difference each switched off)')
-    group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."', help='orders of domains')
+    group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."',
+                       help='orders of domains (default: "{}" and "{}")'.format(*ORDERS))
     group.add_argument('--seeds', nargs='+', type=natural, default=[0, 1, 2], metavar='N', help='seeds')
     group.add_argument('--steps', type=positive, metavar='N', help='stop after step N')
     group.add_argument('--which', choices=tuple(FILES), default='latest',
@@ -314,7 +316,8 @@ def parse(argv=None):
     paths = data_paths(options.data)
     options.orders = parsed_orders(options.orders, options.steps, paths)
     options.epochs = parsed_epochs(options.epochs, paths)
-    options.rows, options.seeds = list(dict.fromkeys(options.rows)), list(dict.fromkeys(options.seeds))
+    options.rows = list(dict.fromkeys(' '.join(text.split()) for text in options.rows))
+    options.seeds = list(dict.fromkeys(options.seeds))
     for name in ('json', 'markdown', 'curves', 'figure'):
         if getattr(options, name):
             tables.check_writable(f'--{name}', getattr(options, name))
@@ -337,8 +340,8 @@ def check_data(options):
 
 def main(argv=None):
     options = parse(argv)
-    check_data(options)
     plans = plan(options)
+    check_data(options)
     failures = run_steps(steps_of(plans), options)
     with session(options.device) as place:
         evaluator = make_evaluator(options, place)

@@ -21,7 +21,7 @@ from models import METHODS
 from models.erfnet import batch_norms_of
 from utils import checkpoint, resume
 from utils.errors import UserError
-from utils.options import data_paths, parse_train
+from utils.options import data_paths, parse_train, recipe_settings
 from utils.run import BEST, LATEST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ PLACES = (resume.HARMLESS | resume.SAID | {'state'}) - {'precision'}
 class Row:
     """One row of the table.
 
-    args: options of train.py in the steps after the first; of a method that knows one domain, in all.
+    args: options of train.py in the steps after the first; of single-task and multi-task, in all.
     copies: whether every domain keeps a network of its own, as it was when it had learnt the domain.
     put_back: whether the old domains' batch norms get back, before the evaluation, the statistics
     that they had when their step ended.
@@ -47,13 +47,13 @@ class Row:
     put_back: bool = False
 
 
+# Options of train.py that a row may set.
+LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *recipe_settings('corrected', 1)}
 RELEASED = 'ours', ('--recipe', 'released')
 ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row(*RELEASED),
         'released-put-back': Row(*RELEASED, put_back=True)}
-DEFAULT_ROWS = (SINGLE, JOINT, 'fine-tune', 'feature-extraction', 'lwf', 'adapters-only', 'ours', *ROWS,
-                *(f'ours --recipe released {difference}' for difference in (
-                    '--old-bn frozen', '--distillation kl', '--teacher-mode eval', '--steps-per-batch 1',
-                    '--new-statistics copied')))
+DEFAULT_ROWS = (*METHODS, *ROWS, *(f'ours --recipe released {difference}' for difference in (
+    '--old-bn frozen', '--distillation kl', '--teacher-mode eval', '--steps-per-batch 1', '--new-statistics copied')))
 
 
 def row_of(text):
@@ -137,7 +137,7 @@ def data_arguments(options):
 
 def parsed(arguments):
     """{option: value} of train.py's arguments, complete."""
-    return vars(parse_train([*arguments, '--state', '-', '--savedir', '-']))
+    return vars(parse_train(['--state', '-', '--savedir', '-', *arguments]))
 
 
 def changes(found, default):
@@ -146,12 +146,27 @@ def changes(found, default):
                  if found[name] != default[name] and name not in PLACES)
 
 
+def parsed_row(common, args):
+    """{option: value} of the arguments `common` and a row's own; UserError if these are not of how a domain is learnt."""
+    about = f'--rows: {" ".join(args)}'
+    try:
+        found = parsed([*common, *args])
+    except UserError as error:
+        raise UserError(f'{about}: {error}' if args else str(error)) from None
+    same = parsed(common)
+    others = [f'--{name.replace("_", "-")}' for name in sorted(found)
+              if found[name] != same[name] and name not in LEARNING]
+    if others:
+        raise UserError(f'{about}: {" ".join(others)} must be the same for all rows; leave it out there')
+    return found
+
+
 def make_step(options, domains, seed, method, args=(), start=None):
     """The Step that learns the last of `domains`, or all of them by a joint method, from the Step `start`."""
     plain = ['--domains', *domains, '--method', method, *data_arguments(options)]
     learnt = JOINT if METHODS[method].joint else domains[-1]
     common = [*plain, '--seed', str(seed), *protocol_arguments(options, learnt)]
-    found = parsed([*common, *args])
+    found = parsed_row(common, args)
     special = changes(found, parsed([*common, '--recipe', found['recipe']]))
     words = [method, *([found['recipe']] if found['recipe'] != 'corrected' else []),
              *(f'{name}={value}' for name, value in special)]
@@ -209,7 +224,7 @@ def command(step, options):
     """The command that runs a step, or goes on with it."""
     place = ['--savedir', step.folder(options), '--resume', '--device', options.device, '--num-workers',
              options.num_workers, *(['--cache', options.cache] if options.cache else []),
-             *(['--state', State(step.start).file(options)] if step.start else [])]
+             *(['--state', step.start.folder(options) / FILES[options.which]] if step.start else [])]
     return [sys.executable, str(ROOT / 'train.py'), *step.arguments, *map(str, place)]
 
 

@@ -86,7 +86,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
     assert 'tensors loaded\n  renamed: 0' in capsys.readouterr().err
     with pytest.raises(UserError, match='no names; pass --domains'):
         evaluate(toy, tmp_path / 'x.json', '--state', path)
-    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD')
+    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'ours')
     assert len(content['domains']) == 3
 
 

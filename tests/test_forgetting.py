@@ -80,7 +80,9 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
 @pytest.mark.parametrize('arguments, line', [
     (['--epochs', 'CS=2'], '--epochs says nothing of BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
     (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'released-put-back'),
-    (['--rows', 'ours --nonsense'], '--nonsense'), (['--rows', ''], 'does not begin with a method'),
+    (['--rows', 'ours --nonsense 1'], '--rows: --nonsense 1: '),
+    (['--rows', 'ours --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
+    (['--rows', 'ours --method lwf'], '--method must be the same'), (['--rows', ''], 'does not begin with a method'),
     (['--rows', 'ours', '--curves', 'x.png'], '--rows leaves them out'),
     (['--rows', 'ours', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):

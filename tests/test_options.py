@@ -1,8 +1,9 @@
 """The paper's commands, translated or refused; recipes and what overrides them."""
 import pytest
 
+from benchmarks.forgetting import forgetting_parser
 from utils.errors import UserError
-from utils.options import parse_train
+from utils.options import parse_train, train_parser
 
 README = {
     1: "--savedir S --num-epochs 150 --batch-size 6 --state trained_models/erfnet_encoder_pretrained.pth.tar "
@@ -64,6 +65,7 @@ def test_published_bash_lists(text, method, domains):
     ('--savedir S --domains CS --nonsense', '--nonsense'),
     ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
     ('--savedir S --domains CS BDD --state x --lambdac 0.1 --shared-lr 0', '--lambdac --shared-lr: .* add --method ours'),
+    ('--savedir S --domains CS BDD --state x --method adapters-only --shared-lr 1e-3', 'freezes the shared weights'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
@@ -86,8 +88,16 @@ def test_the_default_method_is_the_paper_s_where_the_published_loops_or_options_
     after = '--savedir S --domains CS BDD --state x'
     found = [parse(f'{after} {text}').method for text in ('', '--recipe released', '--current-task 1', '--method lwf')]
     assert found == ['adapters-only', 'ours', 'ours', 'lwf']
+    assert parse('--savedir S --domains CS --current-task 0').method == 'ours'
     paper = parse('--savedir S --dataset-old CS --dataset-new BDD --state x --lambdac 0.3')
     assert (paper.method, paper.lambdac, paper.shared_lr, paper.no_dropout) == ('ours', 0.3, 5e-6, False)
+
+
+def test_help_shows_the_defaults_that_say_something():
+    shown = ' '.join(train_parser().format_help().split())
+    assert 'FILE checkpoint of the previous step, or an ImageNet encoder --savedir' in shown
+    assert 'dropout (default: 0)' in shown and 'repeatable --cache' in shown
+    assert '--seeds N [N ...] seeds (default: 0 1 2)' in ' '.join(forgetting_parser().format_help().split())
 
 
 def test_width_follows_height_unless_given():

@@ -25,7 +25,7 @@ def sequence(toy, tmp_path_factory):
     for step, domains in enumerate((['cityscapes'], ['cityscapes', 'IDD']), 1):
         folder = root / f'step{step}-{domains[-1]}'
         train.main(['--domains', *domains, '--data-root', str(toy), '--savedir', str(folder), '--num-epochs', '2',
-                    '--batch-size', '4', '--model-name-suffix', '<b>bold</b>', *SMALL,
+                    '--batch-size', '4', '--model-name-suffix', '<b>bold</b>', '--method', 'ours', *SMALL,
                     *(['--state', str(states[-1])] if states else [])])
         states.append(folder / 'model_best.pth.tar')
     evaluation.main(['--state', *map(str, states), '--data-root', str(toy), '--json', str(root / 'results.json'),

@@ -28,12 +28,15 @@ REFUSED = {
     '--subset': 'eval.py --split names the split'}
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Adds the defaults that say something, where the help text does not speak of them itself."""
 
     def _get_help_string(self, action):
-        told = 'default' in action.help or action.default is False or action.default in (None, '', [])
-        return action.help if told else super()._get_help_string(action)
+        value = action.default
+        if 'default' in action.help or value is False or value in (None, '', [], argparse.SUPPRESS):
+            return action.help
+        shown = ' '.join(map(str, value)) if isinstance(value, list) else '%(default)s'
+        return f'{action.help} (default: {shown})'
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,9 +61,9 @@ def recipe_settings(recipe, domains):
         return {**DISTILLING, 'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval', 'steps_per_batch': 1,
                 'new_statistics': 'copied', 'imagenet_bn': 'loaded', 'published_metric': False}
     two_steps = domains > 2
-    return {**DISTILLING, 'old_bn': 'released', 'distillation': 'released', 'teacher_mode': 'train' if two_steps else 'eval',
-            'steps_per_batch': 2 if two_steps else 1, 'new_statistics': 'fresh', 'imagenet_bn': 'dropped',
-            'published_metric': True}
+    return {**DISTILLING, 'old_bn': 'released', 'distillation': 'released',
+            'teacher_mode': 'train' if two_steps else 'eval', 'steps_per_batch': 2 if two_steps else 1,
+            'new_statistics': 'fresh', 'imagenet_bn': 'dropped', 'published_metric': True}
 
 
 def positive(text):
@@ -138,8 +141,9 @@ def train_parser():
     parser = Parser(prog='train.py', description='Learns one step: the last of --domains; --state knows the others.')
     group = parser.add_argument_group('what is learnt')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
-    group.add_argument('--method', choices=tuple(METHODS), help="row of the table of methods (default: adapters-only; ours with --recipe "
-                                                                     "released and the paper's options)")
+    group.add_argument('--method', choices=tuple(METHODS),
+                       help="row of the table of methods (default: adapters-only; ours with --recipe released and "
+                            "the paper's options)")
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
@@ -186,8 +190,10 @@ def method_options(parser):
     group = parser.add_argument_group('recipe', 'what is not given is set by --recipe')
     group.add_argument('--recipe', choices=('corrected', 'released'), default='corrected',
                        help='corrected, or the published loops to rounding')
-    group.add_argument('--lambdac', type=rate, metavar='WEIGHT', help='weight of the distillation term (default: 0.1)')
-    group.add_argument('--temperature', type=rate, metavar='T', help='temperature of --distillation kl (default: 1)')
+    group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
+                       help=f'weight of the distillation term (default: {DISTILLING["lambdac"]})')
+    group.add_argument('--temperature', type=rate, metavar='T',
+                       help=f'temperature of --distillation kl (default: {DISTILLING["temperature"]})')
     group.add_argument('--distill-domains', type=positive, metavar='K',
                        help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
@@ -249,7 +255,7 @@ def parse_train(argv=None):
 
 
 def default_method(options):
-    """The method where none is said: the published loops' own, else the one that learns most and forgets nothing."""
+    """The method where none is said: the published loops' own, else one that cannot forget."""
     if options.recipe == 'released':
         return 'ours'
     given = [f'--{name.replace("_", "-")}' for name in OF_MOVING if getattr(options, name) is not None]
@@ -265,6 +271,9 @@ def complete_method(options):
     later = method if len(options.domains) > 1 else Method
     options.lr = getattr(options, 'lr', later.lr)
     options.no_dropout = getattr(options, 'no_dropout', not later.dropout)
+    if method.shared == 'frozen' and options.shared_lr:
+        raise UserError(f'--method {options.method} freezes the shared weights, --shared-lr {options.shared_lr} moves '
+                        'them; leave it out, or choose another method')
     if options.shared_lr is None:
         options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
 
@@ -354,7 +363,7 @@ def paper_method(paper, method, domains):
     The published multi-task list names all of --datasets without a new one or a
     --current-task; the single-task list has --decoder and one domain. Others mean `ours`.
     """
-    implied = 'ours' if any(value not in (None, False) for value in paper.values()) else None
+    implied = 'ours' if any(value is not None and value is not False for value in paper.values()) else None
     if paper['finetune']:
         implied = 'fine-tune'
     elif paper['datasets'] and paper['current_task'] is None and not (paper['dataset'] or paper['dataset_new']):
