@@ -211,10 +211,9 @@ def finished(step, options):
     folder = step.folder(options)
     if not (folder / DONE).exists():
         return False
-    saved, now = json.loads((folder / 'opts.json').read_text())['options'], parsed(step.arguments)
-    both = (saved.keys() & now.keys()) - PLACES     # an option may come with a later version of the code
-    refused, _ = resume.differences({name: saved[name] for name in both},
-                                    argparse.Namespace(**{name: now[name] for name in both}))
+    known = json.loads((folder / 'opts.json').read_text())['options']
+    saved, now = ({name: found[name] for name in found.keys() - PLACES} for found in (known, parsed(step.arguments)))
+    refused, _ = resume.differences(saved, argparse.Namespace(**now))
     if refused:
         raise UserError(f'{folder}: was run with other options: {"; ".join(refused)}; use another --out')
     return True

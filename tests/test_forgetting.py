@@ -236,3 +236,22 @@ def test_put_back_gives_the_old_domains_the_buffers_they_had_and_changes_nothing
         assert all(map(torch.equal, norm.buffers(), kept.buffers()))
     assert not any(torch.equal(norm.running_mean, kept.running_mean) for norm, kept in zip(
         batch_norms_of(current.branch(1)), batch_norms_of(previous.branch(0))))
+
+
+@pytest.mark.parametrize('known, fits', [
+    ({}, True), ({'no_dropout': None}, False), ({'lr': 5e-4}, False), ({'cache': 'x', 'skip_bad_files': None}, True)])
+def test_a_finished_step_is_not_taken_for_one_of_other_options(tmp_path, known, fits):
+    """None: the run is of a version that had no such option."""
+    options = options_of(tmp_path, '--rows', 'adapters-only')
+    step = last_steps(options)['adapters-only']
+    saved = {**sequences.parsed(step.arguments), **known}
+    folder = step.folder(options)
+    folder.mkdir(parents=True)
+    (folder / 'opts.json').write_text(json.dumps({'options': {k: v for k, v in saved.items() if v is not None}}))
+    assert not sequences.finished(step, options)
+    (folder / 'done').touch()
+    if fits:
+        assert sequences.finished(step, options)
+    else:
+        with pytest.raises(UserError, match='was run with other options'):
+            sequences.finished(step, options)
