@@ -35,6 +35,9 @@ from utils.tables import Table, number, spread
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
 MARKERS = 'osD^v<>Pphd'
+ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (single-task, multi-task: in all); '
+              'fine-tune-copies: every domain keeps the network that had learnt it; released: ours --recipe released; '
+              'released-put-back: the same, with the statistics of the old batch norms put back before the evaluation.')
 
 
 def make_evaluator(options, place):
@@ -177,14 +180,6 @@ def describe(evaluator, options):
             f'{versions["device"]}, revision {versions["git"]}.')
 
 
-def about_rows():
-    """What the rows are."""
-    return ('Rows: a method, and options of train.py in the steps after the first (single-task, multi-task: in all); '
-            'fine-tune-copies: every domain '
-            'keeps the network that had learnt it; released: ours --recipe released; released-put-back: the same, with '
-            'the statistics of the old batch norms put back before the evaluation.')
-
-
 def draw_curves(plans, options):
     """Writes --curves: validation mIoU over the epochs of the single-task runs."""
     runs = {}
@@ -236,7 +231,7 @@ def report(plans, found, evaluator, options):
                                                                     step_table(order, rows, options))]
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:
-        tables.write(options.markdown, tables.markdown_document(f'{about}\n\n{about_rows()}', shown))
+        tables.write(options.markdown, tables.markdown_document(f'{about}\n\n{ABOUT_ROWS}', shown))
     if options.json:
         orders = {' '.join(order): {name: {'cost': costs[order][name], 'seeds': seeds} for name, seeds in rows.items()}
                   for order, rows in figures.items()}
