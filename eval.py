@@ -11,12 +11,13 @@ labels are resized to --width x --height, the published protocol, unless --resol
 """
 from pathlib import Path
 
-from models import METHODS
-from utils import metrics, pictures, records, tables
-from utils.errors import UserError, run_main
-from utils.evaluation import Evaluator, check_order
-from utils.options import Parser, complete_size, data_options, machine_options, positive, size_options
-from utils.parallel import session
+from mdil.evaluation import metrics, pictures, tables
+from mdil.evaluation.evaluation import Evaluator, check_order
+from mdil.models import METHODS
+from mdil.training import records
+from mdil.training.options import Parser, complete_size, data_options, machine_options, positive, size_options
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import session
 
 FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
 FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',

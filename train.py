@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import building, records, resume
-from utils.dashboard import Dashboard
-from utils.errors import UserError, run_main
-from utils.evaluation import evaluate
-from utils.options import parse_train
-from utils.parallel import broadcast_buffers, reduced, session
-from utils.run import LATEST, PREVIOUS, Run
-from utils.task import drawn
+from mdil.evaluation.dashboard import Dashboard
+from mdil.evaluation.evaluation import evaluate
+from mdil.training import building, records, resume
+from mdil.training.options import parse_train
+from mdil.training.run import LATEST, PREVIOUS, Run
+from mdil.training.task import drawn
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import broadcast_buffers, reduced, session
 
 
 class NotFinite(ArithmeticError):

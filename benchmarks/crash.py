@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import train
-from datasets.toy_roads import write_toy_roads
-from utils import checkpoint
-from utils.errors import UserError, run_main
-from utils.options import Parser, natural, positive
-from utils.records import environment, read_metrics, write_json
-from utils.run import BEST, LATEST, PREVIOUS
-from utils.tables import plain
+from mdil import train
+from mdil.datasets.toy.roads import write_toy_roads
+from mdil.evaluation.tables import plain
+from mdil.models import checkpoint
+from mdil.training.options import Parser, natural, positive
+from mdil.training.records import environment, read_metrics, write_json
+from mdil.training.run import BEST, LATEST, PREVIOUS
+from mdil.utils.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, EPOCHS, BATCH = 12, 3, 2
@@ -76,7 +76,7 @@ class Place:
 
     def start(self, *more, limit=None):
         """A process that goes on with the run; files that it writes have at most `limit` bytes."""
-        code = 'import sys; from benchmarks.crash import live; live(*sys.argv[1:])'
+        code = 'import sys; from mdil.benchmarks.crash import live; live(*sys.argv[1:])'
         limiting = limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
         return subprocess.Popen([sys.executable, '-c', code, str(self.progress), '--data-root', str(self.root / 'data'),
                                  '--savedir', str(self.folder), *OPTIONS, *more], cwd=ROOT, preexec_fn=limiting,

@@ -18,19 +18,20 @@ import statistics
 
 from tqdm import tqdm
 
-from benchmarks.sequences import (DEFAULT_ROWS, FILES, JOINT, ROWS, SINGLE, data_arguments, finished, make_state, parsed,
-                                  plan, row_of, run_steps, steps_of, training_images)
-from datasets import get_domain
-from eval import PROTOCOL, eval_parser
-from models import METHODS, build_model
-from utils import metrics, pictures, records, tables
-from utils.building import distils
-from utils.errors import UserError, run_main
-from utils.evaluation import Evaluator
-from utils.options import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive, rate,
-                           size_options)
-from utils.parallel import pick_device, session
-from utils.tables import Table, number, spread
+from mdil.benchmarks.sequences import (DEFAULT_ROWS, FILES, JOINT, ROWS, SINGLE, data_arguments, finished, make_state,
+                                       parsed, plan, row_of, run_steps, steps_of, training_images)
+from mdil.datasets import get_domain
+from mdil.eval import PROTOCOL, eval_parser
+from mdil.evaluation import metrics, pictures, tables
+from mdil.evaluation.evaluation import Evaluator
+from mdil.evaluation.tables import Table, number, spread
+from mdil.models import METHODS, build_model
+from mdil.training import records
+from mdil.training.building import distils
+from mdil.training.options import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
+                                   rate, size_options)
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import pick_device, session
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result

@@ -23,17 +23,17 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from datasets.cache import cached
-from datasets.class_weights import output_file
-from datasets.domains import DOMAINS
-from datasets.loading import TrainBatches, make_loader
-from datasets.segmentation import SegmentationDataset
-from datasets.toy_roads import draw_scene, label_image, scene_paths
-from utils.errors import run_main
-from utils.options import Parser, positive, side
-from utils.records import environment, write_json
-from utils.tables import number, plain
-from utils.task import to_float
+from mdil.datasets.cache import cached
+from mdil.datasets.class_weights import output_file
+from mdil.datasets.domains import DOMAINS
+from mdil.datasets.loading import TrainBatches, make_loader
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.datasets.toy.roads import draw_scene, label_image, scene_paths
+from mdil.evaluation.tables import number, plain
+from mdil.training.options import Parser, positive, side
+from mdil.training.records import environment, write_json
+from mdil.training.task import to_float
+from mdil.utils.errors import run_main
 
 BATCH = 6
 PUBLISHED = '(a) published, float'

@@ -16,13 +16,13 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from datasets import SegmentationDataset, get_domain
-from models import METHODS
-from models.erfnet import batch_norms_of
-from utils import checkpoint, resume
-from utils.errors import UserError
-from utils.options import data_paths, parse_train, recipe_settings
-from utils.run import BEST, LATEST
+from mdil.datasets import SegmentationDataset, get_domain
+from mdil.models import METHODS, checkpoint
+from mdil.models.erfnet import batch_norms_of
+from mdil.training import resume
+from mdil.training.options import data_paths, parse_train, recipe_settings
+from mdil.training.run import BEST, LATEST
+from mdil.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINT, SINGLE = 'multi-task', 'single-task'

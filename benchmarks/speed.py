@@ -25,21 +25,22 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import train
-from benchmarks.floor import traffic
-from benchmarks.loading import SOURCES, published, write_pair
-from datasets.cache import cached
-from datasets.loading import TrainBatches, make_loader
-from datasets.segmentation import SegmentationDataset
-from models import build_model, erfnet
-from utils import building, pictures
-from utils.errors import UserError, run_main
-from utils.evaluation import evaluate
-from utils.options import Parser, complete_size, positive, rate, recipe_settings, size_options
-from utils.parallel import session
-from utils.records import environment, write_json
-from utils.tables import check_writable, number, plain
-from utils.task import Task, memory_format
+from mdil import train
+from mdil.benchmarks.floor import traffic
+from mdil.benchmarks.loading import SOURCES, published, write_pair
+from mdil.datasets.cache import cached
+from mdil.datasets.loading import TrainBatches, make_loader
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.evaluation import pictures
+from mdil.evaluation.evaluation import evaluate
+from mdil.evaluation.tables import check_writable, number, plain
+from mdil.models import build_model, erfnet
+from mdil.training import building
+from mdil.training.options import Parser, complete_size, positive, rate, recipe_settings, size_options
+from mdil.training.records import environment, write_json
+from mdil.training.task import Task, memory_format
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import session
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'

@@ -1,5 +1,5 @@
 """Domains, data sets and their loading."""
-from datasets.domains import DOMAINS, Domain, get_domain
-from datasets.segmentation import SegmentationDataset
+from mdil.datasets.domains import DOMAINS, Domain, get_domain
+from mdil.datasets.segmentation import SegmentationDataset
 
 __all__ = ['DOMAINS', 'Domain', 'SegmentationDataset', 'get_domain']

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.segmentation import load_pair
-from utils.errors import UserError
+from mdil.datasets.segmentation import load_pair
+from mdil.utils.errors import UserError
 
 VERSION = 1     # raised whenever the same files give other pixels
 HEX = '[0-9a-f]' * 16

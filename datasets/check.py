@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.class_weights import output_file, write_result
-from datasets.create_labels import in_parallel
-from datasets.domains import get_domain
-from datasets.pairs import files_by_key, find_split
-from datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
-from utils.errors import UserError, run_main
-from utils.options import Parser, data_options, data_paths, positive
+from mdil.datasets.class_weights import output_file, write_result
+from mdil.datasets.create_labels import in_parallel
+from mdil.datasets.domains import get_domain
+from mdil.datasets.pairs import files_by_key, find_split
+from mdil.datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
+from mdil.training.options import Parser, data_options, data_paths, positive
+from mdil.utils.errors import UserError, run_main
 
 PNG_START, PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
 LISTED = 20     # files printed of each kind; --json has all

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.create_labels import in_parallel
-from datasets.domains import get_domain
-from datasets.pairs import find_split
-from datasets.segmentation import open_label, to_classes
-from utils.checkpoint import write_atomically
-from utils.errors import UserError, run_main
-from utils.options import Parser, data_options, data_paths, positive
+from mdil.datasets.create_labels import in_parallel
+from mdil.datasets.domains import get_domain
+from mdil.datasets.pairs import find_split
+from mdil.datasets.segmentation import open_label, to_classes
+from mdil.models.checkpoint import write_atomically
+from mdil.training.options import Parser, data_options, data_paths, positive
+from mdil.utils.errors import UserError, run_main
 
 CHOICES = ('published', 'computed', 'none')
 

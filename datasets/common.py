@@ -7,9 +7,9 @@ names are among these. Void stays void; only Cityscapes' label ids tell more tha
 """
 from dataclasses import replace
 
-from datasets.domains import DOMAINS, Labels
-from datasets.labels import label_table
-from utils.errors import UserError
+from mdil.datasets.domains import DOMAINS, Labels
+from mdil.datasets.labels import label_table
+from mdil.utils.errors import UserError
 
 CLASSES = DOMAINS['idd-lite'].classes
 VOID = len(CLASSES)

@@ -31,13 +31,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.domains import VOID_FILE_VALUE, cityscapes_label_ids
-from datasets.labels import label_table
-from datasets.pairs import Pair, files_by_key
-from datasets.segmentation import UNREADABLE, open_label, to_classes
-from utils.checkpoint import write_atomically
-from utils.errors import UserError, run_main
-from utils.options import Parser, positive
+from mdil.datasets.domains import VOID_FILE_VALUE, cityscapes_label_ids
+from mdil.datasets.labels import label_table
+from mdil.datasets.pairs import Pair, files_by_key
+from mdil.datasets.segmentation import UNREADABLE, open_label, to_classes
+from mdil.models.checkpoint import write_atomically
+from mdil.training.options import Parser, positive
+from mdil.utils.errors import UserError, run_main
 
 ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', 'csId')
 POLYGONS = '_gtFine_polygons.json'

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
-from datasets.labels import label_table
-from utils.errors import UserError
+from mdil.datasets.labels import label_table
+from mdil.utils.errors import UserError
 
 VOID_FILE_VALUE = 255
 

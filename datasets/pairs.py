@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import UserError
+from mdil.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from datasets.augment import augment, draw
-from datasets.pairs import find_split, report_unpaired
-from utils.errors import UserError
+from mdil.datasets.augment import augment, draw
+from mdil.datasets.pairs import find_split, report_unpaired
+from mdil.utils.errors import UserError
 
 try:
     from torchvision.io import decode_image

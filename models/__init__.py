@@ -1,6 +1,6 @@
 """Networks and methods."""
-from models.erfnet import ERFNet
-from models.methods import METHODS, get_method
+from mdil.models.erfnet import ERFNet
+from mdil.models.methods import METHODS, get_method
 
 __all__ = ['ERFNet', 'METHODS', 'build_model', 'get_method']
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.erfnet import ADAPTERS, ERFNet
-from models.methods import METHODS
-from utils.errors import UserError
+from mdil.models.erfnet import ADAPTERS, ERFNet
+from mdil.models.methods import METHODS
+from mdil.utils.errors import UserError
 
 PLAIN_ENCODER = (
     (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.0.'),

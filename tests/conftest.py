@@ -14,7 +14,7 @@ torch.set_num_threads(1)     # the tests run two at a time
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     """Toy roads: 8 training and 4 validation images per domain, 64 x 128."""
-    from datasets.toy_roads import write_toy_roads
+    from mdil.datasets.toy.roads import write_toy_roads
     root = tmp_path_factory.mktemp('toy')
     write_toy_roads(root, train=8, val=4, height=64, width=128, seed=1)
     return root

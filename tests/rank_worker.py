@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import train
+from mdil import train
 
 losses, real_batch, real_finish = [], train.train_batch, train.finish_epoch
 

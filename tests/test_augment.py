@@ -4,11 +4,11 @@ import itertools
 import pytest
 import torch
 
-from datasets.augment import MAX_SHIFT, Draw, augment, augment_batch, draw
-from datasets.segmentation import SegmentationDataset
-from utils import building
-from utils.options import parse_train
-from utils.parallel import Place
+from mdil.datasets.augment import MAX_SHIFT, Draw, augment, augment_batch, draw
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.training import building
+from mdil.training.options import parse_train
+from mdil.utils.parallel import Place
 
 SHIFTS = range(-MAX_SHIFT, MAX_SHIFT + 1)
 EVERY_DRAW = [Draw(*values) for values in itertools.product((False, True), SHIFTS, SHIFTS)]

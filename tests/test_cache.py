@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import cache
-from datasets.cache import cached
-from datasets.domains import DOMAINS, get_domain
-from datasets.loading import TrainBatches, make_loader
-from datasets.pairs import Pair
-from datasets.segmentation import FAST, SegmentationDataset, decode_png, halves, load_pair
-from utils.errors import UserError
+from mdil.datasets import cache
+from mdil.datasets.cache import cached
+from mdil.datasets.domains import DOMAINS, get_domain
+from mdil.datasets.loading import TrainBatches, make_loader
+from mdil.datasets.pairs import Pair
+from mdil.datasets.segmentation import FAST, SegmentationDataset, decode_png, halves, load_pair
+from mdil.utils.errors import UserError
 
 FORK = multiprocessing.get_context('fork')
 SIZE = (32, 64)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.check import main
-from utils.errors import UserError
+from mdil.datasets.check import main
+from mdil.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 12, 8

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import get_domain
-from models import build_model
-from models.layouts import published_keys
+from mdil.datasets import get_domain
+from mdil.models import build_model
+from mdil.models.layouts import published_keys
 from tests.fill import fill
-from utils import building, checkpoint, export
-from utils.errors import UserError
+from mdil.models import checkpoint, export
+from mdil.training import building
+from mdil.utils.errors import UserError
 
 CS, BDD, IDD = (get_domain(name) for name in ('CS', 'BDD', 'IDD'))
 # Layout of a published file: method, class counts, multi-task keys.

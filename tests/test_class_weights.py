@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.class_weights import histogram, main, training_weights, weights_of
-from datasets.domains import DOMAINS, get_domain
-from utils.errors import UserError
+from mdil.datasets.class_weights import histogram, main, training_weights, weights_of
+from mdil.datasets.domains import DOMAINS, get_domain
+from mdil.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ([0, 0, 1, 11], [1, 1, 10, 10], [0, 11, 11, 11])

@@ -11,15 +11,15 @@ from unittest import mock
 import pytest
 import torch
 
-import eval as evaluation
-import train
-from models import METHODS, build_model
+from mdil import eval as evaluation, train
+from mdil.models import METHODS, build_model
 from tests.conftest import ROOT, run_script
 from tests.fill import fill
 from tests.test_checkpoints import encoder_file, published_file
-from models.layouts import published_keys
-from utils import checkpoint, resume
-from utils.errors import UserError, advice, run_main
+from mdil.models import checkpoint
+from mdil.models.layouts import published_keys
+from mdil.training import resume
+from mdil.utils.errors import UserError, advice, run_main
 
 SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '0', '--device', 'cpu']
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from datasets.create_labels import in_parallel, main
-from datasets.labels import label_table
-from utils.errors import UserError
+from mdil.datasets.create_labels import in_parallel, main
+from mdil.datasets.labels import label_table
+from mdil.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / 'tests/idd_polygons'

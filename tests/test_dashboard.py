@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
-from utils import dashboard, records
+from mdil import train
+from mdil.evaluation import dashboard
+from mdil.training import records
 
 SERVER = 'from visdom.server.run_server import main; main()'
 SMALL = ['--domains', 'CS', '--height', '32', '--batch-size', '4', '--num-workers', '0', '--device', 'cpu',

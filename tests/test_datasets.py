@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import DOMAINS, SegmentationDataset, get_domain
-from datasets.loading import EvalBatches, TrainBatches, make_loader
-from datasets.pairs import find_split
-from utils.errors import UserError
+from mdil.datasets import DOMAINS, SegmentationDataset, get_domain
+from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
+from mdil.datasets.pairs import find_split
+from mdil.utils.errors import UserError
 
 # Image and label paths of sample n under the domain's folder, and raw label value -> class index.
 LAYOUTS = {

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
-import eval as evaluation
-from datasets import DOMAINS, common, get_domain
-from datasets.pairs import find_split
-from models import build_model
-from utils import checkpoint, compare, tables
-from utils.errors import UserError
+from mdil import eval as evaluation
+from mdil.datasets import DOMAINS, common, get_domain
+from mdil.datasets.pairs import find_split
+from mdil.evaluation import compare, tables
+from mdil.models import build_model, checkpoint
+from mdil.utils.errors import UserError
 
 COUNTS = {'cityscapes': 20, 'BDD': 20, 'IDD': 27}
 # Label ids of Cityscapes in each of the common classes.
@@ -323,7 +323,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--resolution', 'huge'], 'invalid choice'),
     (['--data-root', '{folder}'], 'no val images of cityscapes')])
 def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path, arguments, message):
-    monkeypatch.setattr('utils.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
+    monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
     (tmp_path / 'file').write_text('')
     filled = [part.format(file=tmp_path / 'file', folder=tmp_path, two=states[1]) for part in arguments]
     with pytest.raises(UserError, match=message) as error:

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-import train
-from benchmarks import forgetting, sequences
-from datasets.toy_roads import write_toy_roads
-from models import build_model
-from models.erfnet import batch_norms_of
+from mdil import train
+from mdil.benchmarks import forgetting, sequences
+from mdil.datasets.toy.roads import write_toy_roads
+from mdil.models import build_model
+from mdil.models.erfnet import batch_norms_of
 from tests.fill import fill
-from utils import resume
-from utils.errors import UserError
+from mdil.training import resume
+from mdil.utils.errors import UserError
 
 SMALL = ['--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0']
 

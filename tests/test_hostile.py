@@ -21,16 +21,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval as evaluation
-import train
-from datasets.toy_roads import write_toy_roads
-from models import build_model
+from mdil import eval as evaluation, train
+from mdil.datasets.toy.roads import write_toy_roads
+from mdil.models import build_model
 from tests.fill import fill
-from utils import checkpoint, resume
-from utils.errors import UserError
-from utils.options import parse_train
-from utils.parallel import session
-from utils.run import BEST, LATEST, PREVIOUS, Run
+from mdil.models import checkpoint
+from mdil.training import resume
+from mdil.training.options import parse_train
+from mdil.training.run import BEST, LATEST, PREVIOUS, Run
+from mdil.utils.errors import UserError
+from mdil.utils.parallel import session
 
 
 def content(state):

@@ -2,10 +2,10 @@
 import torch
 import torch.nn.functional as F
 
-from losses import cross_entropy, kl_per_pixel, released_kl
-from models import build_model
+from mdil.losses import cross_entropy, kl_per_pixel, released_kl
+from mdil.models import build_model
 from tests.fill import fill
-from utils.task import Task
+from mdil.training.task import Task
 
 random = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = (3 * torch.randn(2, 5, 4, 6, generator=random) for _ in range(2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from utils import metrics
+from mdil.evaluation import metrics
 
 
 @pytest.mark.parametrize('seed', range(5))

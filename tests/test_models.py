@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import METHODS, build_model
-from models.layouts import published_keys
+from mdil.models import METHODS, build_model
+from mdil.models.layouts import published_keys
 from tests.fill import fill
 
 HERE = Path(__file__).parent

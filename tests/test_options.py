@@ -1,9 +1,9 @@
 """The paper's commands, translated or refused; recipes and what overrides them."""
 import pytest
 
-from benchmarks.forgetting import forgetting_parser
-from utils.errors import UserError
-from utils.options import parse_train, train_parser
+from mdil.benchmarks.forgetting import forgetting_parser
+from mdil.training.options import parse_train, train_parser
+from mdil.utils.errors import UserError
 
 README = {
     1: "--savedir S --num-epochs 150 --batch-size 6 --state trained_models/erfnet_encoder_pretrained.pth.tar "

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.erfnet import Downsampler
-from utils import parallel
-from utils.parallel import Place
-from utils.run import Run
+from mdil.models.erfnet import Downsampler
+from mdil.training.run import Run
+from mdil.utils import parallel
+from mdil.utils.parallel import Place
 
 
 @pytest.fixture

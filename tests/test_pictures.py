@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as evaluation
-from datasets import DOMAINS, SegmentationDataset
-from models import build_model
+from mdil import eval as evaluation
+from mdil.datasets import DOMAINS, SegmentationDataset
+from mdil.models import build_model
 from tests.test_eval import COUNTS, save
-from utils import pictures
-from utils.errors import UserError
-from utils.parallel import Place
+from mdil.evaluation import pictures
+from mdil.utils.errors import UserError
+from mdil.utils.parallel import Place
 
 CPU = Place(torch.device('cpu'))
 

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
-from models import build_model
-from models.erfnet import EncoderBlock
-from models.layouts import network_of, published_keys, recognise
+from mdil import train
+from mdil.models import build_model
+from mdil.models.erfnet import EncoderBlock
+from mdil.models.layouts import network_of, published_keys, recognise
 from tests.fill import fill, inputs, rule, rule_state
-from utils import building
-from utils.options import recipe_settings
-from utils.parallel import Place
+from mdil.training import building
+from mdil.training.options import recipe_settings
+from mdil.utils.parallel import Place
 
 HERE = Path(__file__).parent
 NUMBERS = json.loads(Path(os.environ.get('RELEASED_NUMBERS', HERE / 'released_numbers.json')).read_text())

@@ -10,10 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-import eval as evaluation
-import report
-import train
-from utils.errors import UserError
+from mdil import eval as evaluation, train
+from mdil.evaluation import report
+from mdil.utils.errors import UserError
 
 SMALL = ['--height', '32', '--num-workers', '0', '--device', 'cpu']
 

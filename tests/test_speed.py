@@ -9,19 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import losses
-import train
-from benchmarks import speed
-from losses import cross_entropy, kl_per_pixel
-from models import build_model, erfnet
+from mdil import losses, train
+from mdil.benchmarks import speed
+from mdil.losses import cross_entropy, kl_per_pixel
+from mdil.models import build_model, erfnet
 from tests.fill import fill, inputs
-from utils import building
-from utils.errors import UserError
-from utils.metrics import confusion, mean_iou
-from utils.options import parse_train
-from utils.parallel import Place
-from utils.run import like_their_weights
-from utils.task import Task, drawn
+from mdil.evaluation.metrics import confusion, mean_iou
+from mdil.training import building
+from mdil.training.options import parse_train
+from mdil.training.run import like_their_weights
+from mdil.training.task import Task, drawn
+from mdil.utils.errors import UserError
+from mdil.utils.parallel import Place
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])
@@ -72,7 +71,7 @@ def plainly(monkeypatch, precision):
     """(loss parts, gradients) of the plain formulas, all terms in one graph."""
     with monkeypatch.context() as patch:
         patch.setattr(erfnet, 'normalised', plain_normalised)
-        patch.setattr('utils.task.cross_entropy', plain_cross_entropy)
+        patch.setattr('mdil.training.task.cross_entropy', plain_cross_entropy)
         task = step_of(precision).to(memory_format=torch.contiguous_format)
         task.distill = plain_kl
         ce, kd = task(IMAGES, LABELS, 2), task(IMAGES, LABELS, 2, 1) + task(IMAGES, LABELS, 2, 0)

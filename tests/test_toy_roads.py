@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from datasets import toy_roads, toy_scenes
-from datasets.labels import label_table
-from datasets.toy_roads import draw_scene, label_image, write_toy_roads
-from utils.errors import run_main
+from mdil.datasets.labels import label_table
+from mdil.datasets.toy import roads as toy_roads, scenes as toy_scenes
+from mdil.datasets.toy.roads import draw_scene, label_image, write_toy_roads
+from mdil.utils.errors import run_main
+from tests.conftest import ROOT
 
 HEIGHT, WIDTH = 64, 128
 IMAGES = {'cityscapes': ('cityscapes/leftImg8bit', '_leftImg8bit.png', 'cityscapes/gtFine', '_gtFine_labelIds.png'),
@@ -270,6 +271,6 @@ def test_command_line(tmp_path, monkeypatch, capfd):
 
 def test_the_module_runs_as_a_script(tmp_path):
     command = [sys.executable, '-m', 'datasets.toy_roads', '--out', tmp_path, '--width', '8']
-    run = subprocess.run(command, cwd=Path(toy_roads.__file__).parents[1], capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == 'error: width must be a whole number from 16 to 4096, found 8\n'

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from utils.options import parse_train
+from mdil.training.options import parse_train
 
 SCRIPTS = ['ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 

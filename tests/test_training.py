@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
-from models import METHODS, build_model
+from mdil import train
+from mdil.models import METHODS, build_model
 from tests.fill import fill, inputs
-from utils import building
-from utils.options import parse_train
-from utils.parallel import Place
+from mdil.training import building
+from mdil.training.options import parse_train
+from mdil.utils.parallel import Place
 
 IMAGES, LABELS = inputs(3, 2, 32, 64, 12)
 SEQUENTIAL = [name for name, row in METHODS.items() if not (row.joint or row.lonely)]

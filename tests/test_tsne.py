@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-import plot_tsne
-from datasets import DOMAINS, SegmentationDataset
-from models import build_model
+from mdil.datasets import DOMAINS, SegmentationDataset
+from mdil.evaluation import tsne as plot_tsne
+from mdil.models import build_model
 from tests.fill import fill
-from utils import checkpoint, features
-from utils.errors import UserError
+from mdil.evaluation import features
+from mdil.models import checkpoint
+from mdil.utils.errors import UserError
 
 SMALL = ['--perplexity', '5', '--points', '12', '--device', 'cpu']
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UserError
+from mdil.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoint import write_atomically
-from utils.errors import UserError
+from mdil.models.checkpoint import write_atomically
+from mdil.utils.errors import UserError
 
 WIDTH = 80          # columns of the terminal
 LONGEST = 28        # characters of a cell there

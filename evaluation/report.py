@@ -18,15 +18,15 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import SegmentationDataset, get_domain
-from models import METHODS
-from utils import pictures, tables
-from utils.checkpoint import load_network, read_checkpoint
-from utils.dashboard import curves, read_step, shrunk, starts
-from utils.errors import UserError, run_main
-from utils.options import Parser, data_paths, show
-from utils.parallel import Place, pick_device
-from utils.run import BEST
+from mdil.datasets import SegmentationDataset, get_domain
+from mdil.evaluation import pictures, tables
+from mdil.evaluation.dashboard import curves, read_step, shrunk, starts
+from mdil.models import METHODS
+from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.training.options import Parser, data_paths, show
+from mdil.training.run import BEST
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import Place, pick_device
 
 PICTURE_WIDTH = 512
 HEATED = ('steps', 'heads', 'classes')      # keys of tables whose figures are coloured

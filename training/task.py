@@ -4,7 +4,7 @@ import contextlib
 import torch
 from torch import nn
 
-from losses import DISTILLATIONS, cross_entropy
+from mdil.losses import DISTILLATIONS, cross_entropy
 
 
 class Task(nn.Module):

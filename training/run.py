@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from models.layouts import faults
-from utils import building, checkpoint, resume
-from utils.errors import UserError
+from mdil.models import checkpoint
+from mdil.models.layouts import faults
+from mdil.training import building, resume
+from mdil.utils.errors import UserError
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
 WRITTEN = LATEST, PREVIOUS, BEST, 'metrics.jsonl', 'opts.json'

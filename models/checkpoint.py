@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.domains import domain_names
-from models.layouts import Found, fitting_methods, load_encoder, network_of, recognise
-from models.methods import METHODS
-from utils.errors import UserError
+from mdil.datasets.domains import domain_names
+from mdil.models.layouts import Found, fitting_methods, load_encoder, network_of, recognise
+from mdil.models.methods import METHODS
+from mdil.utils.errors import UserError
 
 VERSION = 1
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.methods import METHODS
-from utils import pictures, records
-from utils.options import show
+from mdil.evaluation import pictures
+from mdil.models.methods import METHODS
+from mdil.training import records
+from mdil.training.options import show
 
 TIMEOUT = 5         # seconds that the server may take for an answer
 PICTURES = 2        # validation images of each domain

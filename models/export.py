@@ -6,11 +6,11 @@ Adapter models keep their keys under `module.`; plain networks become the publis
 single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N)
 layout. A network that the published code does not have is refused.
 """
-from models import get_method
-from models.layouts import published_keys
-from utils.checkpoint import load_network, read_checkpoint, save
-from utils.errors import UserError, run_main
-from utils.options import Parser
+from mdil.models import get_method
+from mdil.models.checkpoint import load_network, read_checkpoint, save
+from mdil.models.layouts import published_keys
+from mdil.training.options import Parser
+from mdil.utils.errors import UserError, run_main
 
 
 def parse(argv=None):

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import SegmentationDataset, get_domain
-from utils import features, pictures, records
-from utils.checkpoint import check_known, load_network, read_checkpoint, write_atomically
-from utils.errors import UserError, run_main
-from utils.options import Parser, data_options, data_paths, natural, positive, side
-from utils.parallel import pick_device
+from mdil.datasets import SegmentationDataset, get_domain
+from mdil.evaluation import features, pictures
+from mdil.models.checkpoint import check_known, load_network, read_checkpoint, write_atomically
+from mdil.training import records
+from mdil.training.options import Parser, data_options, data_paths, natural, positive, side
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import pick_device
 
 HEIGHT = 512        # of images where the checkpoint does not say how it was trained
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.labels import label_table
-from datasets.toy_scenes import draw_scene
-from utils.errors import UserError, run_main
-from utils.options import Parser
+from mdil.datasets.labels import label_table
+from mdil.datasets.toy.scenes import draw_scene
+from mdil.training.options import Parser
+from mdil.utils.errors import UserError, run_main
 
 VERSION = 1     # raised whenever the same request gives other pictures
 SPLITS = ('train', 'val')

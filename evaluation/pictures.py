@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.segmentation import open_label, to_classes
-from utils import metrics, tables
-from utils.checkpoint import write_atomically
-from utils.errors import UserError
-from utils.evaluation import at_label_size, logits_of
+from mdil.datasets.segmentation import open_label, to_classes
+from mdil.evaluation import metrics, tables
+from mdil.evaluation.evaluation import at_label_size, logits_of
+from mdil.models.checkpoint import write_atomically
+from mdil.utils.errors import UserError
 
 EXTREMES = 3        # images at either end of --save-extremes
 INK, PAPER = (0, 0, 0), (255, 255, 255)

@@ -15,14 +15,14 @@ import glob
 import json
 from pathlib import Path
 
-from datasets import get_domain
-from utils import pictures, tables
-from utils.checkpoint import load_network, read_checkpoint
-from utils.errors import UserError, run_main
-from utils.evaluation import split_of
-from utils.options import Parser, data_options, data_paths
-from utils.parallel import Place, pick_device
-from utils.tables import Table, spread
+from mdil.datasets import get_domain
+from mdil.evaluation import pictures, tables
+from mdil.evaluation.evaluation import split_of
+from mdil.evaluation.tables import Table, spread
+from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.training.options import Parser, data_options, data_paths
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import Place, pick_device
 
 
 def parse(argv=None):

@@ -8,17 +8,17 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import SegmentationDataset, common, get_domain
-from datasets.loading import EvalBatches, make_loader
-from datasets.segmentation import load_image, open_label, to_classes
-from losses import cross_entropy_parts
-from utils import metrics
-from utils.building import plain_weights
-from utils.checkpoint import check_known, load_network, read_checkpoint, report
-from utils.errors import UserError
-from utils.options import data_paths
-from utils.parallel import summed
-from utils.task import autocast, memory_format, to_float
+from mdil.datasets import SegmentationDataset, common, get_domain
+from mdil.datasets.loading import EvalBatches, make_loader
+from mdil.datasets.segmentation import load_image, open_label, to_classes
+from mdil.evaluation import metrics
+from mdil.losses import cross_entropy_parts
+from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report
+from mdil.training.building import plain_weights
+from mdil.training.options import data_paths
+from mdil.training.task import autocast, memory_format, to_float
+from mdil.utils.errors import UserError
+from mdil.utils.parallel import summed
 
 
 @dataclass

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets import SegmentationDataset, get_domain
-from datasets.augment import augment_batch, draw
-from datasets.cache import cached
-from datasets.check import inspect_pair
-from datasets.class_weights import training_weights
-from datasets.create_labels import in_parallel
-from datasets.loading import EvalBatches, TrainBatches, make_loader
-from models import build_model, get_method
-from utils.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
-from utils.errors import UserError
-from utils.options import data_paths
-from utils.parallel import wrap
-from utils.task import Task, memory_format
+from mdil.datasets import SegmentationDataset, get_domain
+from mdil.datasets.augment import augment_batch, draw
+from mdil.datasets.cache import cached
+from mdil.datasets.check import inspect_pair
+from mdil.datasets.class_weights import training_weights
+from mdil.datasets.create_labels import in_parallel
+from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
+from mdil.models import build_model, get_method
+from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
+from mdil.training.options import data_paths
+from mdil.training.task import Task, memory_format
+from mdil.utils.errors import UserError
+from mdil.utils.parallel import wrap
 
 
 @dataclass

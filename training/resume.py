@@ -10,9 +10,9 @@ from collections import OrderedDict
 import torch
 import torch.distributed as dist
 
-from models.layouts import faults
-from utils import checkpoint
-from utils.errors import UserError
+from mdil.models import checkpoint
+from mdil.models.layouts import faults
+from mdil.utils.errors import UserError
 
 # Options that change no result, or only where the data lies; a change of the second kind is said.
 HARMLESS = {'resume', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.segmentation import open_label, to_classes
-from utils.task import to_float
+from mdil.datasets.segmentation import open_label, to_classes
+from mdil.training.task import to_float
 
 CELL = 8        # image pixels to a side of one feature
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.domains import domain_names, get_domain
-from models.methods import METHODS, Method
-from utils.errors import UserError
+from mdil.datasets.domains import domain_names, get_domain
+from mdil.models.methods import METHODS, Method
+from mdil.utils.errors import UserError
 
 SLOW_RATE = 5e-6
 DISTILLING = {'lambdac': 0.1, 'temperature': 1.0}       # of both recipes

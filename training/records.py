@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torchvision
 
-from utils.checkpoint import write_atomically
-from utils.errors import UserError
+from mdil.models.checkpoint import write_atomically
+from mdil.utils.errors import UserError
 
 
 def make_folder(path):

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets import get_domain
-from models import METHODS
-from utils import records, tables
-from utils.checkpoint import load_network, read_checkpoint
-from utils.errors import UserError, run_main
-from utils.options import Parser, complete_size, data_options, data_paths, show, size_options
+from mdil.datasets import get_domain
+from mdil.evaluation import tables
+from mdil.models import METHODS
+from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.training import records
+from mdil.training.options import Parser, complete_size, data_options, data_paths, show, size_options
+from mdil.utils.errors import UserError, run_main
 
 # What of the options is shown, in this order; what a file does not hold is left out.
 TRAINING = ('domains', 'method', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'no_dropout', 'lambdac',

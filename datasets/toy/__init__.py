@@ -1,0 +1,1 @@
+"""Toy roads: drawn street scenes in the layouts of the real data sets."""

@@ -1,0 +1,1 @@
+"""What networks have learnt: figures, tables, pictures."""
