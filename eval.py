@@ -15,9 +15,11 @@ from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.models import METHODS
 from mdil.training import records
-from mdil.training.options import Parser, complete_size, data_options, machine_options, positive, size_options
+from mdil.training.paper import REFUSED
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_json, write_text
 from mdil.utils.parallel import session
+from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 
 FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
 FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
@@ -27,7 +29,8 @@ PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch
 
 def eval_parser():
     """The parser of eval.py."""
-    parser = Parser(prog='eval.py', description='Evaluates checkpoints on the validation images of their domains.')
+    parser = Parser(prog='eval.py', refused=REFUSED,
+                    description='Evaluates checkpoints on the validation images of their domains.')
     group = parser.add_argument_group('what is evaluated')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     group.add_argument('--domains', nargs='+', metavar='NAME',
@@ -79,7 +82,7 @@ def check_options(options):
     complete_size(options)
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
-            tables.check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values())
+            check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values())
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
         raise UserError('two kinds of results go into one file: ' + ', '.join(map(str, paths)))
@@ -178,13 +181,13 @@ def report(results, options):
     if classes:
         print('\n' + tables.packed(list(map(tables.terminal, classes))))
     if options.json:
-        records.write_json(options.json, results)
+        write_json(options.json, results)
     if options.csv:
-        tables.write(options.csv, tables.csv_text(results))
+        write_text(options.csv, tables.csv_text(results))
     if options.markdown:
-        tables.write(options.markdown, tables.markdown_document(about, shown + classes))
+        write_text(options.markdown, tables.markdown_document(about, shown + classes))
     if options.latex:
-        tables.write(options.latex, tables.latex_document(about, shown + classes))
+        write_text(options.latex, tables.latex_document(about, shown + classes))
 
 
 def main(argv=None):

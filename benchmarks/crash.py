@@ -31,10 +31,11 @@ from mdil import train
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.evaluation.tables import plain
 from mdil.models import checkpoint
-from mdil.training.options import Parser, natural, positive
-from mdil.training.records import environment, read_metrics, write_json
+from mdil.training.records import environment, read_metrics
 from mdil.training.run import BEST, LATEST, PREVIOUS
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_json
+from mdil.utils.parser import Parser, natural, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, EPOCHS, BATCH = 12, 3, 2

@@ -28,10 +28,11 @@ from mdil.evaluation.tables import Table, number, spread
 from mdil.models import METHODS, build_model
 from mdil.training import records
 from mdil.training.building import distils
-from mdil.training.options import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
-                                   rate, size_options)
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_json, write_text
 from mdil.utils.parallel import pick_device, session
+from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
+                               rate, size_options)
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
@@ -62,7 +63,7 @@ def scores(state, evaluator, options):
     matrices = [evaluator.score(model, index, domain).matrix for index, domain in enumerate(domains)]
     entries = tables.without_nan({domain.name: evaluator.entry(matrix, domain, domain)
                                   for domain, matrix in zip(domains, matrices)})
-    records.write_json(path, {'protocol': protocol, 'domains': entries})
+    write_json(path, {'protocol': protocol, 'domains': entries})
     return entries
 
 
@@ -232,12 +233,12 @@ def report(plans, found, evaluator, options):
                                                                     step_table(order, rows, options))]
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:
-        tables.write(options.markdown, tables.markdown_document(f'{about}\n\n{ABOUT_ROWS}', shown))
+        write_text(options.markdown, tables.markdown_document(f'{about}\n\n{ABOUT_ROWS}', shown))
     if options.json:
         orders = {' '.join(order): {name: {'cost': costs[order][name], 'seeds': seeds} for name, seeds in rows.items()}
                   for order, rows in figures.items()}
         stated = {name: value for name, value in vars(options).items() if name not in OWN_PATHS}
-        records.write_json(options.json, tables.without_nan(
+        write_json(options.json, tables.without_nan(
             {'options': {**stated, 'orders': list(orders)}, 'versions': records.environment(evaluator.place.device), 'orders': orders}))
     if options.curves:
         draw_curves(plans, options)
@@ -316,8 +317,8 @@ def parse(argv=None):
     options.seeds = list(dict.fromkeys(options.seeds))
     for name in ('json', 'markdown', 'curves', 'figure'):
         if getattr(options, name):
-            tables.check_writable(f'--{name}', getattr(options, name))
-    tables.check_writable('--out', options.out, folder=True)
+            check_writable(f'--{name}', getattr(options, name))
+    check_writable('--out', options.out, folder=True)
     pick_device(options.device)
     if options.curves and SINGLE not in options.rows:
         raise UserError(f'--curves draws the {SINGLE} runs, but --rows leaves them out')

@@ -30,10 +30,11 @@ from mdil.datasets.loading import TrainBatches, make_loader
 from mdil.datasets.segmentation import SegmentationDataset
 from mdil.datasets.toy.roads import draw_scene, label_image, scene_paths
 from mdil.evaluation.tables import number, plain
-from mdil.training.options import Parser, positive, side
-from mdil.training.records import environment, write_json
-from mdil.training.task import to_float
+from mdil.training.records import environment
 from mdil.utils.errors import run_main
+from mdil.utils.files import write_json
+from mdil.utils.parser import Parser, positive, side
+from mdil.utils.precision import to_float
 
 BATCH = 6
 PUBLISHED = '(a) published, float'

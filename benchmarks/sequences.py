@@ -20,9 +20,10 @@ from mdil.datasets import SegmentationDataset, get_domain
 from mdil.models import METHODS, checkpoint
 from mdil.models.erfnet import batch_norms_of
 from mdil.training import resume
-from mdil.training.options import data_paths, parse_train, recipe_settings
+from mdil.training.options import parse_train, recipe_settings
 from mdil.training.run import BEST, LATEST
 from mdil.utils.errors import UserError
+from mdil.utils.parser import data_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINT, SINGLE = 'multi-task', 'single-task'

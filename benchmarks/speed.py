@@ -33,14 +33,17 @@ from mdil.datasets.loading import TrainBatches, make_loader
 from mdil.datasets.segmentation import SegmentationDataset
 from mdil.evaluation import pictures
 from mdil.evaluation.evaluation import evaluate
-from mdil.evaluation.tables import check_writable, number, plain
+from mdil.evaluation.tables import number, plain
 from mdil.models import build_model, erfnet
 from mdil.training import building
-from mdil.training.options import Parser, complete_size, positive, rate, recipe_settings, size_options
-from mdil.training.records import environment, write_json
-from mdil.training.task import Task, memory_format
+from mdil.training.options import recipe_settings
+from mdil.training.records import environment
+from mdil.training.task import Task
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_json
 from mdil.utils.parallel import session
+from mdil.utils.parser import Parser, complete_size, positive, rate, size_options
+from mdil.utils.precision import memory_format
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'

@@ -13,11 +13,9 @@ one has left.
 """
 import contextlib
 import copy
-import fcntl
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 from mdil.datasets.segmentation import load_pair
 from mdil.utils.errors import UserError
+from mdil.utils.files import locked
 
 VERSION = 1     # raised whenever the same files give other pixels
 HEX = '[0-9a-f]' * 16
@@ -95,18 +94,6 @@ def digest(dataset):
             state.update(f'{name}\0{status.st_size}\0{status.st_mtime_ns}\0'.encode())
         state.update(f'{sorted(pair.values.items())}'.encode())
     return state.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Holds the lock file `path`; says so where another process makes this one wait."""
-    with open(path, 'a') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'waiting for the process that holds {path}', file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def check_space(dataset, folder):

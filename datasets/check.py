@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mdil.datasets.class_weights import output_file, write_result
-from mdil.datasets.create_labels import in_parallel
+from mdil.datasets.class_weights import output_file
 from mdil.datasets.domains import get_domain
 from mdil.datasets.pairs import files_by_key, find_split
 from mdil.datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
-from mdil.training.options import Parser, data_options, data_paths, positive
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_json
+from mdil.utils.parser import Parser, data_options, data_paths, positive
+from mdil.utils.workers import in_parallel
 
 PNG_START, PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
 LISTED = 20     # files printed of each kind; --json has all
@@ -183,7 +184,7 @@ def main(arguments=None):
             reports.append(check_split(domain, options.data_root, split, options.workers))
             print_report(reports[-1])
     if file:
-        write_result(file, as_json(reports))
+        write_json(file, as_json(reports))
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
     if wrong:
         raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; mend what is listed above')

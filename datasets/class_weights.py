@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdil.datasets.create_labels import in_parallel
 from mdil.datasets.domains import get_domain
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import open_label, to_classes
-from mdil.models.checkpoint import write_atomically
-from mdil.training.options import Parser, data_options, data_paths, positive
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_json
+from mdil.utils.parser import Parser, data_options, data_paths, positive
+from mdil.utils.workers import in_parallel
 
 CHOICES = ('published', 'computed', 'none')
 
@@ -99,12 +99,6 @@ def output_file(text):
     return path
 
 
-def write_result(path, content):
-    """Writes `content` as JSON in place of `path`, whole or not at all."""
-    text = json.dumps(content, indent=1) + '\n'
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def class_weights_parser():
     """The parser of this command."""
     parser = Parser(prog='python -m datasets.class_weights',
@@ -128,7 +122,7 @@ def main(arguments=None):
         print(f'{domain.name} {options.split}', *weights_table(domain, counts, computed), '', sep='\n')
         weights[domain.name] = computed.tolist()
     if file:
-        write_result(file, weights)
+        write_json(file, weights)
     return 0
 
 

@@ -19,25 +19,22 @@ that was stopped goes on where it was.
 import json
 import math
 import os
-import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from mdil.datasets.domains import VOID_FILE_VALUE, cityscapes_label_ids
 from mdil.datasets.labels import label_table
 from mdil.datasets.pairs import Pair, files_by_key
 from mdil.datasets.segmentation import UNREADABLE, open_label, to_classes
-from mdil.models.checkpoint import write_atomically
-from mdil.training.options import Parser, positive
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_atomically
+from mdil.utils.parser import Parser, positive
+from mdil.utils.workers import in_parallel
 
 ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', 'csId')
 POLYGONS = '_gtFine_polygons.json'
@@ -156,29 +153,6 @@ def up_to_date(target, source):
     except UNREADABLE:
         return False
     return True
-
-
-def ignore_interrupt():
-    """Leaves Ctrl-C to the process that started this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def in_parallel(function, items, workers, title):
-    """Yields function(item) in the order of the list `items`, with progress on standard error.
-
-    `workers` processes share the work (1: this process alone), so `function`, items and
-    results must pickle. Raises what `function` raises, UserError if a process was killed.
-    """
-    progress = partial(tqdm, total=len(items), desc=title, unit='file', leave=False, disable=None)
-    if workers == 1 or len(items) < 2:
-        yield from progress(map(function, items))
-        return
-    chunk = max(1, min(16, len(items) // (4 * workers)))
-    try:
-        with ProcessPoolExecutor(min(workers, len(items)), initializer=ignore_interrupt) as pool:
-            yield from progress(pool.map(function, items, chunksize=chunk))
-    except BrokenProcessPool:
-        raise UserError(f'{title}: a worker process was killed, maybe for memory; use fewer --workers') from None
 
 
 def find_sources(datadir, encoding):

@@ -1,8 +1,8 @@
 """Methods beside each other: step x domain matrices, and a picture of what each predicts.
 
-    python -m utils.compare ours=runs/demo/ours fine-tune=runs/demo/fine-tune \\
+    python -m mdil compare ours=runs/demo/ours fine-tune=runs/demo/fine-tune \\
         --data-root DATA --out runs/demo
-    python -m utils.compare ours='runs/seed*/ours' fine-tune='runs/seed*/fine-tune' \\
+    python -m mdil compare ours='runs/seed*/ours' fine-tune='runs/seed*/fine-tune' \\
         --data-root DATA --out runs
 
 Reads the `results.json` that eval.py wrote into each folder, prints the matrices, writes
@@ -20,13 +20,14 @@ from mdil.evaluation import pictures, tables
 from mdil.evaluation.evaluation import split_of
 from mdil.evaluation.tables import Table, spread
 from mdil.models.checkpoint import load_network, read_checkpoint
-from mdil.training.options import Parser, data_options, data_paths
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_text
 from mdil.utils.parallel import Place, pick_device
+from mdil.utils.parser import Parser, data_options, data_paths
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m utils.compare', description='Compares evaluated sequences.')
+    parser = Parser(prog='python -m mdil compare', description='Compares evaluated sequences.')
     parser.add_argument('results', nargs='+', metavar='NAME=FOLDER',
                         help="folders with a results.json of eval.py, a pattern in quotes, or such a file; several of "
                              'one NAME are seeds')
@@ -158,14 +159,14 @@ def draw(results, options):
 def main(argv=None):
     options = parse(argv)
     results = read_results(options.results)
-    tables.check_writable('--out', options.out, folder=True)
+    check_writable('--out', options.out, folder=True)
     about, summary = describe(results), summary_table(results)
     matrices = [step_table(name, seeds) for name, seeds in results.items()]
     blocks = tables.packed([tables.terminal(table) for table in matrices])
     print(tables.wrapped(about), blocks, tables.terminal(summary), sep='\n\n')
     written = {'comparison.md': tables.markdown_document, 'comparison.tex': tables.latex_document}
     for name, document in written.items():
-        tables.write(Path(options.out) / name, document(about, [*matrices, summary]))
+        write_text(Path(options.out) / name, document(about, [*matrices, summary]))
     if options.picture:
         draw(results, options)
     print(f'\nwritten to {options.out}: {", ".join([*written, *(["comparison.png"] if options.picture else [])])}')

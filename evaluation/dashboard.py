@@ -3,7 +3,7 @@
     python train.py ... --port 8097 [--server http://localhost] [--env NAME]
 
 Every window is replaced by what metrics.jsonl says, so that neither a reload nor a resumed
-run doubles a point. `curves` is what report.py draws too.
+run doubles a point. `curves` is what the report draws too.
 """
 import html
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from mdil.evaluation import pictures
 from mdil.models.methods import METHODS
 from mdil.training import records
-from mdil.training.options import show
+from mdil.utils.parser import show
 
 TIMEOUT = 5         # seconds that the server may take for an answer
 PICTURES = 2        # validation images of each domain

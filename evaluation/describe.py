@@ -1,6 +1,6 @@
 """Model card of a checkpoint: what it knows, how large it is, what it costs, how it was trained.
 
-    python -m utils.describe runs/ours/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
+    python -m mdil describe runs/ours/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
 
 The costs are those of one image through the encoder and one domain's decoder, at
 --width x --height, two operations (multiply, add) for each weight that is applied;
@@ -19,8 +19,8 @@ from mdil.evaluation import tables
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
-from mdil.training.options import Parser, complete_size, data_options, data_paths, show, size_options
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
 
 # What of the options is shown, in this order; what a file does not hold is left out.
 TRAINING = ('domains', 'method', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'no_dropout', 'lambdac',
@@ -29,7 +29,7 @@ TRAINING = ('domains', 'method', 'recipe', 'state', 'num_epochs', 'batch_size', 
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m utils.describe', description='Prints the model card of a checkpoint.')
+    parser = Parser(prog='python -m mdil describe', description='Prints the model card of a checkpoint.')
     parser.add_argument('state', metavar='CKPT', help='checkpoint of this code or a published one')
     parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
                         help='its domains in order (published files do not name them)')

@@ -15,10 +15,10 @@ from mdil.evaluation import metrics
 from mdil.losses import cross_entropy_parts
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report
 from mdil.training.building import plain_weights
-from mdil.training.options import data_paths
-from mdil.training.task import autocast, memory_format, to_float
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import summed
+from mdil.utils.parser import data_paths
+from mdil.utils.precision import autocast, memory_format, to_float
 
 
 @dataclass

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdil.datasets.segmentation import open_label, to_classes
-from mdil.training.task import to_float
+from mdil.utils.precision import to_float
 
 CELL = 8        # image pixels to a side of one feature
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mdil.datasets.segmentation import open_label, to_classes
 from mdil.evaluation import metrics, tables
 from mdil.evaluation.evaluation import at_label_size, logits_of
-from mdil.models.checkpoint import write_atomically
 from mdil.utils.errors import UserError
+from mdil.utils.files import write_atomically
 
 EXTREMES = 3        # images at either end of --save-extremes
 INK, PAPER = (0, 0, 0), (255, 255, 255)

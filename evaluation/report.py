@@ -1,6 +1,6 @@
 """Writes what a sequence of steps has given so far as one HTML file that needs no network.
 
-    python report.py runs/ours --data-root DATA
+    python -m mdil report runs/ours --data-root DATA
 
 The folder is one that the trainer scripts fill: a run in each folder of it, results.json of
 eval.py beside them (or a single run). Tables, learning curves, predictions after each step,
@@ -23,10 +23,11 @@ from mdil.evaluation import pictures, tables
 from mdil.evaluation.dashboard import curves, read_step, shrunk, starts
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
-from mdil.training.options import Parser, data_paths, show
 from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_text
 from mdil.utils.parallel import Place, pick_device
+from mdil.utils.parser import Parser, data_paths, show
 
 PICTURE_WIDTH = 512
 HEATED = ('steps', 'heads', 'classes')      # keys of tables whose figures are coloured
@@ -50,7 +51,7 @@ figcaption { font-size: 13px; color: #55606a; } td.other { background: #fff3cd; 
 
 
 def parse(argv=None):
-    parser = Parser(prog='report.py', description='One HTML file about a sequence of steps, finished or running.')
+    parser = Parser(prog='python -m mdil report', description='One HTML file about a sequence of steps, finished or running.')
     parser.add_argument('folder', metavar='FOLDER', help='folder of a sequence, or of one run')
     parser.add_argument('--out', metavar='FILE', help='the HTML file (default: report.html in FOLDER)')
     parser.add_argument('--device', default='auto', help='device that draws the predictions')
@@ -314,8 +315,8 @@ def main(argv=None):
     options = parse(argv)
     out = Path(options.out or Path(options.folder) / 'report.html')
     text = page(options.folder, options, Place(pick_device(options.device)))
-    tables.check_writable('--out', out)
-    tables.write(out, text)
+    check_writable('--out', out)
+    write_text(out, text)
     print(f'written: {out} ({len(text) / 1e6:.1f} MB, opens without a network)')
 
 

@@ -4,13 +4,9 @@ import io
 import math
 import re
 import statistics
-import tempfile
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
-from mdil.models.checkpoint import write_atomically
-from mdil.utils.errors import UserError
 
 WIDTH = 80          # columns of the terminal
 LONGEST = 28        # characters of a cell there
@@ -300,21 +296,3 @@ def without_nan(value):
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def write(path, text):
-    """Writes text, atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def check_writable(option, path, folder=False):
-    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be."""
-    place = Path(path) if folder else Path(path).parent
-    if not folder and Path(path).is_dir():
-        raise UserError(f'{option} {path} is a folder, a file name is expected')
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None

@@ -1,6 +1,6 @@
 """Shows what a step does to the encoder's features of a domain learnt before it.
 
-    python plot_tsne.py ours=runs/demo/ours fine-tune=runs/demo/fine-tune --data-root DATA --out runs/demo/tsne
+    python -m mdil tsne ours=runs/demo/ours fine-tune=runs/demo/fine-tune --data-root DATA --out runs/demo/tsne
 
 For every sequence NAME=FOLDER (or two checkpoints, NAME=BEFORE,AFTER) the same validation
 pixels go through the encoder before and after the step; one t-SNE (van der Maaten and
@@ -19,11 +19,12 @@ import numpy as np
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import features, pictures
-from mdil.models.checkpoint import check_known, load_network, read_checkpoint, write_atomically
+from mdil.models.checkpoint import check_known, load_network, read_checkpoint
 from mdil.training import records
-from mdil.training.options import Parser, data_options, data_paths, natural, positive, side
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_atomically, write_json
 from mdil.utils.parallel import pick_device
+from mdil.utils.parser import Parser, data_options, data_paths, natural, positive, side
 
 HEIGHT = 512        # of images where the checkpoint does not say how it was trained
 
@@ -46,8 +47,8 @@ class Moved:
 
 
 def tsne_parser():
-    """The parser of plot_tsne.py."""
-    parser = Parser(prog='plot_tsne.py', description='Encoder features of one domain before and after a step.')
+    """The parser of this tool."""
+    parser = Parser(prog='python -m mdil tsne', description='Encoder features of one domain before and after a step.')
     group = parser.add_argument_group('what is compared')
     group.add_argument('sequences', nargs='+', metavar='NAME=FOLDER|NAME=BEFORE,AFTER',
                        help='folders with steps of one sequence each, or two checkpoints')
@@ -262,7 +263,7 @@ def save(results, dataset, pixels, pairs, options):
     for path in paths[:2]:
         pictures.save_figure(path, figure, dpi=150)
     write_atomically(paths[2], lambda file: file.write(table(results, dataset, pixels).encode()))
-    records.write_json(paths[3], {
+    write_json(paths[3], {
         'domain': dataset.domain.name, 'split': dataset.split, 'height': dataset.size[0], 'width': dataset.size[1],
         'images': [dataset.pairs[index].image.name for index in dict.fromkeys(pixels.images.tolist())],
         'points': len(pixels.cells), 'perplexity': options.perplexity, 'seed': options.seed,

@@ -4,7 +4,6 @@ torch.load compares no checksum and believes what a file says of itself; `read` 
 in torch's old format, which is no archive, have no checksums: a number that changed in them
 cannot be told from the right one.
 """
-import contextlib
 import io
 import itertools
 import math
@@ -22,6 +21,7 @@ from mdil.datasets.domains import domain_names
 from mdil.models.layouts import Found, fitting_methods, load_encoder, network_of, recognise
 from mdil.models.methods import METHODS
 from mdil.utils.errors import UserError
+from mdil.utils.files import write_atomically
 
 VERSION = 1
 
@@ -52,70 +52,6 @@ class Checkpoint:
     domains: list = None
     method: str = None
     content: dict = field(default_factory=dict, repr=False)
-
-
-def write_atomically(path, write, previous=None):
-    """Calls write(file) on a new binary file that takes the place of `path` once complete and on the disk.
-
-    previous: where the file that was at `path` goes instead of vanishing. UserError if
-    the disk does not take it; `path` is then as it was.
-    """
-    path = Path(path)
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            keep_as(path, previous)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:    # writers of torch report a full disk as RuntimeError
-        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); what was there before '
-                        'is kept') from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def temporary_name(path):
-    """Where this process writes what becomes `path`."""
-    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-
-
-def keep_as(path, previous):
-    """Gives the file at `path` the name `previous` too, so that at no moment there is none at `path`.
-
-    File systems without hard links have it moved instead.
-    """
-    link = temporary_name(previous)
-    try:
-        os.link(path, link)
-        os.replace(link, previous)
-    except OSError:
-        os.replace(path, previous)
-    finally:
-        with contextlib.suppress(OSError):
-            link.unlink()       # it stays where both names were the same file already
-
-
-def sync_folder(folder):
-    """Waits until the names in `folder` are on the disk, where the file system can be asked to."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def remove_leftovers(folder, names):
-    """Removes what killed processes left half-written of the files `names` in `folder`, which nobody else writes."""
-    for name in names:
-        for path in folder.glob(f'.{name}.*.tmp'):
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def save(content, path, previous=None):

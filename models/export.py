@@ -1,6 +1,6 @@
 """Writes a checkpoint in the key layout of the published code.
 
-    python -m utils.export runs/ours/step2-BDD/model_best.pth.tar out.pth.tar
+    python -m mdil export runs/ours/step2-BDD/model_best.pth.tar out.pth.tar
 
 Adapter models keep their keys under `module.`; plain networks become the published
 single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N)
@@ -9,12 +9,12 @@ layout. A network that the published code does not have is refused.
 from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
 from mdil.models.layouts import published_keys
-from mdil.training.options import Parser
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.parser import Parser
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m utils.export', description='Writes a checkpoint in the published key layout.')
+    parser = Parser(prog='python -m mdil export', description='Writes a checkpoint in the published key layout.')
     parser.add_argument('state', help='a checkpoint of train.py')
     parser.add_argument('out', help='the file to write')
     return parser.parse_args(argv)

@@ -2,6 +2,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from mdil.models.erfnet import ERFNet
+
 
 @dataclass(frozen=True)
 class Method:
@@ -51,3 +53,13 @@ def get_method(name):
     if name not in METHODS:
         raise KeyError(f'unknown method {name!r}; choose from {", ".join(METHODS)}')
     return METHODS[name]
+
+
+def build_model(num_classes, method='ours'):
+    """The network of `method` for domains of `num_classes` classes each, void included.
+
+    `build_model([20, 20])(images, domain=1)` gives logits (B, 20, H, W) of images
+    (B, 3, H, W), floats in [0, 1].
+    """
+    row = get_method(method)
+    return ERFNet(list(num_classes), adapter=row.adapter, domain_bn=row.domain_bn)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mdil.datasets import get_domain
-from mdil.models import build_model
+from mdil.models import build_model, checkpoint, export
 from mdil.models.layouts import published_keys
-from tests.fill import fill
-from mdil.models import checkpoint, export
 from mdil.training import building
 from mdil.utils.errors import UserError
+from mdil.utils.files import write_atomically
+from tests.fill import fill
 
 CS, BDD, IDD = (get_domain(name) for name in ('CS', 'BDD', 'IDD'))
 # Layout of a published file: method, class counts, multi-task keys.
@@ -150,7 +150,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b'half')
         raise OSError('disk full')
     with pytest.raises(UserError, match='disk full'):
-        checkpoint.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert checkpoint.read(path) == {'a': 1} and os.listdir(tmp_path) == ['x']
 
 

@@ -13,13 +13,13 @@ import torch
 
 from mdil import eval as evaluation, train
 from mdil.models import METHODS, build_model
-from tests.conftest import ROOT, run_script
-from tests.fill import fill
-from tests.test_checkpoints import encoder_file, published_file
 from mdil.models import checkpoint
 from mdil.models.layouts import published_keys
 from mdil.training import resume
 from mdil.utils.errors import UserError, advice, run_main
+from tests.conftest import ROOT, run_script
+from tests.fill import fill
+from tests.test_checkpoints import encoder_file, published_file
 
 SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '0', '--device', 'cpu']
 

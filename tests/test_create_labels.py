@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mdil.datasets.create_labels import in_parallel, main
+from mdil.datasets.create_labels import main
 from mdil.datasets.labels import label_table
 from mdil.utils.errors import UserError
+from mdil.utils.workers import in_parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / 'tests/idd_polygons'

@@ -15,6 +15,7 @@ import pytest
 from mdil import train
 from mdil.evaluation import dashboard
 from mdil.training import records
+from mdil.utils.files import write_json
 
 SERVER = 'from visdom.server.run_server import main; main()'
 SMALL = ['--domains', 'CS', '--height', '32', '--batch-size', '4', '--num-workers', '0', '--device', 'cpu',
@@ -78,7 +79,7 @@ def write_run(folder, domains, lines, state=None, **options):
     (folder / 'metrics.jsonl').unlink(missing_ok=True)
     for entry in lines:
         records.append_metrics(folder, entry)
-    records.write_json(folder / 'opts.json', {'versions': {'torch': '2'}, 'options': {
+    write_json(folder / 'opts.json', {'versions': {'torch': '2'}, 'options': {
         'domains': domains, 'method': 'ours', 'lr': 5e-4, 'shared_lr': 5e-6, 'state': state and str(state), **options}})
     return folder
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from mdil.evaluation import describe
 from mdil.models import build_model
+from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.layouts import published_keys
 from tests.fill import fill
 from tests.test_checkpoints import published_file
 from tests.test_tsne import save_network
-from mdil.evaluation import describe
-from mdil.models.checkpoint import load_network, read_checkpoint
 
 
 def counted(model, number, height, width):

@@ -1,4 +1,4 @@
-"""eval.py and utils.compare: figures against independent ones, formats, resolutions, label spaces, seeds."""
+"""eval.py and the comparison: figures against independent ones, formats, resolutions, label spaces, seeds."""
 import csv
 import json
 import re

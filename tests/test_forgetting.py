@@ -11,9 +11,9 @@ from mdil.benchmarks import forgetting, sequences
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.models import build_model
 from mdil.models.erfnet import batch_norms_of
-from tests.fill import fill
 from mdil.training import resume
 from mdil.utils.errors import UserError
+from tests.fill import fill
 
 SMALL = ['--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0']
 

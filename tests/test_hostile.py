@@ -23,14 +23,14 @@ import torch
 
 from mdil import eval as evaluation, train
 from mdil.datasets.toy.roads import write_toy_roads
-from mdil.models import build_model
-from tests.fill import fill
-from mdil.models import checkpoint
+from mdil.models import build_model, checkpoint
 from mdil.training import resume
 from mdil.training.options import parse_train
 from mdil.training.run import BEST, LATEST, PREVIOUS, Run
 from mdil.utils.errors import UserError
+from mdil.utils.files import temporary_name
 from mdil.utils.parallel import session
+from tests.fill import fill
 
 
 def content(state):
@@ -575,7 +575,7 @@ def test_a_power_cut_meets_files_before_their_names_and_names_on_the_disk(tmp_pa
     noted('replace', os.replace, lambda source, target: str(target))
     for _ in range(2):
         checkpoint.save({}, tmp_path / LATEST, previous=tmp_path / PREVIOUS)
-    latest, temporary = str(tmp_path / LATEST), str(checkpoint.temporary_name(tmp_path / LATEST))
+    latest, temporary = str(tmp_path / LATEST), str(temporary_name(tmp_path / LATEST))
     first = [('fsync', temporary), ('replace', latest), ('fsync', str(tmp_path))]
     assert done == [*first, first[0], ('replace', str(tmp_path / PREVIOUS)), *first[1:]]
 

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 from mdil.losses import cross_entropy, kl_per_pixel, released_kl
 from mdil.models import build_model
-from tests.fill import fill
 from mdil.training.task import Task
+from tests.fill import fill
 
 random = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = (3 * torch.randn(2, 5, 4, 6, generator=random) for _ in range(2))

@@ -9,11 +9,11 @@ from PIL import Image
 
 from mdil import eval as evaluation
 from mdil.datasets import DOMAINS, SegmentationDataset
-from mdil.models import build_model
-from tests.test_eval import COUNTS, save
 from mdil.evaluation import pictures
+from mdil.models import build_model
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
+from tests.test_eval import COUNTS, save
 
 CPU = Place(torch.device('cpu'))
 

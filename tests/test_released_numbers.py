@@ -17,10 +17,10 @@ from mdil import train
 from mdil.models import build_model
 from mdil.models.erfnet import EncoderBlock
 from mdil.models.layouts import network_of, published_keys, recognise
-from tests.fill import fill, inputs, rule, rule_state
 from mdil.training import building
 from mdil.training.options import recipe_settings
 from mdil.utils.parallel import Place
+from tests.fill import fill, inputs, rule, rule_state
 
 HERE = Path(__file__).parent
 NUMBERS = json.loads(Path(os.environ.get('RELEASED_NUMBERS', HERE / 'released_numbers.json')).read_text())

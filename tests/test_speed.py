@@ -11,16 +11,16 @@ import torch.nn.functional as F
 
 from mdil import losses, train
 from mdil.benchmarks import speed
+from mdil.evaluation.metrics import confusion, mean_iou
 from mdil.losses import cross_entropy, kl_per_pixel
 from mdil.models import build_model, erfnet
-from tests.fill import fill, inputs
-from mdil.evaluation.metrics import confusion, mean_iou
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.run import like_their_weights
 from mdil.training.task import Task, drawn
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
+from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])

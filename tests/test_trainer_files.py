@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
 from mdil.training.options import parse_train
+from tests.conftest import ROOT
 
 SCRIPTS = ['ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 

@@ -7,10 +7,10 @@ import torch
 
 from mdil import train
 from mdil.models import METHODS, build_model
-from tests.fill import fill, inputs
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.utils.parallel import Place
+from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(3, 2, 32, 64, 12)
 SEQUENTIAL = [name for name, row in METHODS.items() if not (row.joint or row.lonely)]

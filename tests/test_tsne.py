@@ -8,12 +8,11 @@ import torch
 from PIL import Image
 
 from mdil.datasets import DOMAINS, SegmentationDataset
-from mdil.evaluation import tsne as plot_tsne
-from mdil.models import build_model
-from tests.fill import fill
+from mdil.evaluation import tsne
 from mdil.evaluation import features
-from mdil.models import checkpoint
+from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
+from tests.fill import fill
 
 SMALL = ['--perplexity', '5', '--points', '12', '--device', 'cpu']
 
@@ -104,7 +103,7 @@ def sequences(tmp_path_factory):
 
 
 def run(toy, out, *arguments):
-    plot_tsne.main([*map(str, arguments), '--data-root', str(toy), '--out', str(out), *SMALL])
+    tsne.main([*map(str, arguments), '--data-root', str(toy), '--out', str(out), *SMALL])
 
 
 def test_the_script_writes_picture_coordinates_and_numbers_the_same_each_time(toy, sequences, tmp_path, capsys):
@@ -156,5 +155,5 @@ def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
 def test_bad_input_is_said(toy, sequences, tmp_path, arguments, message):
     arguments = [item.replace('{root}', str(sequences)) for item in arguments]
     with pytest.raises(UserError, match=message):
-        plot_tsne.main([*SMALL, *arguments, '--data-root', str(toy), '--out', str(tmp_path / 'x')])
+        tsne.main([*SMALL, *arguments, '--data-root', str(toy), '--out', str(tmp_path / 'x')])
     assert not list(tmp_path.iterdir())

@@ -108,7 +108,7 @@ learn_sequence() {
         states+=("$savedir/model_best.pth.tar")
         evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
-    run "$PYTHON" report.py "$OUT/$name" --data-root "$DATA"
+    run "$PYTHON" -m mdil report "$OUT/$name" --data-root "$DATA"
 }
 
 # Evaluates checkpoints in step order: evaluate_states JSON STATE...

@@ -10,10 +10,10 @@ source trainer_files/common.sh
 read_arguments "Learns three toy domains with the method and by fine-tuning; results in $OUT." "$@"
 
 echo "== drawing the toy roads into $DATA"
-run "$PYTHON" -m datasets.toy_roads --out "$DATA" --train 96 --val 24 --height "$HEIGHT" --width "$WIDTH"
+run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 96 --val 24 --height "$HEIGHT" --width "$WIDTH"
 for method in ours fine-tune; do
     echo "== $method: $DOMAINS, one after another"
     learn_sequence "$method" --method "$method"
 done
 echo "== comparing"
-run "$PYTHON" -m utils.compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"
+run "$PYTHON" -m mdil compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"

@@ -15,14 +15,15 @@ from mdil.datasets.augment import augment_batch, draw
 from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
 from mdil.datasets.class_weights import training_weights
-from mdil.datasets.create_labels import in_parallel
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model, get_method
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
-from mdil.training.options import data_paths
-from mdil.training.task import Task, memory_format
+from mdil.training.task import Task
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import wrap
+from mdil.utils.parser import data_paths
+from mdil.utils.precision import memory_format
+from mdil.utils.workers import in_parallel
 
 
 @dataclass
@@ -139,7 +140,7 @@ def distils(options):
 
 def build_networks(options, domains):
     """(student, teacher or None, lines about what was loaded) for the step's Domain objects."""
-    method, joint = get_method(options.method), get_method(options.method).joint
+    joint = get_method(options.method).joint
     counts = [domain.num_classes for domain in domains]
     if len(domains) == 1 or joint:
         student, lines = build_model(counts, options.method), 'random initial weights'

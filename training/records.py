@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torchvision
 
-from mdil.models.checkpoint import write_atomically
 from mdil.utils.errors import UserError
+from mdil.utils.files import write_atomically, write_json
 
 
 def make_folder(path):
@@ -24,16 +24,14 @@ def make_folder(path):
         raise UserError(f'--savedir {folder} cannot be written to: {error.strerror}') from None
 
 
-def write_json(path, value):
-    """Writes `value` as indented JSON, atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
-
-
 def git_revision():
-    """The revision of the code, '-dirty' appended if changed; None without git."""
+    """The revision of the code, '-dirty' appended if changed; None without git, or where the code is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / 'mdil').is_dir():        # installed: a repository around it is another project's
+        return None
     try:
         done = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-                              cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+                              cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

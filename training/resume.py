@@ -1,6 +1,4 @@
 """Going on where a run stopped: which file, whether it fits, and that nobody else is at it."""
-import contextlib
-import fcntl
 import math
 import os
 import signal
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from mdil.models import checkpoint
 from mdil.models.layouts import faults
 from mdil.utils.errors import UserError
+from mdil.utils.files import locked
 
 # Options that change no result, or only where the data lies; a change of the second kind is said.
 HARMLESS = {'resume', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',
@@ -186,26 +185,9 @@ def check_options(content, options):
         print(f'resuming although {line}: results will not be bit-equal to an uninterrupted run', file=sys.stderr)
 
 
-@contextlib.contextmanager
 def lock(folder):
-    """Holds `folder` for this process; UserError if another one does. A dead process holds nothing.
-
-    The lock belongs to the process alone: loader workers, which outlive a killed run
-    by seconds, do not hold it.
-    """
-    path = folder / '.lock'
-    try:
-        file = open(path, 'w')
-    except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror}); use another --savedir') from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f'another run is at work in {folder}; wait for it, or use another --savedir') from None
-        except OSError as error:
-            print(f'{folder} is not locked ({error.strerror}); take care that no second run uses it', file=sys.stderr)
-        yield
+    """Holds `folder` for the run of this process; UserError if another one does."""
+    return locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir')
 
 
 class Interrupt:

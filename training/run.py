@@ -8,6 +8,7 @@ from mdil.models import checkpoint
 from mdil.models.layouts import faults
 from mdil.training import building, resume
 from mdil.utils.errors import UserError
+from mdil.utils.files import remove_leftovers
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
 WRITTEN = LATEST, PREVIOUS, BEST, 'metrics.jsonl', 'opts.json'
@@ -41,7 +42,7 @@ class Run:
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
         if place.main:
-            checkpoint.remove_leftovers(self.folder, WRITTEN)
+            remove_leftovers(self.folder, WRITTEN)
         self.feeds = building.build_feeds(options, place)
         domains = [feed.domain for feed in self.feeds]
         build = building.rebuild_networks if saved else building.build_networks

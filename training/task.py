@@ -1,10 +1,10 @@
 """The task of a step: student, frozen teacher, losses. The loop knows nothing else."""
-import contextlib
 
 import torch
 from torch import nn
 
 from mdil.losses import DISTILLATIONS, cross_entropy
+from mdil.utils.precision import autocast, memory_format, to_float
 
 
 class Task(nn.Module):
@@ -69,20 +69,3 @@ def drawn(known, count=None):
     if count is None or count >= known:
         return list(reversed(range(known))), 1.0
     return sorted(torch.randperm(known)[:count].tolist(), reverse=True), known / count
-
-
-def to_float(images):
-    """uint8 [0, 255] -> float32 [0, 1], where the images are; floats pass as they are."""
-    return images if images.is_floating_point() else images.float().div_(255)
-
-
-def memory_format(device, precision):
-    """The layout that convolutions run fastest in: channels last, but for float32 on a GPU."""
-    contiguous = device.type == 'cuda' and precision == 'fp32'
-    return torch.contiguous_format if contiguous else torch.channels_last
-
-
-def autocast(device, precision):
-    """Autocast context of `precision`: 'fp32' (none), 'bf16' or 'fp16'."""
-    dtype = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()

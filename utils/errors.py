@@ -9,6 +9,10 @@ ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or -
                                'on from the last checkpoint'}
 
 
+# Packages that only some tools need: import name -> what to install.
+OPTIONAL = {'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'visdom': 'visdom'}
+
+
 class UserError(Exception):
     """Says what is wrong, where, and what to do, in one line."""
 
@@ -34,6 +38,11 @@ def run_main(main):
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        package = OPTIONAL.get((error.name or '').split('.')[0])
+        if package is None:
+            raise
+        line = f'{package} is missing: pip install {package}'
     except (RuntimeError, OSError, EOFError) as error:
         line = advice(error)
         if line is None:

@@ -1,14 +1,13 @@
 """Toy roads: drawn street scenes in the folder layouts of the real data sets.
 
-    python -m datasets.toy_roads --out DIR [--train 96 --val 24 --height 128 --width 256 --seed 0]
+    python -m mdil toy-roads --out DIR [--train 96 --val 24 --height 128 --width 256 --seed 0]
 
 writes `cityscapes/` (Germany), `bdd100k/` (USA) and `IDD_Segmentation/` (India) below DIR: enough
-to run every script of the project without the real data. `datasets.toy_scenes` draws them.
+to run every script of the project without the real data. `datasets.toy.scenes` draws them.
 """
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -16,8 +15,9 @@ from tqdm import tqdm
 
 from mdil.datasets.labels import label_table
 from mdil.datasets.toy.scenes import draw_scene
-from mdil.training.options import Parser
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import write_atomically
+from mdil.utils.parser import Parser
 
 VERSION = 1     # raised whenever the same request gives other pictures
 SPLITS = ('train', 'val')
@@ -55,12 +55,7 @@ def scene_paths(country, split, index):
 def save(path, content):
     """Writes the bytes `content` in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def encoded(image, suffix):
@@ -125,13 +120,13 @@ def write_toy_roads(root, train=96, val=24, height=128, width=256, seed=0):
     (root / 'toy_roads.partial.json').unlink(missing_ok=True)
 
 
-def main():
-    parser = Parser(prog='python -m datasets.toy_roads', description='Write toy road scenes of three countries.')
+def main(argv=None):
+    parser = Parser(prog='python -m mdil toy-roads', description='Write toy road scenes of three countries.')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write the three data sets to')
     for name, default, text in (('train', 96, 'training scenes per country'), ('val', 24, 'the same for validation'),
                                 ('height', 128, 'pixels'), ('width', 256, 'pixels'), ('seed', 0, 'random seed')):
         parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=text)
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(argv))
     try:
         write_toy_roads(options.pop('out'), **options)
     except (ValueError, OSError) as error:

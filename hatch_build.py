@@ -1,0 +1,12 @@
+"""Where the wheel has what a checkout has beside the folder mdil: inside it."""
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+INSIDE = ('models', 'losses', 'datasets', 'training', 'evaluation', 'utils', 'train.py', 'eval.py')
+
+
+class Inside(BuildHookInterface):
+    """Puts the folders and scripts into the package; an editable installation finds them where they are."""
+
+    def initialize(self, version, build_data):
+        if version != 'editable':
+            build_data['force_include'] |= {name: f'mdil/{name}' for name in INSIDE}

@@ -1,0 +1,123 @@
+"""Files that are never half-written, and folders that two processes do not write to at once."""
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from mdil.utils.errors import UserError
+
+
+def write_atomically(path, write, previous=None):
+    """Calls write(file) on a new binary file that takes the place of `path` once complete and on the disk.
+
+    previous: where the file that was at `path` goes instead of vanishing. UserError if
+    the disk does not take it; `path` is then as it was.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            keep_as(path, previous)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:    # writers of torch report a full disk as RuntimeError
+        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); what was there before '
+                        'is kept') from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_name(path):
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+
+
+def keep_as(path, previous):
+    """Gives the file at `path` the name `previous` too, so that at no moment there is none at `path`.
+
+    File systems without hard links have it moved instead.
+    """
+    link = temporary_name(previous)
+    try:
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:
+        os.replace(path, previous)
+    finally:
+        with contextlib.suppress(OSError):
+            link.unlink()       # it stays where both names were the same file already
+
+
+def sync_folder(folder):
+    """Waits until the names in `folder` are on the disk, where the file system can be asked to."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_leftovers(folder, names):
+    """Removes what killed processes left half-written of the files `names` in `folder`, which nobody else writes."""
+    for name in names:
+        for path in folder.glob(f'.{name}.*.tmp'):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def write_text(path, text):
+    """Writes `text` in UTF-8, atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def check_writable(option, path, folder=False):
+    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be."""
+    place = Path(path) if folder else Path(path).parent
+    if not folder and Path(path).is_dir():
+        raise UserError(f'{option} {path} is a folder, a file name is expected')
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None
+
+
+@contextlib.contextmanager
+def locked(path, busy=None):
+    """Holds the lock file `path` for this process; a dead process holds nothing.
+
+    Where another process holds it, this one waits and says so, or raises UserError(busy)
+    if that is given. The lock belongs to the process alone: loader workers, which outlive
+    a killed run by seconds, do not hold it.
+    """
+    try:
+        file = open(path, 'a')
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if busy:
+                raise UserError(busy) from None
+            print(f'waiting for the process that holds {path}', file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f'{path.parent} is not locked ({error.strerror}); take care that no second run uses it',
+                  file=sys.stderr)
+        yield

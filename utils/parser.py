@@ -1,0 +1,113 @@
+"""What command lines have in common: parser, types, options about data, size and machine."""
+import argparse
+from pathlib import Path
+
+from mdil.utils.errors import UserError
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the defaults that say something, where the help text does not speak of them itself."""
+
+    def _get_help_string(self, action):
+        value = action.default
+        if 'default' in action.help or value is False or value in (None, '', [], argparse.SUPPRESS):
+            return action.help
+        shown = ' '.join(map(str, value)) if isinstance(value, list) else '%(default)s'
+        return f'{action.help} (default: {shown})'
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that ends with one line, without the usage text.
+
+    refused: {option: reason} of options that the parser does not have but that users may
+    expect; a message about one of them gives the reason.
+    """
+
+    def __init__(self, refused=None, **keywords):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **keywords)
+        self.refused = refused or {}
+
+    def error(self, message):
+        reasons = '; '.join(f'{option}: {reason}' for option, reason in self.refused.items()
+                            if f' {option} ' in f'{message} '.replace('=', ' '))
+        raise UserError(f'{message} ({reasons or "--help lists the options"})')
+
+
+def show(value):
+    """The value of an option as text."""
+    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def positive(text):
+    """argparse type: an int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return value
+
+
+def natural(text):
+    """argparse type: an int of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'{text} is negative')
+    return value
+
+
+def rate(text):
+    """argparse type: a finite float of at least 0."""
+    value = float(text)
+    if not 0 <= value < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text} is not a finite number >= 0')
+    return value
+
+
+def side(text):
+    """argparse type: an image side, a positive multiple of 8."""
+    value = int(text)
+    if value < 8 or value % 8:
+        near = max(8, round(value / 8) * 8)
+        raise argparse.ArgumentTypeError(f'{text} is not a positive multiple of 8; the nearest is {near}')
+    return value
+
+
+def data_options(parser):
+    """Adds where the data lies: `--data-root` and `--data`."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-root', '--datadir', default='data', metavar='DIR',
+                       help='folder that holds the data sets')
+    group.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
+                       help='place of one domain, or of your own domain (folder with domain.json); repeatable')
+    return group
+
+
+def data_paths(items):
+    """{domain name: Path} of `--data NAME=PATH` items; UserError if one is malformed."""
+    paths = {}
+    for item in items:
+        name, equals, path = item.partition('=')
+        if not (name and equals and path):
+            raise UserError(f'--data {item!r} is not NAME=PATH')
+        paths[name] = Path(path)
+    return paths
+
+
+def size_options(group):
+    """Adds the size that images are resized to."""
+    group.add_argument('--height', type=side, default=512, help='image height, a multiple of 8')
+    group.add_argument('--width', type=side, default=argparse.SUPPRESS,
+                       help='image width, a multiple of 8 (default: twice the height)')
+
+
+def complete_size(options):
+    """Sets width to twice the height unless it was given."""
+    options.width = getattr(options, 'width', 2 * options.height)
+
+
+def machine_options(parser, workers=2):
+    """Adds device, precision and workers."""
+    group = parser.add_argument_group('machine')
+    group.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help='autocast type')
+    group.add_argument('--num-workers', type=natural, default=workers, help='loader processes')
+    return group
