@@ -28,7 +28,7 @@ LOAD_ALL = ('import importlib, sys, mdil.__main__ as main\n'
 
 
 def run(folder, *command, paths=()):
-    """Standard output of this Python (or another command) run in `folder`; `paths` come first among its import paths."""
+    """Standard output of this Python (or of a command), run in `folder` with `paths` among its import paths."""
     command = command if isinstance(command[0], Path) else (sys.executable, *command)
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=280,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(map(str, paths))})
@@ -117,6 +117,7 @@ def test_python_m_mdil_lists_and_runs_tools(capsys):
     ('utils.export', 'export'), ('datasets.toy_roads', 'toy-roads'), ('datasets.class_weights', 'class-weights'),
     ('datasets.check', 'check'), ('datasets.create_labels', 'create-labels'), ('train.py', 'train'),
     ('eval.py', 'eval')])
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules:RuntimeWarning')
 def test_old_commands_are_the_tools(old, tool, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         mdil.__main__.run([tool, '--help'])
