@@ -27,7 +27,7 @@ from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.tables import Table, number, spread
 from mdil.models import METHODS, build_model
 from mdil.training import records
-from mdil.training.building import distils
+from mdil.training.plan import plan_step
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json, write_text
 from mdil.utils.parallel import pick_device, session
@@ -109,7 +109,7 @@ def all_figures(found):
 def units(step):
     """Forward passes that an image of the step costs, a backward pass being two."""
     options, old = parsed(step.arguments), len(step.domains) - 1
-    if not distils(argparse.Namespace(**options)):
+    if not plan_step(argparse.Namespace(**options)).needs_teacher:
         return 3
     return 3 + min(old, options.get('distill_domains') or old) * (3 + 1)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.models import METHODS, checkpoint
-from mdil.models.erfnet import batch_norms_of
+from mdil.models.multi_domain import batch_norms_of
 from mdil.training import resume
 from mdil.training.options import parse_train, recipe_settings
 from mdil.training.run import BEST, LATEST
@@ -308,7 +308,7 @@ def make_state(state, options):
 
 def put_back(previous, current):
     """Gives the batch norms of `current` of the domains that `previous` knows the running statistics they have there."""
-    for domain in range(len(previous.decoder)):
+    for domain in range(len(previous.views)):
         for norm, before in zip(batch_norms_of(current.branch(domain)), batch_norms_of(previous.branch(domain))):
             for buffer, kept in zip(norm.buffers(), before.buffers()):
                 buffer.copy_(kept)

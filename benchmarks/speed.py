@@ -38,7 +38,7 @@ from mdil.models import build_model, erfnet
 from mdil.training import building
 from mdil.training.options import recipe_settings
 from mdil.training.records import environment
-from mdil.training.task import Task
+from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json
 from mdil.utils.parallel import session
@@ -52,16 +52,16 @@ PUBLISHED, OURS, REPEATABLE = 'published', 'ours', 'ours, --deterministic'
 
 def published_batch(run, images, labels):
     """A batch the published way: plain formulas, terms in one graph or a step on each, the teacher's output over the CPU."""
-    task, total = run.task, 0.0
-    for part in run.parts:
+    loss_of, total = run.step_loss, 0.0
+    for part in run.published_steps:
         run.optimizer.zero_grad()
         loss = 0.0
         if part != 'kd':
-            loss = F.cross_entropy(task.student(images, run.number), labels.long(), getattr(task, f'weights{run.number}'))
-        for old in reversed(range(run.old if part != 'ce' else 0)):
+            loss = F.cross_entropy(run.student(images, run.domain), labels.long(), loss_of.class_weights(run.domain))
+        for old in reversed(range(run.domain if part != 'ce' else 0)):
             with torch.no_grad():
-                target = task.teacher(images, old).cpu().to(images.device)
-            loss = loss + run.options.lambdac * task.distill(task.student(images, old), target)
+                target = run.teacher(images, old).cpu().to(images.device)
+            loss = loss + run.options.lambdac * loss_of.terms['kd'].distance(run.student(images, old), target)
         loss.backward()
         run.optimizer.step()
         total += loss.item()
@@ -71,12 +71,12 @@ def published_batch(run, images, labels):
 @contextlib.contextmanager
 def unfolded():
     """Batch norms applied to what convolutions give, as published."""
-    folded = erfnet.normalised
-    erfnet.normalised = lambda bn, conv, x, *more: bn(sum((c(y) for c, y in more), conv(x)))
+    folded = erfnet.conv_bn
+    erfnet.conv_bn = lambda bn, conv, x, *more: bn(sum((c(y) for c, y in more), conv(x)))
     try:
         yield
     finally:
-        erfnet.normalised = folded
+        erfnet.conv_bn = folded
 
 
 def settings(side, domains, options):
@@ -101,14 +101,14 @@ def networks(domains, chosen):
     return student, teacher
 
 
-def make_task(side, domains, chosen, device):
-    """The Task of a side on a device."""
+def make_step_loss(side, domains, chosen, device):
+    """The StepLoss of a side on a device."""
     student, teacher = networks(domains, chosen)
     weights = torch.linspace(1, 2, CLASSES)
     weights[-1] = 0
-    task = Task(student, teacher, [weights] * domains, distillation=chosen.distillation,
-                teacher_mode=chosen.teacher_mode, precision=chosen.precision, compiled=chosen.compile)
-    return task.to(device, memory_format=layout_of(side, torch.device(device), chosen.precision))
+    loss = StepLoss(student, teacher, [weights] * domains, building.build_terms(chosen),
+                    teacher_mode=chosen.teacher_mode, precision=chosen.precision, compiled=chosen.compile)
+    return loss.to(device, memory_format=layout_of(side, torch.device(device), chosen.precision))
 
 
 def layout_of(side, device, precision):
@@ -121,10 +121,11 @@ class Training:
 
     def __init__(self, side, domains, options, place):
         self.options = chosen = settings(side, domains, options)
-        self.side, self.place, self.number, self.old = side, place, domains - 1, domains - 1
-        self.task = make_task(side, domains, chosen, place.device).train()
-        self.student, self.scaler = self.task.student, torch.amp.GradScaler(place.device.type, enabled=False)
-        self.parts = ('ce', 'kd') if chosen.steps_per_batch == 2 else ('both',)
+        self.side, self.place, self.domain = side, place, domains - 1
+        self.step_loss = make_step_loss(side, domains, chosen, place.device).train()
+        self.student, self.teacher, self.terms = self.step_loss.student, self.step_loss.teacher, list(self.step_loss.terms.values())
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=False)
+        self.published_steps = ('ce', 'kd') if chosen.steps_per_batch == 2 else ('both',)
         self.optimizer, _ = building.build_optimizer(self.student, chosen)
 
     def __call__(self, images, labels):
@@ -138,7 +139,7 @@ class Training:
             if device.type == 'cuda':
                 torch.cuda.empty_cache()
         else:
-            train.train_batch(self, images, labels, self.number)
+            train.train_batch(self, images, labels, self.domain)
 
 
 class Evaluation:
@@ -148,17 +149,17 @@ class Evaluation:
         self.side, self.place, self.options = side, place, options
         self.weights = torch.ones(CLASSES, device=place.device)
         layout = layout_of(side, place.device, options.precision)
-        self.task = build_model([CLASSES]).eval().to(place.device, memory_format=layout)
+        self.network = build_model([CLASSES]).eval().to(place.device, memory_format=layout)
 
     def __call__(self, images, labels):
         if self.side == PUBLISHED:
             with unfolded(), torch.no_grad():
-                published_evaluation(self.task, images.to(self.place.device), labels.to(self.place.device), self.weights)
+                published_evaluation(self.network, images.to(self.place.device), labels.to(self.place.device), self.weights)
             if self.place.device.type == 'cuda':
                 torch.cuda.empty_cache()
         else:
             batch = images, labels, torch.arange(len(images))
-            evaluate(self.task, 0, [batch], self.weights, self.place, self.options.precision)
+            evaluate(self.network, 0, [batch], self.weights, self.place, self.options.precision)
 
 
 def published_evaluation(network, images, labels, weights):
@@ -303,10 +304,11 @@ def costs_of(what, options):
             return traffic(lambda: network(images, 0))
     domains = int(what.split()[1])
     chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, distill_domains=None))
-    task = make_task(OURS, domains, chosen, 'meta').to(dtype).train()
+    loss = make_step_loss(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
-    terms = [None, *range(min(domains - 1, options.distill_domains or domains - 1))]
-    return traffic(lambda: [task(images, labels, domains - 1, old).backward() for old in terms])
+    old = range(min(domains - 1, options.distill_domains or domains - 1))
+    parts = [('ce', None), *(('kd', domain) for domain in old)]
+    return traffic(lambda: [loss(images, labels, domains - 1, *part).backward() for part in parts])
 
 
 def show_floor(options, top):
@@ -362,8 +364,8 @@ def waiting_share(side, loader, training, data, options, place):
         for images, labels, indices in loader:
             there = time.perf_counter()
             if side == OURS:
-                feed = SimpleNamespace(train=loader, domain=data.domain)
-                images, labels = building.on_device(feed, (images, labels, indices), 0, epoch, place)
+                source = SimpleNamespace(train=loader, domain=data.domain)
+                images, labels = building.on_device(source, (images, labels, indices), 0, epoch, place)
             training(images, labels)
             wait(place)
             after = time.perf_counter()

@@ -47,7 +47,7 @@ class Step:
         """What the run learns, in words: its last domain, or all of a joint method."""
         domains = self.options.get('domains') or [self.folder.name]
         row = METHODS.get(self.options.get('method'))
-        return ' + '.join(domains) if row and row.joint else domains[-1]
+        return ' + '.join(row.trained(domains) if row else domains[-1:])
 
 
 @dataclass
@@ -88,7 +88,8 @@ def starts(steps):
 def rates(line, options):
     """Learning rates of an epoch: of the new domain, and of the shared weights where it is another."""
     row, base = METHODS.get(options.get('method')), options.get('lr')
-    alone = len(options.get('domains', [])) < 2 or row is None or row.joint
+    domains = options.get('domains', [])
+    alone = row is None or row.trained(domains) == domains
     if alone or not base or options.get('shared_lr') in (None, 0, base):
         return {'learnt weights': line['lr']}
     return {'learnt weights': line['lr'], 'shared weights': line['lr'] / base * options['shared_lr']}
@@ -106,15 +107,24 @@ def plot(steps, title, unit, values, log=False):
     return Plot(title, unit, lines, log)
 
 
+def loss_terms(steps):
+    """Names of the loss terms in the records of Steps, in order."""
+    names = dict.fromkeys(name for step in steps for line in step.lines for name in line['train'])
+    return [name for name in names if name not in ('loss', 'images_per_second')]
+
+
 def curves(steps):
     """Plots of a sequence of Steps, its epochs counted on from step to step; those of zeros alone are left out."""
     def validation(key):
         return lambda line, _: {name: entry[key] for name, entry in line['val'].items()}
 
+    def term(name):
+        return lambda line, _: {name: line['train'][name]} if name in line['train'] else {}
+
     plots = [
         plot(steps, 'mIoU on the validation images', '%', validation('miou')),
-        plot(steps, 'training loss', '', lambda line, _: {name: line['train'][name] for name in ('loss', 'ce')}),
-        plot(steps, 'distillation term, before its weight', '', lambda line, _: {'kd': line['train']['kd']}),
+        plot(steps, 'training loss', '', lambda line, _: {'loss': line['train']['loss']}),
+        *(plot(steps, f'loss term {name}, before its weight', '', term(name)) for name in loss_terms(steps)),
         plot(steps, 'validation loss (by class weights while learnt)', '', validation('loss')),
         plot(steps, 'learning rates', '', rates, log=True),
         plot(steps, 'speed', 'images/s', lambda line, _: {'images/s': line['train']['images_per_second']})]
@@ -157,13 +167,13 @@ def shrunk(pixels, width):
     return pixels if pixels.shape[1] <= width else np.asarray(Image.fromarray(pixels).resize((width, height)))
 
 
-def validation_pictures(run, feed):
+def validation_pictures(run, data):
     """The same few validation images of a domain each time, (H, W, 3) uint8: input, truth, prediction."""
-    data, rows = feed.val.dataset, []
-    for index in sorted({number * len(data) // PICTURES for number in range(PICTURES)}):
-        image, truth = data.load(index)
-        predicted = pictures.predict(run.student, feed.number, image, truth, run.place, run.options.precision)
-        rows.append(pictures.comparison(feed.domain, image, truth, predicted, data.pairs[index].image.stem))
+    samples, rows = data.val.dataset, []
+    for index in sorted({number * len(samples) // PICTURES for number in range(PICTURES)}):
+        image, truth = samples.load(index)
+        predicted = pictures.predict(run.student, data.index, image, truth, run.place, run.options.precision)
+        rows.append(pictures.comparison(data.domain, image, truth, predicted, samples.pairs[index].image.stem))
     return shrunk(pictures.stacked(rows), PICTURE_WIDTH)
 
 
@@ -214,12 +224,12 @@ class Dashboard:
 
     def draw_pictures(self, run):
         """A few validation images of every domain with truth and prediction."""
-        for feed in run.feeds:
-            if feed.val:
-                pixels = validation_pictures(run, feed)
+        for data in run.data:
+            if data.val:
+                pixels = validation_pictures(run, data)
                 size = {'width': pixels.shape[1] + 2, 'height': pixels.shape[0] + TITLE_BAR}
-                self.vis.image(pixels.transpose(2, 0, 1), win=f'pictures of {feed.domain.name}',
-                               opts={'title': feed.domain.name, 'jpgquality': 90, **size})
+                self.vis.image(pixels.transpose(2, 0, 1), win=f'pictures of {data.domain.name}',
+                               opts={'title': data.domain.name, 'jpgquality': 90, **size})
 
 
 def step_marks(steps):

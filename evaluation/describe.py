@@ -51,10 +51,10 @@ def gflop(model, number, height, width):
 
 
 def parameter_counts(model):
-    """{'shared', 'total': parameters, 'domains': [of each domain alone]} of an ERFNet."""
+    """{'shared', 'total': parameters, 'domains': [of each domain alone]} of a MultiDomainNet."""
     count = lambda parameters: sum(parameter.numel() for parameter in parameters)
     return {'shared': count(model.shared_parameters()), 'total': count(model.parameters()),
-            'domains': [count(model.branch_parameters(number)) for number in range(len(model.decoder))]}
+            'domains': [count(model.branch_parameters(number)) for number in range(len(model.views))]}
 
 
 def classes_of(checkpoint, options):

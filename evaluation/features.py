@@ -19,7 +19,7 @@ CELL = 8        # image pixels to a side of one feature
 def encode(model, number, image, device='cpu'):
     """Encoder features (H/8 * W/8, 128), float32 numpy, of an image (3, H, W) uint8 in the branch `number`."""
     model.eval()
-    features = model.encoder(to_float(image[None].to(device)), number)[0]
+    features = model.single(number).encoder(to_float(image[None].to(device)))[0]
     return features.flatten(1).T.float().cpu().numpy()
 
 

@@ -119,7 +119,7 @@ def html_table(table):
 def best_line(step):
     """The line of metrics.jsonl whose validation of the learnt domains was best, None if there is none."""
     domains, row = step.options.get('domains', []), METHODS.get(step.options.get('method'))
-    learnt = domains if row and row.joint else domains[-1:]
+    learnt = row.trained(domains) if row else domains[-1:]
     scored = [line for line in step.lines if learnt and all(name in line['val'] for name in learnt)]
     return max(scored, key=lambda line: sum(line['val'][name]['miou'] for name in learnt), default=None)
 

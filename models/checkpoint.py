@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from mdil.datasets.domains import domain_names
-from mdil.models.layouts import Found, fitting_methods, load_encoder, network_of, recognise
-from mdil.models.methods import METHODS
+from mdil.models.layouts import Found, check_fit, load, load_encoder, recognise
+from mdil.models.methods import METHODS, build_model
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 
@@ -274,6 +274,26 @@ def check_known(checkpoint, domains):
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
                         f'{", ".join(map(str, counts))} classes')
+
+
+def fitting_methods(found):
+    """Names of the methods whose network for the found domains is the found one."""
+    several = len(found.num_classes) > 1
+    return [name for name, row in METHODS.items() if row.adapter == found.adapter
+            and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
+
+
+def network_of(found, method, source):
+    """The network of `method` filled with what was found; UserError naming what does not fit."""
+    names = fitting_methods(found)
+    if method not in names:
+        raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
+                        f'but of {", ".join(names) or "none"}')
+    with torch.device('meta'):      # takes no memory, whatever the file claims
+        check_fit(build_model(found.num_classes, method).state_dict(), found, source)
+    model = build_model(found.num_classes, method)
+    load(model, found, source)
+    return model
 
 
 def load_network(checkpoint, method=None):

@@ -1,21 +1,21 @@
 """Key layouts of checkpoints: ours, the published ones, the ImageNet encoder; and which network a file holds.
 
-Our keys are those of the published adapter model. Everything else is renamed to them:
-a plain network's batch norms become the first and only entry of a list, its decoders
-entries of `decoder`.
+Our keys are those of the published adapter model, in which a domain's index follows the
+name of its module and the encoder's batch norms are lists, of one where they are shared
+(`file_key`). Everything else is renamed to them: a plain network's batch norms become the
+first and only entry of a list, its decoders entries of `decoder`.
 """
 import re
 from dataclasses import dataclass
 
 import torch
 
-from mdil.models.erfnet import ADAPTERS, ERFNet
-from mdil.models.methods import METHODS
+from mdil.models.erfnet import ADAPTERS
 from mdil.utils.errors import UserError
 
-PLAIN_ENCODER = (
-    (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.0.'),
-    (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.0.'))
+PLAIN_NORMS = (
+    (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.{}.'),
+    (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.{}.'))
 IGNORED = re.compile(r'^(classifier\.|features\.extralayer|encoder\.output_conv\.)')
 PLAIN_DECODER = re.compile(r'^decoder\.(layers|output_conv)\.')
 NAMED_DECODER = re.compile(r'^decoder_(old|old[0-9]{1,3}|new)\.')
@@ -40,6 +40,21 @@ class Found:
     ignored: list
 
 
+def listed_norms(key, index):
+    """The key with an encoder batch norm of a plain network as entry `index` of its list."""
+    for pattern, replacement in PLAIN_NORMS:
+        key = pattern.sub(replacement.format(index), key)
+    return key
+
+
+def file_key(key, owner=None, domain=0):
+    """Name in our files of a view's tensor `key`; owner: the name of the domain's module it lies in, None if shared."""
+    name = listed_norms(key, 0 if owner is None else domain)
+    if name != key or owner is None:
+        return name
+    return f'{owner}.{domain}{key.removeprefix(owner)}'
+
+
 def native_keys(state):
     """Renames the keys of any known layout: (native state, number renamed, keys ignored)."""
     state = {key.removeprefix('module.'): value for key, value in state.items()}
@@ -52,8 +67,7 @@ def native_keys(state):
         if IGNORED.match(key) or IGNORED.match(name):
             ignored.append(key)
             continue
-        for pattern, replacement in PLAIN_ENCODER:
-            name = pattern.sub(replacement, name)
+        name = listed_norms(name, 0)
         name = PLAIN_DECODER.sub(r'decoder.0.\1.', name)
         name = NAMED_DECODER.sub(lambda match: f'decoder.{order.index(match.group(1))}.', name)
         renamed += name != key
@@ -87,32 +101,6 @@ def describe(num_classes, adapter, norms):
     domains = f'{len(num_classes)} domain{"s" * (len(num_classes) > 1)}'
     return (f'{domains} ({", ".join(map(str, num_classes))} classes), {adapter or "no"} adapters, '
             f'{norms} batch norm{"s" * (norms > 1)} beside each convolution')
-
-
-def fitting_methods(found):
-    """Names of the methods whose network for the found domains is the found one."""
-    several = len(found.num_classes) > 1
-    return [name for name, row in METHODS.items() if row.adapter == found.adapter
-            and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
-
-
-def network_of(found, method, source):
-    """The ERFNet of `method` filled with what was found; UserError naming what does not fit."""
-    names = fitting_methods(found)
-    if method not in names:
-        raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
-                        f'but of {", ".join(names) or "none"}')
-    with torch.device('meta'):      # takes no memory, whatever the file claims
-        check_fit(empty_network(found, method).state_dict(), found, source)
-    model = empty_network(found, method)
-    load(model, found, source)
-    return model
-
-
-def empty_network(found, method):
-    """The ERFNet of `method` for the found domains, its weights drawn."""
-    row = METHODS[method]
-    return ERFNet(found.num_classes, adapter=row.adapter, domain_bn=row.domain_bn)
 
 
 def load(model, found, source):

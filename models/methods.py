@@ -2,17 +2,20 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models.erfnet import ERFNet
+from mdil.models.multi_domain import MultiDomainNet, redraw
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
 
-    adapter, domain_bn: the network, see `models.erfnet.ERFNet`.
+    adapter: the network's adapters, see `models.erfnet.ERFNet`. domain_bn: whether each
+        domain has batch norms of its own.
     shared: how the shared weights learn after the first domain: 'slow' (5e-6 unless
         `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
-    distill: whether the previous model's outputs on the old domains are held.
+    terms: the terms of the loss (classes of losses.terms), the cross-entropy first.
     lr: rate after the first domain, of new branches and of shared weights that learn in
         full. dropout: whether the student's encoder drops out then.
     joint: whether all domains are learnt at once instead of one after another.
@@ -22,27 +25,33 @@ class Method:
     adapter: Optional[str] = None
     domain_bn: bool = False
     shared: str = 'full'
-    distill: bool = False
+    terms: tuple = (CrossEntropy,)
     lr: float = 5e-4
     dropout: bool = True
     joint: bool = False
     lonely: bool = False
 
+    def trained(self, domains):
+        """Those of the list `domains` that a step trains, whose last domain is the new one: that, or all of them."""
+        return domains if self.joint else domains[-1:]
+
+
+DISTILLED = CrossEntropy, Distillation
 
 METHODS = {
     'ours': Method('parallel adapters, batch norms and a decoder per domain, distillation',
-                   adapter='parallel', domain_bn=True, shared='slow', distill=True),
+                   adapter='parallel', domain_bn=True, shared='slow', terms=DISTILLED),
     'adapters-only': Method('as ours, shared weights frozen after the first domain, twice the rate, no dropout',
                             adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False),
     'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen'),
     'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
     'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',
-                  distill=True),
+                  terms=DISTILLED),
     'series-adapters': Method('ablation: as ours, adapters after the convolutions',
-                              adapter='series', domain_bn=True, shared='slow', distill=True),
-    'domain-bn': Method('ablation: as ours without adapters', domain_bn=True, shared='slow', distill=True),
+                              adapter='series', domain_bn=True, shared='slow', terms=DISTILLED),
+    'domain-bn': Method('ablation: as ours without adapters', domain_bn=True, shared='slow', terms=DISTILLED),
     'adapters-shared-bn': Method('ablation: as ours, batch norms shared by all domains',
-                                 adapter='parallel', shared='slow', distill=True),
+                                 adapter='parallel', shared='slow', terms=DISTILLED),
     'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True),
     'single-task': Method('a plain network for one domain', lonely=True),
 }
@@ -62,4 +71,9 @@ def build_model(num_classes, method='ours'):
     (B, 3, H, W), floats in [0, 1].
     """
     row = get_method(method)
-    return ERFNet(list(num_classes), adapter=row.adapter, domain_bn=row.domain_bn)
+    if not num_classes:
+        raise ValueError('num_classes is empty; a network needs at least one domain')
+    model = MultiDomainNet(ERFNet(num_classes[0], row.adapter), row.domain_bn)
+    for count in num_classes[1:]:
+        redraw(model.branch(model.add_domain(count)))
+    return model

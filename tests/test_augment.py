@@ -58,13 +58,13 @@ def test_a_run_feeds_the_same_batches_wherever_it_augments(toy, where):
     options = parse_train(['--domains', 'CS', '--savedir', 'x', '--data-root', str(toy), '--height', '32', '--seed', '3',
                            '--batch-size', '3', '--num-workers', '0', '--class-weights', 'none', '--augment', where])
     place = Place(torch.device('cpu'))
-    feed = building.build_feeds(options, place)[0]
-    assert feed.train.dataset.augmented == (where == 'workers')
+    data = building.build_data(options, place)[0]
+    assert data.train.dataset.augmented == (where == 'workers')
     for epoch in (1, 2):
-        feed.train.batch_sampler.epoch = epoch
-        for batch in feed.train:
-            images, labels = building.on_device(feed, batch, options.seed, epoch, place)
+        data.train.batch_sampler.epoch = epoch
+        for batch in data.train:
+            images, labels = building.on_device(data, batch, options.seed, epoch, place)
             for image, label, number in zip(images, labels, batch[2].tolist()):
-                source = SegmentationDataset(feed.domain, toy, 'train', (32, 64))
-                wanted = augment(*source.load(number), draw(3, epoch, number), feed.domain.void)
+                source = SegmentationDataset(data.domain, toy, 'train', (32, 64))
+                wanted = augment(*source.load(number), draw(3, epoch, number), data.domain.void)
                 assert torch.equal(image, wanted[0]) and torch.equal(label, wanted[1])

@@ -97,7 +97,7 @@ def test_curves_lead_on_from_step_to_step(tmp_path):
     assert miou['cityscapes'][2] == dashboard.GAP and miou['IDD'] == [(4, 10.0)]
     assert lines['learning rates']['learnt weights'][-1] == (5, 2.5e-4)
     assert lines['learning rates']['shared weights'] == [(4, 5e-6), (5, pytest.approx(2.5e-6))]
-    assert [math.isnan(value) or value for _, value in lines['distillation term, before its weight']['kd']] == [
+    assert [math.isnan(value) or value for _, value in lines['loss term kd, before its weight']['kd']] == [
         0.0, 0.0, 0.0, True, 0.2, 0.1]
     marks = dashboard.step_marks(steps)
     assert [shape['x0'] for shape in marks['shapes']] == [0.5, 3.5] and marks['annotations'][1]['text'] == 'step 2: IDD'
@@ -124,7 +124,7 @@ def test_a_run_a_reload_and_a_resumed_run_show_every_point_once(server, toy, tmp
     assert [entry['epoch'] for entry in lines] == [1, 2]
     for window, name, value in (
             ('training loss', 'loss', lambda e: e['train']['loss']),
-            ('training loss', 'ce', lambda e: e['train']['ce']),
+            ('loss term ce, before its weight', 'ce', lambda e: e['train']['ce']),
             ('speed', 'images/s', lambda e: e['train']['images_per_second']),
             ('learning rates', 'learnt weights', lambda e: e['lr']),
             ('mIoU on the validation images', 'cityscapes', lambda e: e['val']['cityscapes']['miou'])):

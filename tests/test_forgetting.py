@@ -10,7 +10,7 @@ from mdil import train
 from mdil.benchmarks import forgetting, sequences
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.models import build_model
-from mdil.models.erfnet import batch_norms_of
+from mdil.models.multi_domain import batch_norms_of
 from mdil.training import resume
 from mdil.utils.errors import UserError
 from tests.fill import fill

@@ -1,10 +1,13 @@
 """Losses against their formulas and torch's own."""
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
 from mdil.losses import cross_entropy, kl_per_pixel, released_kl
+from mdil.losses.terms import Distillation
 from mdil.models import build_model
-from mdil.training.task import Task
+from mdil.training.step_loss import StepLoss
 from tests.fill import fill
 
 random = torch.Generator().manual_seed(0)
@@ -53,15 +56,16 @@ def test_released_term_takes_probabilities_and_the_element_mean():
     assert released_kl(TEACHER, TEACHER) < -0.01
 
 
-def test_task_measures_each_old_branch_against_the_teacher():
+def test_distillation_measures_each_old_branch_against_the_teacher():
     teacher = fill(build_model([4, 5])).eval().requires_grad_(False)
     student = fill(build_model([4, 5, 6]))
-    student.train_only([2])
-    task = Task(student, teacher, [torch.ones(c) for c in (4, 5, 6)], temperature=2.0).train()
+    student.freeze([0, 1])
+    options = SimpleNamespace(lambdac=0.1, temperature=2.0, distillation='kl', distill_domains=None)
+    loss = StepLoss(student, teacher, [None] * 3, [Distillation(options)]).train()
     assert not teacher.training
     images, labels = torch.rand(1, 3, 16, 16), torch.randint(0, 6, (1, 16, 16))
     with torch.no_grad():
         student.shared_parameters()[0].add_(0.05)
         for old in (0, 1):
             want = kl_per_pixel(student(images, old), teacher(images, old), 2.0)
-            assert torch.allclose(task(images, labels, 2, old), want) and want > 0
+            assert torch.allclose(loss(images, labels, 2, 'kd', old), want) and want > 0

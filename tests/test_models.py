@@ -40,7 +40,7 @@ def test_every_module_of_a_branch_matters_to_its_domain_and_to_no_other(method):
     model = fill(build_model([5, 5, 5], method)).eval()
     with torch.no_grad():
         before = [model(IMAGES, domain) for domain in range(3)]
-        for number, module in enumerate(model.branch(1)):
+        for number, module in enumerate(module for module in model.branch(1) if module.state_dict()):
             kept = {name: value.clone() for name, value in module.state_dict().items()}
             for parameter in module.parameters():
                 parameter.add_(0.5)
@@ -53,18 +53,18 @@ def test_every_module_of_a_branch_matters_to_its_domain_and_to_no_other(method):
 def test_branch_and_shared_parameters_partition_the_network():
     for method in METHODS:
         model = build_model([4] if METHODS[method].lonely else [4, 6], method)
-        parts = [p for d in range(len(model.decoder)) for p in model.branch_parameters(d)] + model.shared_parameters()
+        parts = [p for d in range(len(model.views)) for p in model.branch_parameters(d)] + model.shared_parameters()
         assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
 
 
 def test_parallel_adapter_adds_its_convolution_before_the_batch_norm():
     """y = BN(pair(x) + A x): with A = c * identity, the block equals one whose pair got c x added."""
-    block = fill(build_model([3])).eval().encoder.layers[1]
+    block = fill(build_model([3])).eval().single(0).encoder.layers[1]
     x = torch.rand(1, 64, 8, 8)
-    adapter = block.parallel_conv_1[0]
+    adapter = block.parallel_conv_1
     with torch.no_grad():
         plain = block.conv1x3_1(block.conv3x1_1(x).relu())
-        assert torch.allclose(block.adapted(x, 1, 0), block.bns_1[0](plain + adapter(x)), atol=1e-6)
+        assert torch.allclose(block.pair(x, 1), block.bn1(plain + adapter(x)), atol=1e-6)
 
 
 def test_new_domain_copies_the_last_branch_but_for_the_output_layer():
@@ -83,9 +83,9 @@ def test_new_domain_copies_the_last_branch_but_for_the_output_layer():
 def test_statistics_of_a_new_domain(statistics):
     model = fill(build_model([5]))
     model.add_domain(5, statistics)
-    old, new = (model.encoder.layers[3].bns_2[d].running_var for d in (0, 1))
+    old, new = (model.single(d).encoder.layers[3].bn2.running_var for d in (0, 1))
     assert torch.equal(new, old if statistics == 'copied' else torch.ones_like(new))
-    assert torch.equal(model.decoder[1].layers[0].bn.running_var, model.decoder[0].layers[0].bn.running_var)
+    assert torch.equal(*(model.single(d).decoder.layers[0].bn.running_var for d in (0, 1)))
 
 
 def test_wrong_calls_are_refused():

@@ -74,5 +74,5 @@ def test_a_run_of_four_gpus_goes_on_with_two(two_gpus, monkeypatch):
 
 def test_downsampling_stays_in_the_precision_of_its_convolution():
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert Downsampler(3, 16, 1, True)(torch.rand(2, 3, 16, 32), 0).dtype == torch.bfloat16
-    assert Downsampler(3, 16, 1, True)(torch.rand(2, 3, 16, 32), 0).dtype == torch.float32
+        assert Downsampler(3, 16)(torch.rand(2, 3, 16, 32)).dtype == torch.bfloat16
+    assert Downsampler(3, 16)(torch.rand(2, 3, 16, 32)).dtype == torch.float32

@@ -15,8 +15,8 @@ import torch
 
 from mdil import train
 from mdil.models import build_model
-from mdil.models.erfnet import EncoderBlock
-from mdil.models.layouts import network_of, published_keys, recognise
+from mdil.models.checkpoint import network_of
+from mdil.models.layouts import published_keys, recognise
 from mdil.training import building
 from mdil.training.options import recipe_settings
 from mdil.utils.parallel import Place
@@ -106,18 +106,19 @@ def released_run(entry):
     teacher = copy.deepcopy(student)
     new = student.add_domain(classes[-1], options.new_statistics)
     with torch.no_grad():
-        for name, value in student.decoder[new].output_conv.named_parameters():
+        for name, value in student.single(new).decoder.output_conv.named_parameters():
             value.copy_(rule(f'decoder.{new}.output_conv.{name}', value.shape))
     for block in [*student.modules(), *teacher.modules()]:
-        if isinstance(block, EncoderBlock):
-            block.dropout = 0.0
+        if isinstance(block, torch.nn.Dropout2d):
+            block.p = 0.0
     weights = torch.linspace(1, 2, classes[-1])
     weights[-1] = 0
-    feeds = [SimpleNamespace(weights=weights)] * len(classes)
     building.freeze(student, options)
     place = Place(torch.device('cpu'))
-    run = SimpleNamespace(options=options, student=student, old=len(classes) - 1,
-                          task=building.build_task(student, teacher, feeds, options, place),
+    terms = building.build_terms(options)
+    run = SimpleNamespace(options=options, student=student, teacher=teacher, terms=terms,
+                          step_loss=building.build_step_loss(student, teacher, [weights] * len(classes), terms, options,
+                                                             place),
                           scaler=torch.amp.GradScaler('cpu', enabled=False))
     run.optimizer, _ = building.build_optimizer(student, options)
     return run
@@ -129,7 +130,7 @@ def measured(entry, noise=None):
     size = entry['batch'], entry['height'], entry['width'], classes[-1]
     random = noise and torch.Generator().manual_seed(noise)
     result = {}
-    run.task.train()
+    run.step_loss.train()
     for iteration in range(entry['iterations']):
         images, labels = inputs(entry['seed'] + iteration, *size)
         if noise:

@@ -82,7 +82,7 @@ def test_everything_is_in_the_file(copied):
     pictures = [Image.open(io.BytesIO(data)) for data in contents(page, 'image/jpeg')]
     assert [picture.size for picture in pictures] == [(320, 160)] * 7        # enlarged five times
     plots = [ElementTree.fromstring(data) for data in contents(page, 'image/svg+xml')]
-    assert len(plots) == 6 and all(plot.tag.endswith('svg') for plot in plots)
+    assert len(plots) == 7 and all(plot.tag.endswith('svg') for plot in plots)
 
 
 def test_the_file_asks_for_nothing_outside(copied):

@@ -13,20 +13,22 @@ from mdil import losses, train
 from mdil.benchmarks import speed
 from mdil.evaluation.metrics import confusion, mean_iou
 from mdil.losses import cross_entropy, kl_per_pixel
+from mdil.losses.terms import CrossEntropy, Distillation, sample_old_domains
 from mdil.models import build_model, erfnet
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.run import like_their_weights
-from mdil.training.task import Task, drawn
+from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
+OPTIONS = SimpleNamespace(lambdac=0.7, temperature=2.0, distillation='kl', distill_domains=None, steps_per_batch=1)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])
 
 
-def plain_normalised(bn, conv, x, *more):
+def plain_conv_bn(bn, conv, x, *more):
     return bn(sum((c(y) for c, y in more), conv(x)))
 
 
@@ -40,44 +42,45 @@ def plain_kl(student, teacher, temperature):
 
 
 def step_of(precision='fp32', old=2):
-    """A Task that learns a domain after `old` ones, the shared weights already moved, dropout 0."""
+    """A StepLoss that learns a domain after `old` ones, the shared weights already moved, dropout 0."""
     teacher = fill(build_model([4, 5, 3][:old])).requires_grad_(False)
-    student = fill(build_model([4, 5, 3][:old] + [6])).train_only([old])
+    student = fill(build_model([4, 5, 3][:old] + [6])).freeze(range(old))
     with torch.no_grad():
         for parameter in student.shared_parameters():
             parameter.mul_(1.05)
     for block in student.modules():
-        if isinstance(block, erfnet.EncoderBlock):
-            block.dropout = 0.0
-    return Task(student, teacher, [None] * old + [WEIGHTS], temperature=2.0, precision=precision).to(
+        if isinstance(block, torch.nn.Dropout2d):
+            block.p = 0.0
+    terms = [term(OPTIONS) for term in (CrossEntropy, Distillation)]
+    return StepLoss(student, teacher, [None] * old + [WEIGHTS], terms, precision=precision).to(
         memory_format=torch.channels_last).train()
 
 
-def measured(task, **settings):
+def measured(loss, sample=None):
     """(loss parts, {name: gradient}) of one batch as the training takes it, at rate 0."""
-    learning = [p for p in task.student.parameters() if p.requires_grad]
-    options = SimpleNamespace(**{'lambdac': 0.7, 'distill_domains': None, 'steps_per_batch': 1, **settings})
-    run = SimpleNamespace(task=task, old=len(task.teacher.decoder), options=options,
+    learning = [p for p in loss.student.parameters() if p.requires_grad]
+    loss.terms['kd'].sample = sample
+    run = SimpleNamespace(step_loss=loss, terms=list(loss.terms.values()), teacher=loss.teacher, options=OPTIONS,
                           optimizer=torch.optim.SGD(learning, lr=0.0), scaler=torch.amp.GradScaler('cpu', enabled=False))
-    parts = train.train_batch(run, IMAGES, LABELS, len(task.student.decoder) - 1)
-    return {name: value.item() for name, value in parts.items()}, gradients_of(task)
+    parts = train.train_batch(run, IMAGES, LABELS, len(loss.student.views) - 1)
+    return {name: value.item() for name, value in parts.items()}, gradients_of(loss)
 
 
-def gradients_of(task):
-    return {name: p.grad.clone() for name, p in task.student.named_parameters() if p.requires_grad}
+def gradients_of(loss):
+    return {name: p.grad.clone() for name, p in loss.student.named_parameters() if p.requires_grad}
 
 
 def plainly(monkeypatch, precision):
     """(loss parts, gradients) of the plain formulas, all terms in one graph."""
     with monkeypatch.context() as patch:
-        patch.setattr(erfnet, 'normalised', plain_normalised)
-        patch.setattr('mdil.training.task.cross_entropy', plain_cross_entropy)
-        task = step_of(precision).to(memory_format=torch.contiguous_format)
-        task.distill = plain_kl
-        ce, kd = task(IMAGES, LABELS, 2), task(IMAGES, LABELS, 2, 1) + task(IMAGES, LABELS, 2, 0)
+        patch.setattr(erfnet, 'conv_bn', plain_conv_bn)
+        patch.setattr('mdil.losses.terms.cross_entropy', plain_cross_entropy)
+        step_loss = step_of(precision).to(memory_format=torch.contiguous_format)
+        step_loss.terms['kd'].distance = plain_kl
+        ce, kd = step_loss(IMAGES, LABELS, 2), sum(step_loss(IMAGES, LABELS, 2, 'kd', old) for old in (1, 0))
         loss = ce + 0.7 * kd
         loss.backward()
-        return {'loss': loss.item(), 'ce': ce.item(), 'kd': kd.item()}, gradients_of(task)
+        return {'loss': loss.item(), 'ce': ce.item(), 'kd': kd.item()}, gradients_of(step_loss)
 
 
 def test_fused_step_in_float32_equals_the_plain_one(monkeypatch):
@@ -111,9 +114,9 @@ def test_fused_step_in_bf16_is_no_further_off_than_the_plain_one(monkeypatch):
 
 def test_compiler_sees_one_program_that_means_the_same():
     """No break in the graph of networks, distillation and losses (code generation left out: it takes minutes)."""
-    task, (parts, gradients) = step_of(), measured(step_of())
-    task.term = torch.compile(task.term, backend='eager', fullgraph=True, dynamic=False)
-    found, compiled = measured(task)
+    loss, (parts, gradients) = step_of(), measured(step_of())
+    loss.part = torch.compile(loss.part, backend='eager', fullgraph=True, dynamic=False)
+    found, compiled = measured(loss)
     assert found == pytest.approx(parts, rel=1e-6)
     assert all(torch.allclose(compiled[name], gradients[name], rtol=1e-5, atol=1e-7) for name in gradients)
 
@@ -123,7 +126,7 @@ def test_network_with_still_norms_equals_the_plain_one(method, monkeypatch):
     model = fill(build_model([4], method)).eval()
     with torch.no_grad():
         fused = model(IMAGES)
-        monkeypatch.setattr(erfnet, 'normalised', plain_normalised)
+        monkeypatch.setattr(erfnet, 'conv_bn', plain_conv_bn)
         plain = model(IMAGES)
         assert (fused - plain).abs().max() <= 1e-4 * plain.abs().mean()
 
@@ -157,11 +160,11 @@ def test_losses_keep_one_tensor_of_the_logits_type():
 
 def test_a_draw_of_old_domains_is_unbiased():
     """The mean over all draws of K of n is the sum over all n, the variance n^2 (1/K - 1/n) S^2."""
-    task, n = step_of(old=3), 3
+    loss, n = step_of(old=3), 3
     with torch.no_grad():
-        distances = [task(IMAGES, LABELS, 3, old).item() for old in range(n)]
+        distances = [loss(IMAGES, LABELS, 3, 'kd', old).item() for old in range(n)]
     for k in (1, 2):
-        _, scale = drawn(n, k)
+        _, scale = sample_old_domains(n, k)
         draws = [scale * sum(draw) for draw in itertools.combinations(distances, k)]
         assert statistics.mean(draws) == pytest.approx(sum(distances))
         spread = n ** 2 * (1 / k - 1 / n) * statistics.variance(distances)
@@ -169,27 +172,27 @@ def test_a_draw_of_old_domains_is_unbiased():
 
 
 def test_draws_are_uniform_and_repeat_with_the_random_state():
-    assert drawn(3) == drawn(3, 5) == ([2, 1, 0], 1.0)
+    assert sample_old_domains(3) == sample_old_domains(3, 5) == ([2, 1, 0], 1.0)
     torch.manual_seed(3)
-    first = [drawn(3, 1) for _ in range(300)]
+    first = [sample_old_domains(3, 1) for _ in range(300)]
     counts = [sum(olds == [old] for olds, _ in first) for old in range(3)]
     assert sum(counts) == 300 and min(counts) > 70 and {scale for _, scale in first} == {3.0}
     torch.manual_seed(3)
-    assert [drawn(3, 1) for _ in range(300)] == first
+    assert [sample_old_domains(3, 1) for _ in range(300)] == first
 
 
 def test_a_batch_with_drawn_domains_takes_their_distance_times_the_scale():
     """Loss and gradient are those of the drawn term, scaled."""
-    task = step_of(old=3)
+    loss = step_of(old=3)
     torch.manual_seed(0)
-    [old], scale = drawn(3, 1)
+    [old], scale = sample_old_domains(3, 1)
     torch.manual_seed(0)
-    parts, gradients = measured(task, distill_domains=1)
+    parts, gradients = measured(loss, sample=1)
     with torch.no_grad():
-        assert parts['kd'] == pytest.approx(scale * task(IMAGES, LABELS, 3, old).item(), rel=1e-5)
-    task.student.zero_grad()
-    (task(IMAGES, LABELS, 3) + 0.7 * scale * task(IMAGES, LABELS, 3, old)).backward()
-    for name, gradient in gradients_of(task).items():
+        assert parts['kd'] == pytest.approx(scale * loss(IMAGES, LABELS, 3, 'kd', old).item(), rel=1e-5)
+    loss.student.zero_grad()
+    (loss(IMAGES, LABELS, 3) + 0.7 * scale * loss(IMAGES, LABELS, 3, 'kd', old)).backward()
+    for name, gradient in gradients_of(loss).items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
@@ -246,7 +249,7 @@ def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
     with pytest.raises(UserError, match='torchrun'):
         building.synchronised(copy.deepcopy(model), options, Place(torch.device('cpu')))
     model = building.synchronised(model, options, Place(torch.device('cuda'), 0, 2))
-    model.train_only([1]).train()
+    model.freeze([0]).train()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
     old = {id(bn) for module in model.branch(0) for bn in module.modules()}
     assert list(model.state_dict()) == keys and len(norms) == 2 * (29 + 10)

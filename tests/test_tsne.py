@@ -67,7 +67,7 @@ def test_features_are_the_encoders_in_eval_mode_row_by_row():
     image = torch.randint(0, 256, (3, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = features.encode(model, 1, image)
-    expected = model.eval().encoder(image[None] / 255, 1)[0]
+    expected = model.eval().single(1).encoder(image[None] / 255)[0]
     assert found.shape == (4 * 8, 128)
     assert torch.allclose(torch.from_numpy(found[2 * 8 + 5]), expected[:, 2, 5], atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -16,9 +16,10 @@ from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
 from mdil.datasets.class_weights import training_weights
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
-from mdil.models import build_model, get_method
+from mdil.models import build_model
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
-from mdil.training.task import Task
+from mdil.training.plan import plan_step
+from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import wrap
 from mdil.utils.parser import data_paths
@@ -27,11 +28,11 @@ from mdil.utils.workers import in_parallel
 
 
 @dataclass
-class Feed:
-    """One domain's data: its number in the network, loaders and cross-entropy weights."""
-    number: int
+class DomainData:
+    """One domain's data: its index in the network, loaders (None where not needed) and cross-entropy weights."""
+    index: int
     domain: object
-    weights: torch.Tensor
+    class_weights: torch.Tensor
     train: object = None
     val: object = None
 
@@ -49,28 +50,21 @@ def seed_everything(seed, deterministic=False):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def learnt_numbers(options):
-    """Numbers of the domains that this step learns: the last, or all of a joint method."""
-    count = len(options.domains)
-    return list(range(count)) if get_method(options.method).joint else [count - 1]
-
-
-def build_feeds(options, place):
-    """A Feed for every domain; old ones have a validation loader where their data is at hand."""
+def build_data(options, place):
+    """The DomainData of every domain; old ones have a validation loader where their data is at hand."""
     domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
-    learnt = learnt_numbers(options)
-    train_sets = {number: dataset(options, domains[number], 'train') for number in learnt}
+    train_sets = {index: dataset(options, domains[index], 'train') for index in plan_step(options).trained}
     most = max(len(data) for data in train_sets.values())
-    feeds = []
-    for number, domain in enumerate(domains):
-        if number in train_sets:
-            feed = Feed(number, domain, training_weights(domain, options.data_root, options.class_weights))
-            feed.train = train_loader(options, place, train_sets[number], most)
+    found = []
+    for index, domain in enumerate(domains):
+        if index in train_sets:
+            data = DomainData(index, domain, training_weights(domain, options.data_root, options.class_weights))
+            data.train = train_loader(options, place, train_sets[index], most)
         else:
-            feed = Feed(number, domain, plain_weights(domain))
-        feed.val = val_loader(options, place, domain, required=number in train_sets)
-        feeds.append(feed)
-    return feeds
+            data = DomainData(index, domain, plain_weights(domain))
+        data.val = val_loader(options, place, domain, required=index in train_sets)
+        found.append(data)
+    return found
 
 
 def plain_weights(domain):
@@ -87,14 +81,14 @@ def dataset(options, domain, split):
     return cached(data, options.cache) if options.cache else data
 
 
-def on_device(feed, batch, seed, epoch, place):
+def on_device(data, batch, seed, epoch, place):
     """A training batch's images and labels on the device, augmented there unless the workers did it."""
-    images, labels, numbers = batch
+    images, labels, samples = batch
     images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
-    if feed.train.dataset.augmented:
+    if data.train.dataset.augmented:
         return images, labels
-    draws = [draw(seed, epoch, number) for number in numbers.tolist()]
-    return augment_batch(images, labels, draws, feed.domain.void)
+    draws = [draw(seed, epoch, sample) for sample in samples.tolist()]
+    return augment_batch(images, labels, draws, data.domain.void)
 
 
 def leave_out_bad_files(data, workers):
@@ -132,17 +126,11 @@ def val_loader(options, place, domain, required):
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
 
 
-def distils(options):
-    """Whether the step needs a teacher: something can learn from it, or old statistics are to move as published."""
-    learns = options.lambdac > 0 and options.shared_lr > 0
-    return get_method(options.method).distill and len(options.domains) > 1 and (learns or options.old_bn == 'released')
-
-
 def build_networks(options, domains):
     """(student, teacher or None, lines about what was loaded) for the step's Domain objects."""
-    joint = get_method(options.method).joint
+    plan = plan_step(options)
     counts = [domain.num_classes for domain in domains]
-    if len(domains) == 1 or joint:
+    if not plan.from_previous:
         student, lines = build_model(counts, options.method), 'random initial weights'
         if options.state:
             checkpoint = read_checkpoint(options.state)
@@ -158,7 +146,7 @@ def build_networks(options, domains):
     check_known(checkpoint, domains[:-1])
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
-    teacher = copy.deepcopy(student) if distils(options) else None
+    teacher = copy.deepcopy(student) if plan.needs_teacher else None
     student.add_domain(counts[-1], options.new_statistics)
     return student, teacher, report(checkpoint, known, 2)
 
@@ -166,7 +154,7 @@ def build_networks(options, domains):
 def rebuild_networks(options, domains):
     """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
     counts = [domain.num_classes for domain in domains]
-    teacher = build_model(counts[:-1], options.method) if distils(options) else None
+    teacher = build_model(counts[:-1], options.method) if plan_step(options).needs_teacher else None
     return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
 
 
@@ -177,21 +165,21 @@ def synchronised(student, options, place):
                         'leave out --distill-domains')
     if place.device.type != 'cuda' or place.world == 1:
         raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
-    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    return student.synchronise_batch_norms()
 
 
 def freeze(student, options):
-    """Sets what trains, following the method's row."""
-    first = len(student.decoder) == 1 or get_method(options.method).joint
-    student.train_only(learnt_numbers(options), shared=first or options.shared_lr > 0, old_bn=options.old_bn,
-                       dropout=not options.no_dropout)
+    """Freezes what the step's plan says."""
+    plan = plan_step(options)
+    student.freeze(plan.frozen, plan.shared_frozen, options.old_bn, dropout=not options.no_dropout)
 
 
 def parameter_groups(student, options):
-    """Optimiser groups: shared weights and learnt branches; every parameter is in one or frozen."""
-    joint, count = get_method(options.method).joint, len(student.decoder)
-    shared_lr = options.lr / count if joint else options.lr if count == 1 else options.shared_lr
-    branches = [p for number in learnt_numbers(options) for p in student.branch_parameters(number)]
+    """Optimiser groups: shared weights and trained branches; every parameter is in one or frozen."""
+    plan = plan_step(options)
+    # Of several domains at once each has as many batches; the shared weights learn from all of them.
+    shared_lr = options.shared_lr if plan.from_previous else options.lr / len(plan.trained)
+    branches = [p for domain in plan.trained for p in student.branch_parameters(domain)]
     groups = [{'name': 'shared', 'lr': shared_lr, 'params': student.shared_parameters()},
               {'name': 'branch', 'lr': options.lr, 'params': branches}]
     groups = [{**group, 'params': [p for p in group['params'] if p.requires_grad]} for group in groups]
@@ -201,17 +189,22 @@ def parameter_groups(student, options):
     return [group for group in groups if group['params']]
 
 
-def build_task(student, teacher, feeds, options, place):
-    """The Task of the step on its device, wrapped for several."""
+def build_terms(options):
+    """The LossTerms of the step."""
+    return [term(options) for term in plan_step(options).terms]
+
+
+def build_step_loss(student, teacher, class_weights, terms, options, place):
+    """The StepLoss on its device, wrapped for several; class_weights: a (C,) tensor for each domain."""
     if teacher is not None:
         teacher.requires_grad_(False)
-        teacher.still = ()
-    task = Task(student, teacher, [feed.weights for feed in feeds], distillation=options.distillation,
-                temperature=options.temperature, teacher_mode=options.teacher_mode, precision=options.precision,
-                compiled=options.compile)
-    task.to(place.device, memory_format=memory_format(place.device, options.precision))
-    unused = get_method(options.method).joint or options.steps_per_batch == 2 and teacher is not None
-    wrapped = wrap(task, place, options.parallel, unused)
+        teacher.frozen_modules = ()
+    loss = StepLoss(student, teacher, class_weights, terms, teacher_mode=options.teacher_mode,
+                    precision=options.precision, compiled=options.compile)
+    loss.to(place.device, memory_format=memory_format(place.device, options.precision))
+    # Batches of other domains, and steps on other terms, leave weights without a gradient.
+    unused = len(plan_step(options).trained) > 1 or options.steps_per_batch > 1 and len(terms) > 1
+    wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
     return wrapped

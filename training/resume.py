@@ -29,7 +29,6 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-LOSSES = {'loss', 'ce', 'kd'}
 # What an optimiser's groups hold in every version of torch, beside the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
@@ -76,7 +75,7 @@ def check_run(content, path):
     options, names = content['options'], [entry['name'] for entry in content['domains']]
     if (content['method'], names) != (options.get('method'), options.get('domains')):
         raise UserError(f'{path}: its method and domains are not those of its options')
-    if bool(content['batch']) != (content['totals'].keys() == LOSSES):
+    if bool(content['batch']) != ('loss' in content['totals']):
         raise UserError(f'{path}: its batch {content["batch"]} does not go with the sums {list(content["totals"])}')
     if bool(content['scaler']) != (options.get('precision') == 'fp16'):
         raise UserError(f'{path}: its scaler is not that of its --precision')

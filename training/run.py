@@ -43,21 +43,25 @@ class Run:
         resume.check_places(self.folder, WRITTEN)
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
-        self.feeds = building.build_feeds(options, place)
-        domains = [feed.domain for feed in self.feeds]
+        self.data = building.build_data(options, place)
+        domains = [data.domain for data in self.data]
         build = building.rebuild_networks if saved else building.build_networks
         self.student, self.teacher, self.loaded = build(options, domains)
         if options.sync_bn:
             self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)
         self.student.to(place.device)
-        self.task = building.build_task(self.student, self.teacher, self.feeds, options, place)
+        self.terms = building.build_terms(options)
+        self.step_loss = building.build_step_loss(self.student, self.teacher, [data.class_weights for data in self.data],
+                                                  self.terms, options, place)
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
         self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
         self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:
             self.restore(saved)
+        for term in self.terms:
+            term.setup(self)
 
     @property
     def folder(self):
@@ -65,24 +69,24 @@ class Run:
         return Path(self.options.savedir)
 
     @property
-    def old(self):
-        """How many old domains are distilled."""
-        return len(self.teacher.decoder) if self.teacher is not None else 0
+    def trained(self):
+        """DomainData of the domains that this step trains."""
+        return [data for data in self.data if data.train]
 
     @property
-    def learnt(self):
-        """Feeds of the domains that this step learns."""
-        return [feed for feed in self.feeds if feed.train]
+    def loss_names(self):
+        """Names of what a batch's losses are: the loss and its terms."""
+        return {'loss', *(term.name for term in self.terms)}
 
     def start_epoch(self):
         """Sets order, augmentation and dropout of the epoch after the finished ones."""
-        for feed in self.learnt:
-            sampler = feed.train.batch_sampler
-            sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.learnt)
+        for data in self.trained:
+            sampler = data.train.batch_sampler
+            sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.trained)
         if self.batch == 0:
             self.totals = {}
             seed_dropout(self.options.seed, self.epoch + 1, self.place.rank)
-        self.task.train()
+        self.step_loss.train()
 
     def end_epoch(self):
         """Counts the epoch as finished; returns its mean losses."""
@@ -97,7 +101,7 @@ class Run:
             'version': checkpoint.VERSION, 'epoch': self.epoch, 'batch': self.batch,
             'totals': {name: value.item() for name, value in self.totals.items()} if self.batch else {},
             'state_dict': self.student.state_dict(),
-            'domains': [{'name': f.domain.name, 'classes': f.domain.num_classes} for f in self.feeds],
+            'domains': [{'name': data.domain.name, 'classes': data.domain.num_classes} for data in self.data],
             'method': self.options.method, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
             'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
@@ -117,7 +121,7 @@ class Run:
                 self.scaler.load_state_dict(state['scaler'])
             self.restore_random(state['random'], state['epoch'], state['batch'])
             self.totals = {name: torch.tensor(value, dtype=torch.float64, device=self.place.device)
-                           for name, value in state['totals'].items()}
+                           for name, value in state['totals'].items() if name in self.loss_names}
             self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f'the checkpoint in {self.folder} does not fit this run '
@@ -135,7 +139,7 @@ class Run:
     def check_fit(self, state):
         """ValueError unless every part of `state` has the form of this run's own and a possible value."""
         # fp16 leaves a batch's step out where the scaled gradients overflow.
-        stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.learnt))
+        stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.trained))
         resume.check_optimizer(state['optimizer'], self.optimizer, complete=stepped)
         resume.check_scaler(state['scaler'], self.scaler)
         for name, network in (('state_dict', self.student), ('teacher', self.teacher)):
@@ -143,7 +147,10 @@ class Run:
             resume.check_alike(state[name] or {}, own, name)
             if wrong := faults(own, state[name] or {}):
                 raise ValueError(wrong[0])
-        batches = len(self.learnt) * len(self.learnt[0].train)
+        lacking = self.loss_names - state['totals'].keys()
+        if state['batch'] and lacking:
+            raise ValueError(f'it has no sum of the loss term {min(lacking)}')
+        batches = len(self.trained) * len(self.trained[0].train)
         if state['batch'] > batches:
             raise ValueError(f'batch {state["batch"]} of {batches} in an epoch')
 

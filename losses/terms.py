@@ -1,0 +1,112 @@
+"""The terms of a step's loss, one class each; a method's row says which it has (models.methods).
+
+A new method is a class and a row, in one file. This one holds the shared weights by the
+distance to what they were, "L2-SP" of Li et al., "Explicit Inductive Bias for Transfer
+Learning with Convolutional Networks", ICML 2018:
+
+    class L2SP(LossTerm):
+        name, needs_teacher = 'l2sp', True
+
+        def __init__(self, options):
+            super().__init__(options)
+            self.weight = options.lambdac
+
+        def forward(self, step, images, labels, domain, part):
+            pairs = zip(step.student.shared_parameters(), step.teacher.shared_parameters())
+            return sum((new - old).square().sum() for new, old in pairs) / 2
+
+    METHODS['l2sp'] = Method('fine-tuning held by L2-SP', terms=(CrossEntropy, L2SP))
+
+Progress bar, metrics.jsonl, dashboard and report then show 'l2sp' by themselves.
+"""
+import torch
+from torch import nn
+
+from mdil.losses import DISTILLATIONS, cross_entropy
+
+
+class LossTerm(nn.Module):
+    """One term of the loss of a step; the loop differentiates, weighs, adds and records it.
+
+    name: what it is called wherever it is shown. weight: its factor in the loss.
+    needs_teacher: whether it asks the frozen model of the previous step; it is then left
+    out of steps that have none. Buffers may be registered in `setup`; they are not saved,
+    as an interrupted run calls `setup` again.
+    """
+    name = None
+    needs_teacher = False
+
+    def __init__(self, options):
+        """options: of train.py, complete."""
+        super().__init__()
+        self.weight = 1.0
+
+    @classmethod
+    def applies(cls, options, plan):
+        """Whether a step has this term; plan: its StepPlan (training.plan), without terms."""
+        return plan.from_previous or not cls.needs_teacher
+
+    def setup(self, run):
+        """Called once before the first batch, also of a resumed run: networks are loaded and on their device."""
+
+    def parts(self, run):
+        """[(part, factor)] of a batch: the term is the sum of factor * forward(..., part).
+
+        The parts are differentiated one after another, so that the activations of one are
+        held at a time.
+        """
+        return [(None, 1.0)]
+
+    def forward(self, step, images, labels, domain, part):
+        """A part of the term, a 0-d tensor.
+
+        step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
+        images: (B, 3, H, W) floats in [0, 1]; labels: (B, H, W) uint8 of the domain index `domain`.
+        Nothing here may wait for the device (no `.item()`, no `if tensor`).
+        """
+        raise NotImplementedError
+
+
+class CrossEntropy(LossTerm):
+    """Weighted cross-entropy of the domain that the batch is of."""
+    name = 'ce'
+
+    def forward(self, step, images, labels, domain, part):
+        return cross_entropy(step.student(images, domain), labels.long(), step.class_weights(domain))
+
+
+class Distillation(LossTerm):
+    """Distances of the student's outputs to the teacher's, summed over the old domains: a part for each."""
+    name, needs_teacher = 'kd', True
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.weight, self.temperature = options.lambdac, options.temperature
+        self.distance, self.sample = DISTILLATIONS[options.distillation], options.distill_domains
+
+    @classmethod
+    def applies(cls, options, plan):
+        """Where something can learn from it, or old statistics are to be overwritten as published."""
+        learns = options.lambdac > 0 and not plan.shared_frozen
+        return super().applies(options, plan) and (learns or options.old_bn == 'released')
+
+    def parts(self, run):
+        domains, factor = sample_old_domains(len(run.teacher.views), self.sample)
+        return [(domain, factor) for domain in domains]
+
+    def forward(self, step, images, labels, domain, part):
+        with torch.no_grad():
+            target = step.teacher(images, part)
+        return self.distance(step.student(images, part), target, self.temperature)
+
+
+def sample_old_domains(known, count=None):
+    """(indices of the old domains that a batch distils, the latest first; factor of their distances).
+
+    All `known` domains, or `count` of them drawn by torch's generator. With K of n drawn
+    the factor n / K keeps the expectation of the sum; the draw adds n^2 (1/K - 1/n) S^2 to
+    its variance, S^2 being the variance between the domains' distances.
+    """
+    if count is None or count >= known:
+        return list(reversed(range(known))), 1.0
+    return sorted(torch.randperm(known)[:count].tolist(), reverse=True), known / count

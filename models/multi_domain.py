@@ -1,0 +1,198 @@
+"""A network for several domains: one view for each, in which the shared modules are the same objects.
+
+A view is a plain network of one domain, `model.single(domain)`. Its head, its adapters and
+(with `domain_bn`) its batch norms and dropout belong to that domain alone; every other
+module is the same object in all views. `divide` is the one place that says which is which.
+
+Any network with batch norms can take part that offers
+    forward(images)     logits (B, classes, H, W) of images (B, 3, H, W)
+    heads               names of the modules that each domain has for itself, whatever the method
+    output_layers       names of the convolutions whose output channels are the classes
+and marks its adapters, if it has any, by `per_domain = True` (see `models.erfnet`).
+"""
+import copy
+from collections import OrderedDict
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from mdil.models.layouts import file_key
+
+OLD_BN = ('frozen', 'batch', 'released')
+
+
+def divide(network, domain_bn):
+    """({name: module} that a domain has for itself, {name: module} that all share), in the network's order.
+
+    Outermost modules only: none lies within another. With `domain_bn` what acts differently
+    in training, batch norms and dropout, is each domain's own. ValueError for tensors that
+    lie directly in a module which holds modules of both kinds: they could not be shared.
+    """
+    kinds = (_BatchNorm, _DropoutNd) if domain_bn else ()
+    own, mixed = {}, {''}
+    for name, module in network.named_modules():
+        ancestors = [name[:place] for place, letter in enumerate(name) if letter == '.']
+        if own.keys() & set(ancestors):
+            continue
+        if name in network.heads or getattr(module, 'per_domain', False) or isinstance(module, kinds):
+            own[name] = module
+            mixed.update(ancestors)
+    shared = {name: module for name, module in network.named_modules()
+              if name not in mixed and name not in own and name.rpartition('.')[0] in mixed}
+    for name in sorted(mixed):
+        module = network.get_submodule(name)
+        for tensor, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            raise ValueError(f'{tensor} lies directly in {name or "the network"}, beside modules of a domain; '
+                             'put it into a module of its own')
+    return own, shared
+
+
+class MultiDomainNet(nn.Module):
+    """The views of one network for all domains; starts with one domain, `network` itself.
+
+    domain_bn: whether each domain has batch norms of its own.
+    """
+
+    def __init__(self, network, domain_bn=True):
+        super().__init__()
+        self.domain_bn = domain_bn
+        self.views = nn.ModuleList([network])
+        self.frozen_modules = ()        # stay in eval mode while the rest trains
+        divide(network, domain_bn)      # refuses a network that cannot take part
+
+    def forward(self, images, domain=0):
+        """Logits (B, classes of `domain`, H, W) of images (B, 3, H, W), floats in [0, 1].
+
+        Raises IndexError for a domain that the network lacks.
+        """
+        return self.single(domain)(images)
+
+    def single(self, domain):
+        """The view of `domain`: a plain network that takes images alone."""
+        if not 0 <= domain < len(self.views):
+            raise IndexError(f'domain {domain} asked of a network that knows {len(self.views)}')
+        return self.views[domain]
+
+    @property
+    def num_classes(self):
+        """Classes of each domain, void included."""
+        return [view.get_submodule(view.output_layers[0]).out_channels for view in self.views]
+
+    def branch(self, domain):
+        """The modules that belong to `domain` alone."""
+        return list(divide(self.single(domain), self.domain_bn)[0].values())
+
+    def branch_parameters(self, domain):
+        """The parameters that belong to `domain` alone."""
+        return [parameter for module in self.branch(domain) for parameter in module.parameters()]
+
+    def shared(self):
+        """The modules that all domains use."""
+        return list(divide(self.views[0], self.domain_bn)[1].values())
+
+    def shared_parameters(self):
+        """The parameters that all domains use."""
+        return [parameter for module in self.shared() for parameter in module.parameters()]
+
+    def add_domain(self, num_classes, statistics='copied'):
+        """Appends a domain whose branch copies the last one's, but for fresh output layers.
+
+        statistics: 'copied', or 'fresh' to start the running statistics of the new branch,
+        its head's left out, at mean 0 and variance 1. Returns the index of the new domain.
+        """
+        # What the memo holds is taken for copied already.
+        view = copy.deepcopy(self.views[-1], {id(module): module for module in self.shared()})
+        for name in view.output_layers:
+            parent, _, child = name.rpartition('.')
+            setattr(view.get_submodule(parent), child, output_layer_like(view.get_submodule(name), num_classes))
+        self.views.append(view)
+        if statistics == 'fresh':
+            for module in self.branch(len(self.views) - 1):
+                if isinstance(module, _BatchNorm):
+                    module.reset_running_stats()
+        return len(self.views) - 1
+
+    def freeze(self, domains=(), shared=False, old_bn='frozen', dropout=True):
+        """Freezes the branches of `domains` and, if `shared`, the shared modules; everything else trains.
+
+        Frozen covers batch-norm statistics and dropout: the modules stay in eval mode
+        whatever `train()` says. `old_bn` loosens that for the branches of `domains`:
+        'batch' normalises by batch statistics without keeping them, 'released' lets them
+        run and overwrite the buffers, as the published loops do. dropout: whether there is
+        any in what trains.
+        """
+        if old_bn not in OLD_BN:
+            raise ValueError(f'old_bn {old_bn!r} is not one of {OLD_BN}')
+        in_all = {module for outermost in self.shared() for module in outermost.modules()}
+        old = {module for domain in domains for module in self.single(domain).modules()} - in_all
+        fixed = [p for domain in domains for p in self.branch_parameters(domain)]
+        self.requires_grad_(True)
+        for parameter in fixed + (self.shared_parameters() if shared else []):
+            parameter.requires_grad_(False)
+        for norm in batch_norms_of(old):
+            norm.track_running_stats = old_bn != 'batch'
+        frozen = (in_all if shared else set()) | (old if old_bn == 'frozen' else set())
+        if not dropout:
+            frozen |= {module for module in self.modules() if isinstance(module, _DropoutNd)}
+        self.frozen_modules = tuple(frozen)
+        return self
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.frozen_modules:
+            module.training = False
+        return self
+
+    def synchronise_batch_norms(self):
+        """Replaces batch norms by ones that take their statistics over all processes; shared ones stay shared."""
+        made = {norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm) for norm in batch_norms_of(self.modules())}
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if child in made:
+                    setattr(module, name, made[child])
+        return self
+
+    def file_names(self):
+        """{tensor's name in this module: its name in our files}; a shared tensor has a name in each view."""
+        names = {}
+        for domain, view in enumerate(self.views):
+            own, _ = divide(view, self.domain_bn)
+            for key in view.state_dict():
+                owner = next((name for name in own if key.startswith(f'{name}.')), None)
+                names[f'views.{domain}.{key}'] = file_key(key, owner, domain)
+        return names
+
+    def state_dict(self, *, destination=None, prefix='', keep_vars=False):
+        """Every tensor once, under its name in our files (`models.layouts.file_key`)."""
+        held = super().state_dict(keep_vars=keep_vars)
+        state = OrderedDict() if destination is None else destination
+        state.update((prefix + name, held[key]) for key, name in self.file_names().items())
+        return state
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Takes a state dict as `state_dict` gives it."""
+        names = self.file_names()
+        surplus = state_dict.keys() - set(names.values())
+        views = {key: state_dict[name] for key, name in names.items() if name in state_dict}
+        return super().load_state_dict({**views, **{name: state_dict[name] for name in surplus}}, strict, assign)
+
+
+def output_layer_like(layer, num_classes):
+    """A freshly drawn convolution, transposed or not, that differs from `layer` in its number of outputs."""
+    settings = {name: getattr(layer, name) for name in ('stride', 'padding', 'dilation', 'padding_mode')}
+    fresh = type(layer)(layer.in_channels, num_classes, layer.kernel_size, bias=layer.bias is not None, **settings)
+    return fresh.to(layer.weight.device, layer.weight.dtype)
+
+
+def redraw(modules):
+    """Gives the layers within `modules` initial weights anew."""
+    for module in modules:
+        for layer in module.modules():
+            if hasattr(layer, 'reset_parameters'):
+                layer.reset_parameters()
+
+
+def batch_norms_of(modules):
+    """All batch norms within `modules`, synchronised ones too, each once."""
+    return list(dict.fromkeys(m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)))
