@@ -129,7 +129,7 @@ def test_an_empty_split_is_refused(folder, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch):
     learn(folder, tmp_path / 'a', '--class-weights', 'none')
     kept = (tmp_path / 'a/checkpoint.pth.tar').read_bytes()
-    monkeypatch.setattr('mdil.training.task.cross_entropy', lambda *_: torch.tensor(float('inf'), requires_grad=True))
+    monkeypatch.setattr('mdil.losses.terms.cross_entropy', lambda *_: torch.tensor(float('inf'), requires_grad=True))
     with pytest.raises(UserError, match='the loss is inf in epoch 1; no weight was touched.*x[0-2].png, .*x[0-2].png'):
         learn(folder, tmp_path / 'a', '--class-weights', 'none')
     assert (tmp_path / 'a/checkpoint.pth.tar').read_bytes() == kept
