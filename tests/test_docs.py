@@ -1,0 +1,168 @@
+"""The documentation: its code runs, its commands are accepted, its links lead somewhere."""
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdil.__main__ import TOOLS
+from mdil.datasets.domains import DOMAINS, get_domain
+from mdil.datasets.pairs import find_split
+from mdil.models import METHODS, build_model
+from mdil.training.options import parse_train
+from mdil.training.step_loss import StepLoss
+from mdil.utils.parser import Parser
+from tests.conftest import ROOT
+from tests.test_trainer_files import commands, script
+
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+COMING = 'methods.md', 'predict.md', 'branches.md', 'predict.py', 'mdil export', 'mdil verify'      # being written
+SCRIPTS = {'train.py': 'mdil.train', 'eval.py': 'mdil.eval', 'predict.py': 'mdil.predict'}
+
+
+class Parsed(Exception):
+    """A parser accepted its arguments."""
+
+
+def blocks(page, language=''):
+    """Contents of the page's code blocks that are marked with `language`."""
+    return re.findall(rf'^```{language}\n(.*?)^```$', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code(page, word):
+    """The page's one block of Python that holds `word`."""
+    block, = [block for block in blocks(page, 'python') if word in block]
+    return block
+
+
+def shown_commands(page):
+    """Command lines of the page's blocks, but for those of old revisions and with parts left out."""
+    for block in blocks(page):
+        if 'git checkout' in block:
+            continue
+        lines = (line.split('  #')[0].strip() for line in block.replace('\\\n', ' ').splitlines())
+        yield from (part for line in lines for part in line.split(' && ') if ' ...' not in part)
+
+
+def run_to_the_parser(words):
+    """Runs a command of the project up to where its options are parsed."""
+    if words[:2] == ['python', '-m']:
+        _, _, name, *words = words
+        if name == 'mdil':
+            name, *words = words
+            name = TOOLS[name][0]
+        else:
+            name = f'mdil.{name}' if not name.startswith('tests.') else 'mdil.train'
+    else:
+        _, name, *words = words
+        name = SCRIPTS[name]
+    importlib.import_module(name).main(words)
+
+
+COMMANDS = sorted({line for page in PAGES for line in shown_commands(page)
+                   if line.startswith(('python -m mdil ', 'python -m datasets.', 'python -m benchmarks.', 'python -m tests.',
+                                       'python train.py', 'python eval.py', 'python predict.py'))
+                   and not any(name in line for name in COMING)})
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_commands_are_accepted(line, monkeypatch):
+    parse_args = Parser.parse_args
+
+    def stop(*arguments, **keywords):
+        parse_args(*arguments, **keywords)
+        raise Parsed
+    monkeypatch.setattr(Parser, 'parse_args', stop)
+    monkeypatch.setitem(METHODS, 'ewc', METHODS['fine-tune'])
+    with pytest.raises(Parsed):
+        run_to_the_parser(shlex.split(line))
+
+
+@pytest.mark.parametrize('line', sorted({line for page in PAGES for line in shown_commands(page)
+                                         if line.startswith('bash trainer_files/') and 'setup' not in line}))
+def test_scripts_run_what_train_py_accepts(line):
+    _, path, *words = shlex.split(line)
+    found = commands(script(Path(path).stem, *words, '--dry-run'))
+    assert found and [parse_train(words) for words in found]
+
+
+def test_there_are_commands_to_try():
+    assert len(COMMANDS) > 20
+
+
+def anchors(page):
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```$', '', page.read_text(), flags=re.MULTILINE | re.DOTALL),
+                          flags=re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+        path, _, anchor = target.partition('#')
+        if re.match(r'https?://', target) or path.endswith(COMING):
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), f'{page.name}: {target}'
+        assert not anchor or anchor in anchors(file), f'{page.name}: {target}'
+
+
+def test_the_readme_fits_on_its_pages():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 200
+
+
+EXTENDING = ROOT / 'docs/extending.md'
+
+
+def test_a_domain(tmp_path, monkeypatch):
+    monkeypatch.setattr('mdil.datasets.domains.DOMAINS', domains := dict(DOMAINS))
+    exec(code(EXTENDING, 'Layout('), {})
+    for folder in ('image_2', 'semantic'):
+        (tmp_path / 'kitti/train' / folder).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / 'kitti/train' / folder / 'a.png')
+    assert 'kitti' in domains and len(find_split(get_domain('kitti'), tmp_path, 'train').pairs) == 1
+
+
+def test_a_loss_term():
+    names = {}
+    exec(code(EXTENDING, 'L2SP'), names)
+    try:
+        options = parse_train('--savedir S --method l2sp --domains CS BDD --state F --lambdac 3'.split())
+        term = names['L2SP'](options)
+        student, teacher = build_model([3, 4], 'l2sp'), build_model([3], 'l2sp')
+    finally:
+        del METHODS['l2sp']
+    for part in (student, teacher):
+        for parameter in part.shared_parameters():
+            parameter.data.fill_(0.5)
+    student.shared_parameters()[0].data.add_(1)
+    step = StepLoss(student, teacher, [torch.ones(3), torch.ones(4)], [term])
+    images, labels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.uint8)
+    assert term.weight == 3
+    assert step(images, labels, 1, 'l2sp').item() == student.shared_parameters()[0].numel() / 2
+
+
+def test_a_backbone():
+    names = {}
+    exec(code(EXTENDING, 'SmallNet'), names)
+    assert names['model'].num_classes == [20, 27]
+
+
+def test_the_readme_builds_a_model():
+    names = {'images': torch.zeros(1, 3, 16, 16)}
+    exec(code(ROOT / 'README.md', 'build_model'), names)
+    assert names['logits'].shape == (1, 20, 16, 16)
+
+
+def test_the_domain_of_the_data_page(tmp_path):
+    text, = blocks(ROOT / 'docs/data.md', 'json')
+    (tmp_path / 'domain.json').write_text(text)
+    ours, builtin = get_domain('cambridge', {'cambridge': tmp_path}), get_domain('camvid')
+    assert (ours.classes, ours.colors) == (builtin.classes, builtin.colors)
+
+
