@@ -1,7 +1,7 @@
 """Where the wheel has what a checkout has beside the folder mdil: inside it."""
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-INSIDE = ('models', 'losses', 'datasets', 'training', 'evaluation', 'utils', 'train.py', 'eval.py')
+INSIDE = ('models', 'losses', 'datasets', 'training', 'evaluation', 'utils', 'train.py', 'eval.py', 'predict.py')
 
 
 class Inside(BuildHookInterface):

@@ -17,8 +17,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from mdil.datasets.segmentation import load_pair
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
+from mdil.utils.workers import in_threads
 
 VERSION = 1     # raised whenever the same files give other pixels
 HEX = '[0-9a-f]' * 16
@@ -134,17 +134,8 @@ def array_file(path, shape):
 def load_all(dataset, workers):
     """Yields the resized pairs in order, with progress on standard error.
 
-    Threads serve, as decoding and resizing run without Python's lock. They stay at most
-    four pairs each ahead, which bounds the memory.
+    Threads serve, as decoding and resizing run without Python's lock.
     """
     title = f'cache of {dataset.domain.name} {dataset.split}'
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(dataset), desc=title, unit='image', disable=None) as bar:
-        waiting = deque()
-        for pair in dataset.pairs:
-            waiting.append(pool.submit(load_pair, pair, dataset.size))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-                bar.update()
-        for future in waiting:
-            yield future.result()
-            bar.update()
+    made = in_threads(partial(load_pair, size=dataset.size), dataset.pairs, workers)
+    yield from tqdm(made, total=len(dataset), desc=title, unit='image', disable=None)

@@ -137,6 +137,25 @@ def check_order(states, known):
                             f'but the next, {states[number]}, {", ".join(names[number])}')
 
 
+def load_network_and_domains(path, options, place):
+    """(Checkpoint, network on the place's device, its Domain objects) of a file.
+
+    options: `domains` names those of a file without names, `method` says which network it is
+    where several fit, `data` where domains lie; `precision`.
+    """
+    checkpoint = read_checkpoint(path)
+    count = len(checkpoint.found.num_classes)
+    names = checkpoint.domains or (options.domains or [])[:count]
+    if len(names) < count:
+        raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
+    domains = [get_domain(name, data_paths(options.data)) for name in names]
+    check_known(checkpoint, domains)
+    model = load_network(checkpoint, options.method)
+    if checkpoint.domains is None and place.main:
+        print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
+    return checkpoint, model.to(place.device, memory_format=memory_format(place.device, options.precision)), domains
+
+
 class Evaluator:
     """Networks meet data, as the options of eval.py say; a loader is made once for each domain."""
 
@@ -146,21 +165,11 @@ class Evaluator:
 
     def load(self, path):
         """(network on the device, its Domain objects) of a checkpoint."""
-        checkpoint = read_checkpoint(path)
-        count = len(checkpoint.found.num_classes)
-        names = checkpoint.domains or (self.options.domains or [])[:count]
-        if len(names) < count:
-            raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
-        domains = [self.domain(name) for name in names]
-        check_known(checkpoint, domains)
+        _, model, domains = load_network_and_domains(path, self.options, self.place)
         if self.options.common_classes:
             for domain in domains:
                 common.to_common(domain)
-        model = load_network(checkpoint, self.options.method)
-        if checkpoint.domains is None and self.place.main:
-            print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
-        layout = memory_format(self.place.device, self.options.precision)
-        return model.to(self.place.device, memory_format=layout), domains
+        return model, domains
 
     def domain(self, name):
         """The Domain called `name`."""

@@ -9,6 +9,7 @@ from mdil.utils.errors import UserError, run_main
 TOOLS = {
     'train': ('mdil.train', 'learn one step of a sequence of domains'),
     'eval': ('mdil.eval', 'evaluate checkpoints on the validation images of their domains'),
+    'predict': ('mdil.predict', 'segment images, folders and videos'),
     'check': ('mdil.datasets.check', 'check that domains are fit to train on'),
     'create-labels': ('mdil.datasets.create_labels', 'make the label images of IDD and Cityscapes'),
     'class-weights': ('mdil.datasets.class_weights', 'compute the cross-entropy weights of domains'),

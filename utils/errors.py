@@ -10,7 +10,7 @@ ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or -
 
 
 # Packages that only some tools need: import name -> what to install.
-OPTIONAL = {'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'visdom': 'visdom'}
+OPTIONAL = {'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'visdom': 'visdom', 'av': 'av'}
 
 
 class UserError(Exception):

@@ -1,6 +1,7 @@
 """Work shared among processes."""
 import signal
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
@@ -30,3 +31,22 @@ def in_parallel(function, items, workers, title):
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
         raise UserError(f'{title}: a worker process was killed, maybe for memory; use fewer --workers') from None
+
+
+def in_threads(function, items, threads):
+    """Yields function(item) in the order of the iterable `items`, computed by `threads` threads (0: by this one).
+
+    For work that runs without Python's lock. Threads stay at most four items each ahead,
+    which bounds the memory.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

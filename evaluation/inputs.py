@@ -1,0 +1,123 @@
+"""What predict.py reads: images, folders of images, list files and videos, one Item for each image."""
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+from PIL import ImageOps
+
+from mdil.datasets.segmentation import open_image
+from mdil.utils.errors import UserError
+
+IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
+LISTS = ('.txt', '.lst')
+KINDS = 'an image, a folder, a list of images (.txt) or a video'
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read. name: its path below the input, less its suffix; results are called so."""
+    path: Path
+    name: str
+
+    @property
+    def is_video(self):
+        return self.path.suffix.lower() in VIDEOS
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image. key: what it is called in JSON; name: as `Source.name`; load: gives it as RGB, or raises UserError.
+
+    video: the path of the video that it is a frame of, or None.
+    """
+    key: str
+    name: str
+    load: Callable
+    video: Path = None
+
+
+def find_sources(inputs, out):
+    """The Sources of the paths `inputs`, in order; of a folder without what lies in the folder `out` within it."""
+    found = [source for path in map(Path, inputs) for source in sources_of(path, out)]
+    if not found:
+        raise UserError(f'no images in {", ".join(map(str, inputs))}; files that end in {" ".join(IMAGES)} are read, '
+                        'hidden ones are not')
+    return found
+
+
+def sources_of(path, out):
+    """The Sources of one input (see `find_sources`); UserError if it is none."""
+    if path.is_dir():
+        return [named(file, path) for file in files_below(path, out)]
+    if not path.exists():
+        raise UserError(f'--input {path} does not exist')
+    suffix = path.suffix.lower()
+    if suffix in LISTS:
+        return listed(path)
+    if suffix not in IMAGES + VIDEOS:
+        raise UserError(f'--input {path}: {KINDS} is expected')
+    return [named(path, path.parent)]
+
+
+def named(path, folder):
+    """The Source of a file below a folder."""
+    return Source(path, Path(os.path.relpath(path, folder)).with_suffix('').as_posix())
+
+
+def files_below(folder, out):
+    """Images and videos below a folder, sorted; hidden files and folders, and the folder `out`, are left out."""
+    found, out = [], os.path.abspath(out)
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders
+                      if not name.startswith('.') and os.path.abspath(os.path.join(place, name)) != out]
+        found += [Path(place, name) for name in files if not name.startswith('.')]
+    return sorted(path for path in found if path.suffix.lower() in IMAGES + VIDEOS)
+
+
+def listed(path):
+    """The Sources of a list file: a path in each line, relative to the folder of the list."""
+    try:
+        text = path.read_text(errors='surrogateescape')
+    except OSError as error:
+        raise UserError(f'--input {path} cannot be read: {error.strerror}') from None
+    files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]
+    for file in files:
+        if file.suffix.lower() not in IMAGES + VIDEOS:
+            raise UserError(f'--input {path}: {file} is no image or video')
+        if not file.is_file():
+            raise UserError(f'--input {path}: {file} does not exist; lines are relative to the folder of the list')
+    files = [Path(os.path.abspath(file)) for file in files]
+    folder = Path(os.path.abspath(path.parent))
+    if any(folder not in file.parents for file in files):
+        folder = os.path.commonpath([file.parent for file in files])
+    return [named(file, folder) for file in files]
+
+
+def items_of(source):
+    """Yields the Items of a Source; the frames of a video in order."""
+    if source.is_video:
+        yield from frames_of(source)
+    else:
+        yield Item(str(source.path), source.name, partial(upright, source.path))
+
+
+def upright(path):
+    """The image at `path` as RGB, turned as its EXIF data says."""
+    image = open_image(path)
+    return ImageOps.exif_transpose(image)
+
+
+def frames_of(source):
+    """Yields an Item for each frame of a video; needs the package av."""
+    import av
+    try:
+        with av.open(str(source.path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                image = frame.to_image()
+                yield Item(f'{source.path}/{number:06d}', f'{source.name}/{number:06d}', lambda image=image: image,
+                           source.path)
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f'{source.path} cannot be read as a video: {error or "it has no pictures"}') from None

@@ -1,0 +1,242 @@
+"""predict.py: answers against an independent implementation, every kind of input, what is written and skipped."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdil import predict
+from mdil.datasets import DOMAINS, get_domain
+from mdil.datasets.pairs import find_split
+from mdil.evaluation.predictor import PUBLISHED_SIZE, Predictor, trained_size
+from mdil.models import build_model, checkpoint
+from mdil.models.checkpoint import Checkpoint
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.parallel import Place
+from tests.test_eval import COUNTS
+
+NAMES = ['cityscapes', 'IDD']
+SIZE = 32, 64
+CPU = Place(torch.device('cpu'))
+
+
+@pytest.fixture(scope='module')
+def model():
+    """An untrained network of two domains."""
+    torch.manual_seed(5)
+    return build_model([COUNTS[name] for name in NAMES]).eval()
+
+
+@pytest.fixture(scope='module')
+def state(model, tmp_path_factory):
+    """Its checkpoint, which says that it was trained at SIZE."""
+    path = tmp_path_factory.mktemp('state') / 'two.pth'
+    checkpoint.save({'version': 1, 'epoch': 1, 'state_dict': model.state_dict(), 'best_acc': 0.0, 'method': 'ours',
+                     'domains': [{'name': name, 'classes': COUNTS[name]} for name in NAMES],
+                     'options': {'num_epochs': 1, 'height': SIZE[0], 'width': SIZE[1]}}, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three images of different sizes, one of them grey, in two levels."""
+    random = np.random.default_rng(0)
+    for name, shape in (('a.png', (50, 70, 3)), ('sub/b.JPG', (64, 128, 3)), ('sub/c.png', (37, 41))):
+        path = tmp_path / 'photos' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (4, 6, *shape[2:]), dtype=np.uint8))
+        coarse.resize(shape[1::-1], Image.BICUBIC).save(path)
+    return tmp_path / 'photos'
+
+
+def run(state, out, *arguments):
+    predict.main(['--state', str(state), '--out', str(out), '--device', 'cpu', '--num-workers', '0',
+                  *map(str, arguments)])
+
+
+def expected(model, number, path, size=SIZE):
+    """(labels, confidence) by plain steps: resize, network, logits resized back, void left out."""
+    image = Image.open(path).convert('RGB')
+    pixels = torch.tensor(np.asarray(image.resize(size[::-1], Image.BILINEAR))).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        logits = torch.nn.functional.interpolate(model(pixels, number), image.size[::-1], mode='bilinear')[0, :-1]
+    return logits.argmax(dim=0).numpy(), logits.softmax(dim=0).amax(dim=0).numpy()
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_folder_keeps_its_tree_and_every_image_its_size(model, state, photos, tmp_path):
+    run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--json', tmp_path / 'r.json', '--save',
+        'labels', 'color', 'overlay', 'confidence')
+    assert len([path for path in (tmp_path / 'out').rglob('*') if path.is_file()]) == 12
+    records = json.loads((tmp_path / 'r.json').read_text())
+    assert set(records) == {str(path) for path in photos.rglob('*.*')}
+    for name, source in (('a', 'a.png'), ('sub/b', 'sub/b.JPG'), ('sub/c', 'sub/c.png')):
+        labels, confidence = expected(model, 1, photos / source)
+        assert np.array_equal(pixels(tmp_path / f'out/{name}.png'), labels)
+        assert np.abs(pixels(tmp_path / f'out/{name}.confidence.png') - 255 * confidence).max() <= 0.51
+        colors = np.array(DOMAINS['IDD'].colors)[labels]
+        assert np.array_equal(pixels(tmp_path / f'out/{name}.color.png'), colors)
+        image = np.asarray(Image.open(photos / source).convert('RGB'))
+        assert np.abs(pixels(tmp_path / f'out/{name}.overlay.png') - (0.45 * image + 0.55 * colors)).max() <= 1
+        entry = records[str(photos / source)]
+        assert (entry['domain'], entry['domains']) == ('IDD', {'IDD': 1.0})
+        assert entry['confidence'] == pytest.approx(confidence.mean(), abs=1e-5)
+        assert entry['classes'] == {DOMAINS['IDD'].classes[index]: pytest.approx(count / labels.size)
+                                    for index, count in zip(*np.unique(labels, return_counts=True))}
+
+
+def test_a_prediction_at_the_trained_size_is_what_eval_scores(model, state, toy, tmp_path):
+    pairs = find_split(get_domain('cityscapes'), toy, 'val').pairs
+    run(state, tmp_path, '--input', *(pair.image for pair in pairs), '--domain', 'CS', '--batch-size', 3)
+    for pair in pairs:
+        assert np.array_equal(pixels(tmp_path / f'{pair.image.stem}.png'), expected(model, 0, pair.image)[0])
+
+
+def test_void_is_never_an_answer(photos):
+    model = build_model([20])
+    with torch.no_grad():
+        model.single(0).decoder.output_conv.bias[19] += 100.0
+    predictor = Predictor(model, [DOMAINS['cityscapes']], SIZE, CPU)
+    image = Image.open(photos / 'a.png')
+    assert (model(predictor.prepare(image).pixels[None] / 255).argmax(dim=1) == 19).all()
+    prediction, = predictor.predict([image], 'CS')
+    assert prediction.labels.max() < 19 and 0 < prediction.confidence.min() and prediction.confidence.max() <= 1
+    assert sum(prediction.shares.values()) == pytest.approx(1)
+
+
+def test_native_size_differs_from_the_trained_one_by_less_than_a_block(model, state, photos, tmp_path):
+    run(state, tmp_path / 'out', '--input', photos / 'a.png', '--domain', 'CS', '--native')
+    assert np.array_equal(pixels(tmp_path / 'out/a.png'), expected(model, 0, photos / 'a.png', (48, 72))[0])
+    run(state, tmp_path / 'other', '--input', photos / 'a.png', '--domain', 'CS', '--height', 64)
+    assert np.array_equal(pixels(tmp_path / 'other/a.png'), expected(model, 0, photos / 'a.png', (64, 128))[0])
+
+
+def test_label_files_as_the_data_set_has_them(model, state, photos, tmp_path):
+    """Cityscapes' test server wants label ids: 7 for road (class 0), 33 for bicycle (class 18)."""
+    ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
+    run(state, tmp_path, '--input', photos / 'a.png', '--domain', 'CS', '--label-ids', 'files')
+    assert np.array_equal(pixels(tmp_path / 'a.png'), ids[expected(model, 0, photos / 'a.png')[0]])
+    assert predict.file_values(DOMAINS['IDD']).tolist() == list(range(26))
+
+
+def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
+    arguments = ['--input', photos, '--domain', 'CS', '--json', tmp_path / 'r.json']
+    run(state, tmp_path / 'out', *arguments)
+    (tmp_path / 'out/a.png').write_bytes(b'kept')
+    (tmp_path / 'out/sub/b.png').unlink()
+    records = json.loads((tmp_path / 'r.json').read_text())
+    run(state, tmp_path / 'out', *arguments)
+    assert (tmp_path / 'out/a.png').read_bytes() == b'kept' and (tmp_path / 'out/sub/b.png').exists()
+    assert json.loads((tmp_path / 'r.json').read_text()) == records
+    run(state, tmp_path / 'out', *arguments, '--overwrite')
+    assert (tmp_path / 'out/a.png').read_bytes() != b'kept'
+
+
+def test_an_interrupted_run_goes_on_where_it_ended(monkeypatch, state, photos, tmp_path):
+    arguments = ['--input', photos, '--domain', 'CS', '--json', tmp_path / 'r.json', '--batch-size', 1]
+    saved, real = [], predict.save
+
+    def dying(options, loaded, prediction):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(loaded.item.name)
+        real(options, loaded, prediction)
+    monkeypatch.setattr(predict, 'save', dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(state, tmp_path / 'out', *arguments)
+    assert saved == ['a', 'sub/b'] and len(json.loads((tmp_path / 'r.json').read_text())) == 2
+    monkeypatch.setattr(predict, 'save', lambda options, loaded, prediction: saved.append(loaded.item.name))
+    run(state, tmp_path / 'out', *arguments)
+    assert saved == ['a', 'sub/b', 'sub/c']
+
+
+def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):
+    (photos / 'list.txt').write_text('sub/c.png\n\na.png\n')
+    run(state, tmp_path / 'out', '--input', photos / 'list.txt', '--domain', 'CS')
+    assert sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.png')) == [
+        'a.png', 'sub/c.png']
+
+
+def test_a_phones_picture_is_turned_upright(model, state, photos, tmp_path):
+    image = Image.open(photos / 'a.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(photos / 'turned.png', exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(photos / 'upright.png')
+    run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
+    assert np.array_equal(pixels(tmp_path / 'out/turned.png'), pixels(tmp_path / 'out/upright.png'))
+
+
+def test_a_bad_image_is_left_out_and_named(state, photos, tmp_path):
+    (photos / 'bad.png').write_bytes(b'no image')
+    with pytest.raises(UserError, match='1 images were left out, e.g. .*bad.png cannot be read'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
+    assert len(list((tmp_path / 'out').rglob('*.png'))) == 3
+
+
+def test_results_below_the_input_are_no_inputs(state, photos):
+    for _ in range(2):
+        run(state, photos / 'out', '--input', photos, '--domain', 'CS')
+    assert len(list((photos / 'out').rglob('*.png'))) == 3
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--input', 'gone.png'], 'gone.png does not exist'),
+    (['--input', 'empty'], 'no images in'),
+    (['--input', 'notes.pdf'], 'an image, a folder'),
+    (['--input', 'bad.txt'], 'gone.png does not exist; lines are relative'),
+    (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD' but cityscapes, IDD"),
+    (['--input', 'photos', '--out', 'photos'], 'a.png is an input and would be replaced'),
+    (['--input', 'photos', 'photos/sub', 'photos/sub'], 'would both be written to'),
+    (['--input', 'photos', '--native', '--height', '64'], '--native keeps'),
+    (['--input', 'photos', '--width', '64'], '--width is given without'),
+    (['--input', 'photos', '--json', 'notes.json'], 'was not written by predict.py'),
+    (['--input', 'photos', '--label-ids', 'colours'], 'invalid choice')])
+def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path('empty').mkdir()
+    Path('notes.pdf').touch()
+    Path('notes.json').write_text('[1]')
+    Path('bad.txt').write_text('gone.png\n')
+    with pytest.raises(UserError, match=message):
+        run(state, 'out', '--domain', 'CS', *arguments)
+    assert Path('notes.json').read_text() == '[1]'
+
+
+def test_the_size_of_the_training_is_what_the_file_says():
+    size = lambda **options: trained_size(Checkpoint('', None, content={'options': options} if options else {}))
+    assert size(height=64, width=128) == (64, 128)
+    assert size() == size(height='64', width=128) == size(height=60, width=128) == PUBLISHED_SIZE
+
+
+def test_a_video_without_av_says_what_to_install(monkeypatch, state, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'av', None)
+    (tmp_path / 'drive.mp4').touch()
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: run(state, tmp_path / 'out', '--input', tmp_path / 'drive.mp4', '--domain', 'CS'))
+    assert end.value.code == 2 and capsys.readouterr().err.endswith('error: av is missing: pip install av\n')
+
+
+def test_the_frames_of_a_video(model, state, tmp_path):
+    av = pytest.importorskip('av', reason='av reads videos')
+    with av.open(str(tmp_path / 'drive.mp4'), 'w') as container:
+        stream = container.add_stream('mpeg4', rate=5)
+        stream.width, stream.height = 64, 48
+        for level in (0, 100, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, dtype=np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    run(state, tmp_path / 'out', '--input', tmp_path / 'drive.mp4', '--domain', 'CS', '--json', tmp_path / 'r.json')
+    files = sorted((tmp_path / 'out/drive').iterdir())
+    assert [path.name for path in files] == ['000000.png', '000001.png', '000002.png']
+    assert all(pixels(path).shape == (48, 64) for path in files)
+    assert list(json.loads((tmp_path / 'r.json').read_text())) == [f'{tmp_path}/drive.mp4/{n:06d}' for n in range(3)]
+    (tmp_path / 'broken.mp4').write_bytes(b'no video')
+    with pytest.raises(UserError, match='broken.mp4 cannot be read as a video'):
+        run(state, tmp_path / 'out', '--input', tmp_path / 'broken.mp4', '--domain', 'CS')
