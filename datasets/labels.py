@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def label_table(name):
     """Rows of the table `name` ('cityscapes' or 'idd') as a tuple of dicts.
 

@@ -8,8 +8,6 @@ first and only entry of a list, its decoders entries of `decoder`.
 import re
 from dataclasses import dataclass
 
-import torch
-
 from mdil.models.erfnet import ADAPTERS
 from mdil.utils.errors import UserError
 

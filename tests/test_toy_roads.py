@@ -41,7 +41,7 @@ def roads(tmp_path_factory):
 def classes_seen():
     """{country: names of classes that cover at least 30 pixels of one of 30 scenes}."""
     seen = {}
-    for country, (table, column) in toy_roads.COUNTRIES.items():
+    for country, (table, _column) in toy_roads.COUNTRIES.items():
         names = [row['name'] for row in label_table(table)]
         found = set()
         for seed in range(30):

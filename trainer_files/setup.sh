@@ -3,7 +3,7 @@
 #   bash trainer_files/setup.sh          what training and evaluation need
 #   bash trainer_files/setup.sh dev      the tests' needs too
 # A later call returns at once unless the requirements changed. PYTHON_BIN picks the
-# interpreter (Python 3.10 to 3.12). A torch already in .venv is kept if it fits.
+# interpreter (Python 3.10 to 3.14). A torch already in .venv is kept if it fits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,14 +12,14 @@ requirements=requirements.txt
 stamp=.venv/.$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements")
 [ -e "$stamp" ] && exit 0
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 
 python=
-for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.10 python3}; do
+for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.13 python3.14 python3.10 python3}; do
     if supported "$candidate"; then python=$candidate; break; fi
 done
 if [ -z "$python" ]; then
-    echo "error: no Python 3.10 to 3.12 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON_BIN" >&2
+    echo "error: no Python 3.10 to 3.14 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON_BIN" >&2
     exit 2
 fi
 
@@ -32,7 +32,8 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     fi
 fi
 echo "== installing $requirements into .venv (torch is large: several GB the first time)"
-# visdom's source needs pkg_resources while it is built, which newer setuptools lack.
+# visdom 0.2, the last for Python 3.10 and 3.11, is published as source that needs pkg_resources while it is
+# built and that newer setuptools lack.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<81' wheel
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r "$requirements"
 touch "$stamp"
