@@ -82,7 +82,8 @@ def check_options(options):
     complete_size(options)
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
-            check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values())
+            check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
+                           (*options.state, *options.single_task))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
         raise UserError('two kinds of results go into one file: ' + ', '.join(map(str, paths)))

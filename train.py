@@ -20,7 +20,7 @@ from mdil.evaluation.dashboard import Dashboard
 from mdil.evaluation.evaluation import evaluate
 from mdil.training import building, records, resume
 from mdil.training.options import parse_train
-from mdil.training.run import LATEST, PREVIOUS, Run
+from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
 from mdil.training.step_loss import optimizer_steps
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import broadcast_buffers, reduced, session
@@ -140,6 +140,10 @@ def find_saved(options):
         return None
     saved = resume.find(Path(options.savedir), (LATEST, PREVIOUS))
     if saved is None:
+        found = results_in(Path(options.savedir))
+        if found:
+            raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to go on from; use '
+                            'another --savedir, or start anew with --overwrite')
         print(f'--resume: nothing in {options.savedir}, starting fresh')
     else:
         resume.check_options(saved, options)
@@ -156,6 +160,8 @@ def learn(options, place):
         run = Run(options, place, saved)
         dashboard = None
         if place.main:
+            if options.overwrite:
+                remove_results(run.folder)
             records.keep_metrics(run.folder, run.epoch)
             records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
             print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}')
@@ -170,9 +176,12 @@ def learn(options, place):
 
 def main(argv=None):
     options = parse_train(argv)
+    check_kept(options)
     with session(options.device, options.parallel) as place:
         folder = records.make_folder(options.savedir)
         with resume.lock(folder) if place.main else contextlib.nullcontext():
+            if place.main:
+                check_kept(options)     # another run may have ended in between
             learn(options, place)
 
 

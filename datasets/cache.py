@@ -4,9 +4,11 @@ A cache folder holds, for every domain, split and size, one folder
 
     <domain>-<split>-<height>x<width>-<digest>/images.npy    uint8 (N, 3, H, W)
                                                labels.npy    uint8 (N, H, W) class indices
+                                               sources.json  {file: [size, time]}
 
 whose digest covers the names, sizes and times of the source files and how labels map to
-classes, so that any change of them leads to a new one, which replaces the old. It is built
+classes, so that any change of them leads to a new one. It replaces those of which a source
+file is another by now; caches of other selections of the data stay. It is built
 under a lock in a temporary folder beside and renamed when complete: what bears its name is
 whole. The lock ends with the process that holds it, and the next build removes what a killed
 one has left.
@@ -14,6 +16,7 @@ one has left.
 import contextlib
 import copy
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -77,11 +80,27 @@ def find_or_build(dataset, folder, workers):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f'.{name}.lock'):
             if not target.is_dir():
-                for old in (*folder.glob(f'{name}-{HEX}'), *folder.glob(f'.{name}-{HEX}.*')):
+                outdated = filter(is_outdated, folder.glob(f'{name}-{HEX}'))
+                for old in (*outdated, *folder.glob(f'.{name}-{HEX}.*')):
                     shutil.rmtree(old)
                 check_space(dataset, folder)
                 build(dataset, target, workers)
     return target
+
+
+def stamp(path):
+    """Size and time of a file: [bytes, nanoseconds]."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def is_outdated(cache):
+    """Whether a source file of the cache folder has changed since; one that is gone may come back."""
+    try:
+        sources = json.loads((cache / 'sources.json').read_text())
+    except (OSError, ValueError):
+        return True         # of an earlier version, or damaged
+    return any(os.path.exists(path) and stamp(path) != before for path, before in sources.items())
 
 
 def digest(dataset):
@@ -89,9 +108,8 @@ def digest(dataset):
     state = hashlib.sha256(f'{VERSION}'.encode())
     for pair in dataset.pairs:
         for path in (pair.image, pair.label):
-            status = path.stat()
             name = os.path.relpath(path, dataset.folder)
-            state.update(f'{name}\0{status.st_size}\0{status.st_mtime_ns}\0'.encode())
+            state.update('\0'.join(map(str, (name, *stamp(path), ''))).encode())
         state.update(f'{sorted(pair.values.items())}'.encode())
     return state.hexdigest()[:16]
 
@@ -118,6 +136,8 @@ def build(dataset, target, workers):
             for image, label in load_all(dataset, workers):
                 images.write(image.numpy())
                 labels.write(label.numpy())
+        files = (path for pair in dataset.pairs for path in (pair.image, pair.label))
+        (made / 'sources.json').write_text(json.dumps({os.path.abspath(path): stamp(path) for path in files}))
         os.rename(made, target)
 
 

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def real():
     if not path.is_dir():
         pytest.skip('the small real data is not here; set REAL_DATA')
     return path
+
+
+def wait_for(path, process):
+    """Waits until `path` is there, however long that takes, as long as the process that is to make it lives."""
+    while not path.exists():
+        assert process.poll() is None, f'{path} was not made: {process.communicate()}'
+        time.sleep(0.02)
 
 
 def run_script(*arguments, expect=0, **environment):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +16,7 @@ from mdil.models import checkpoint
 from mdil.models.layouts import published_keys
 from mdil.training import resume
 from mdil.utils.errors import UserError, advice, run_main
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, run_script, wait_for
 from tests.fill import fill
 from tests.test_checkpoints import encoder_file, published_file
 
@@ -202,19 +201,12 @@ def start_script(toy, savedir, *arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
-def wait_for(path, seconds=60):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f'{path} did not appear'
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_save_and_stop(toy, tmp_path, number):
     process = start_script(toy, tmp_path)
-    wait_for(tmp_path / 'checkpoint.pth.tar')
+    wait_for(tmp_path / 'checkpoint.pth.tar', process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 75 and 'stopped by a signal' in err
     assert checkpoint.read(tmp_path / 'checkpoint.pth.tar')['batch'] > 0
 
@@ -222,13 +214,13 @@ def test_signals_save_and_stop(toy, tmp_path, number):
 def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(toy, tmp_path):
     process = start_script(toy, tmp_path)
     try:
-        wait_for(tmp_path / 'checkpoint.pth.tar')
+        wait_for(tmp_path / 'checkpoint.pth.tar', process)
         with pytest.raises(UserError, match='another run is at work'):
-            learn(toy, tmp_path, '--domains', 'CS')
+            learn(toy, tmp_path, '--domains', 'CS', '--resume')
     finally:
         process.kill()
         process.communicate()
-    learn(toy, tmp_path, '--domains', 'CS')
+    learn(toy, tmp_path, '--domains', 'CS', '--overwrite')
 
 
 def test_bad_input_is_one_line_and_status_two(tmp_path):
@@ -264,10 +256,10 @@ def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_
 def test_a_dead_loader_worker_ends_with_advice(toy, tmp_path):
     process = start_script(toy, tmp_path, '--num-workers', '1')
     try:
-        wait_for(tmp_path / 'checkpoint.pth.tar')
+        wait_for(tmp_path / 'checkpoint.pth.tar', process)
         workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(workers[0]), signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate()
     finally:
         process.kill()
     # torch raises from a signal handler, which may also leave lines of its own before ours.

@@ -395,7 +395,7 @@ def drop(*keys):
 # Wrong in itself, so that the previous copy is taken.
 DAMAGED = [drop(name) for name in (*resume.PARTS, *checkpoint.KINDS)] + [
     put('epoch', 0), put('epoch', 2), put('epoch', 2 ** 40), put('batch', 0), put('totals', {}), put('best_acc', 'x'),
-    put('totals', {'loss': 1.0}), put('method', 'lwf'), put('domains', [{'name': 'BDD', 'classes': 20}]),
+    put('method', 'lwf'), put('domains', [{'name': 'BDD', 'classes': 20}]),
     put('options', {}), put('optimizer', {}), put('optimizer', []), put('optimizer', 'state', []), put('scheduler', []),
     put('scheduler', {}), put('scaler', {'scale': 1.0}), put('scaler', None), put('teacher', 3), put('random', {}),
     put('random', 'torch', b''), put('random', 'cuda', None), put('state_dict', []),
@@ -412,7 +412,7 @@ UNFIT = [
     put('optimizer', 'param_groups', 0, 'lr', 1.0), put('optimizer', 'param_groups', 0, 'betas', (0.5, 0.5)),
     put('optimizer', 'param_groups', 0, 'params', [0]), drop('optimizer', 'param_groups', 0, 'eps'),
     put('scheduler', '_last_lr', [1.0, 1.0]), put('scheduler', 'base_lrs', [1.0]), put('scheduler', '_last_lr', 'x'),
-    drop('scheduler', 'base_lrs'), put('batch', 3), put('batch', 2 ** 30), put('state_dict', FIRST, torch.zeros(3)),
+    drop('scheduler', 'base_lrs'), put('totals', {'loss': 1.0}), put('batch', 3), put('batch', 2 ** 30), put('state_dict', FIRST, torch.zeros(3)),
     drop('state_dict', FIRST), put('state_dict', 'x', torch.zeros(3)), put('state_dict', FIRST, 3),
     put('state_dict', FIRST, torch.zeros(13, 3, 3, 3).long()), put('teacher', {FIRST: torch.zeros(3)}),
     put('random', 'torch', torch.zeros(3)), put('random', 'torch', torch.zeros(3, dtype=torch.uint8))]

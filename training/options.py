@@ -65,7 +65,9 @@ def train_parser():
     group.add_argument('--val-every', type=positive, default=1, metavar='N',
                        help='validate every N epochs (and after the last)')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
-    group.add_argument('--resume', action='store_true', help='go on from the checkpoint in --savedir')
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument('--resume', action='store_true', help='go on from the checkpoint in --savedir')
+    kept.add_argument('--overwrite', action='store_true', help='replace the result in --savedir')
     group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
                        help='write checkpoints within epochs too, M minutes apart')
     group = machine_options(parser)

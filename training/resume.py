@@ -14,7 +14,7 @@ from mdil.utils.errors import UserError
 from mdil.utils.files import locked
 
 # Options that change no result, or only where the data lies; a change of the second kind is said.
-HARMLESS = {'resume', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',
+HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',
             'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'deterministic'}
 INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume

@@ -1,4 +1,5 @@
 """A training run: what it consists of, how far it is, how it is saved and goes on."""
+import os
 import time
 from pathlib import Path
 
@@ -8,10 +9,34 @@ from mdil.models import checkpoint
 from mdil.models.layouts import faults
 from mdil.training import building, resume
 from mdil.utils.errors import UserError
-from mdil.utils.files import remove_leftovers
+from mdil.utils.files import remove_leftovers, same_file
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
-WRITTEN = LATEST, PREVIOUS, BEST, 'metrics.jsonl', 'opts.json'
+RESULTS = LATEST, PREVIOUS, BEST, 'metrics.jsonl'
+WRITTEN = *RESULTS, 'opts.json'
+
+
+def results_in(folder):
+    """Names of the files in `folder` that a run's work lies in."""
+    return [name for name in RESULTS if os.path.isfile(folder / name) and os.path.getsize(folder / name)]
+
+
+def check_kept(options):
+    """UserError if the run would take the place of a result, or write the file that --state names."""
+    folder, found = Path(options.savedir), results_in(Path(options.savedir))
+    for name in WRITTEN:
+        if options.state and same_file(folder / name, options.state):
+            raise UserError(f'--state {options.state} is the file {name} of --savedir, which the run would write; '
+                            'use another --savedir')
+    if found and not (options.resume or options.overwrite):
+        raise UserError(f'--savedir {folder} holds a result ({", ".join(found)}); go on with --resume, use another '
+                        '--savedir, or replace it with --overwrite')
+
+
+def remove_results(folder):
+    """Removes the result in `folder`, which a new one is to replace."""
+    for name in results_in(folder):
+        (folder / name).unlink()
 
 
 def like_their_weights(optimizer):

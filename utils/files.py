@@ -1,8 +1,12 @@
 """Files that are never half-written, and folders that two processes do not write to at once."""
 import contextlib
+import errno
 import fcntl
+import glob
+import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,10 +17,14 @@ from mdil.utils.errors import UserError
 def write_atomically(path, write, previous=None):
     """Calls write(file) on a new binary file that takes the place of `path` once complete and on the disk.
 
-    previous: where the file that was at `path` goes instead of vanishing. UserError if
-    the disk does not take it; `path` is then as it was.
+    previous: where the file that was at `path` goes instead of vanishing. A link is
+    followed, not replaced; what is no regular file, or standard output, is written to.
+    UserError if the disk does not take it; `path` is then as it was.
     """
-    path = Path(path)
+    if written_through(path):
+        write_through(path, write)
+        return
+    path = Path(os.path.realpath(path))
     temporary = temporary_name(path)
     try:
         with open(temporary, 'wb') as file:
@@ -35,6 +43,34 @@ def write_atomically(path, write, previous=None):
             temporary.unlink()
 
 
+def standard_stream(path):
+    """The descriptor of standard output or error if `path` is the same file, else None."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(number)):
+                return number
+    return None
+
+
+def written_through(path):
+    """Whether `path` is a device, a pipe or standard output, which nothing can take the place of."""
+    return os.path.exists(path) and not os.path.isdir(path) and (
+        not os.path.isfile(path) or standard_stream(path) is not None)
+
+
+def write_through(path, write):
+    """Calls write(file) on the device, pipe or standard stream at `path`; UserError if it takes nothing."""
+    content, number = io.BytesIO(), standard_stream(path)
+    write(content)
+    try:
+        if number is not None:
+            (sys.stdout if number == 1 else sys.stderr).flush()
+        with open(path, 'wb') if number is None else os.fdopen(os.dup(number), 'wb') as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        raise UserError(f'{path} could not be written ({error.strerror})') from None
+
+
 def temporary_name(path):
     """Where this process writes what becomes `path`."""
     return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -43,17 +79,29 @@ def temporary_name(path):
 def keep_as(path, previous):
     """Gives the file at `path` the name `previous` too, so that at no moment there is none at `path`.
 
-    File systems without hard links have it moved instead.
+    File systems without hard links have it moved instead, and copied to another file system.
     """
     link = temporary_name(previous)
     try:
         os.link(path, link)
         os.replace(link, previous)
     except OSError:
-        os.replace(path, previous)
+        move(path, previous)
     finally:
         with contextlib.suppress(OSError):
             link.unlink()       # it stays where both names were the same file already
+
+
+def move(path, target):
+    """Moves a file, to another file system too; there is never half a file at `target`."""
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = temporary_name(target)
+        shutil.copyfile(path, copy)
+        os.replace(copy, target)
 
 
 def sync_folder(folder):
@@ -69,7 +117,8 @@ def sync_folder(folder):
 def remove_leftovers(folder, names):
     """Removes what killed processes left half-written of the files `names` in `folder`, which nobody else writes."""
     for name in names:
-        for path in folder.glob(f'.{name}.*.tmp'):
+        target = Path(os.path.realpath(folder / name))
+        for path in target.parent.glob(f'.{glob.escape(target.name)}.*.tmp'):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -84,11 +133,28 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + '\n')
 
 
-def check_writable(option, path, folder=False):
-    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be."""
-    place = Path(path) if folder else Path(path).parent
+def same_file(one, other):
+    """Whether two paths name one file that exists, through links too."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def check_writable(option, path, folder=False, inputs=()):
+    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be.
+
+    inputs: files that are read, none of which the option may name.
+    """
+    place = Path(path) if folder else Path(os.path.realpath(path)).parent
     if not folder and Path(path).is_dir():
         raise UserError(f'{option} {path} is a folder, a file name is expected')
+    if any(same_file(path, read) for read in inputs):
+        raise UserError(f'{option} {path} is a file that is read; name another file to write')
+    if not folder and written_through(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f'{option} {path} cannot be written to; name another place')
+        return
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
