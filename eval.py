@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.evaluation import Evaluator, check_order
-from mdil.models import METHODS
+from mdil.models import METHODS, method_name
 from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.utils.errors import UserError, run_main
@@ -35,7 +35,7 @@ def eval_parser():
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     group.add_argument('--domains', nargs='+', metavar='NAME',
                        help='domains of the last checkpoint, in order (published files do not name them)')
-    group.add_argument('--method', choices=tuple(METHODS), help='method of a published file whose keys fit several')
+    group.add_argument('--method', type=method_name, choices=tuple(METHODS), help='method of a published file whose keys fit several')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',

@@ -2,8 +2,8 @@
 
     python -m benchmarks.forgetting --data-root DATA --out runs/forgetting --class-weights computed \\
         --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE --figure FILE
-    python -m benchmarks.forgetting --data-root DATA --out DIR --epochs 150 --rows fine-tune ours \\
-        "ours --shared-lr 5e-5 --lambdac 1" --orders "CS BDD IDD" --steps 2
+    python -m benchmarks.forgetting --data-root DATA --out DIR --epochs 150 --rows fine-tune mdil \\
+        "mdil --shared-lr 5e-5 --lambdac 1" --orders "CS BDD IDD" --steps 2
 
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
 options and of the step before>/, its output in log.txt there. Steps of equal options after equal
@@ -38,7 +38,7 @@ ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
 MARKERS = 'osD^v<>Pphd'
 ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (single-task, multi-task: in all); '
-              'fine-tune-copies: every domain keeps the network that had learnt it; released: ours --recipe released; '
+              'fine-tune-copies: every domain keeps the network that had learnt it; released: mdil --recipe released; '
               'released-put-back: the same, with the statistics of the old batch norms put back before the evaluation.')
 
 

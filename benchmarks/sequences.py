@@ -17,7 +17,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
-from mdil.models import METHODS, checkpoint
+from mdil.models import METHODS, checkpoint, method_name
 from mdil.models.multi_domain import batch_norms_of
 from mdil.training import resume
 from mdil.training.options import parse_train, recipe_settings
@@ -50,16 +50,17 @@ class Row:
 
 # Options of train.py that a row may set.
 LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *recipe_settings('corrected', 1)}
-RELEASED = 'ours', ('--recipe', 'released')
+RELEASED = 'mdil', ('--recipe', 'released')
 ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row(*RELEASED),
         'released-put-back': Row(*RELEASED, put_back=True)}
-DEFAULT_ROWS = (*METHODS, *ROWS, *(f'ours --recipe released {difference}' for difference in (
+DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for difference in (
     '--old-bn frozen', '--distillation kl', '--teacher-mode eval', '--steps-per-batch 1', '--new-statistics copied')))
 
 
 def row_of(text):
     """The Row that `text` stands for: a name of ROWS, or a method and options of train.py; UserError if neither."""
     method, *args = text.split() or ['']
+    method = method_name(method)
     if text not in ROWS and method not in METHODS:
         raise UserError(f'--rows {text!r} is none of {", ".join(ROWS)}, and does not begin with a method: '
                         f'{", ".join(METHODS)}')

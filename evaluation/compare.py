@@ -1,8 +1,8 @@
 """Methods beside each other: step x domain matrices, and a picture of what each predicts.
 
-    python -m mdil compare ours=runs/demo/ours fine-tune=runs/demo/fine-tune \\
+    python -m mdil compare mdil=runs/demo/mdil fine-tune=runs/demo/fine-tune \\
         --data-root DATA --out runs/demo
-    python -m mdil compare ours='runs/seed*/ours' fine-tune='runs/seed*/fine-tune' \\
+    python -m mdil compare mdil='runs/seed*/mdil' fine-tune='runs/seed*/fine-tune' \\
         --data-root DATA --out runs
 
 Reads the `results.json` that eval.py wrote into each folder, prints the matrices, writes

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mdil.evaluation import pictures
-from mdil.models.methods import METHODS
+from mdil.models.methods import METHODS, method_name
 from mdil.training import records
 from mdil.utils.parser import show
 
@@ -46,7 +46,7 @@ class Step:
     def title(self):
         """What the run learns, in words: its last domain, or all of a joint method."""
         domains = self.options.get('domains') or [self.folder.name]
-        row = METHODS.get(self.options.get('method'))
+        row = METHODS.get(method_name(self.options.get('method')))
         return ' + '.join(row.trained(domains) if row else domains[-1:])
 
 
@@ -87,7 +87,7 @@ def starts(steps):
 
 def rates(line, options):
     """Learning rates of an epoch: of the new domain, and of the shared weights where it is another."""
-    row, base = METHODS.get(options.get('method')), options.get('lr')
+    row, base = METHODS.get(method_name(options.get('method'))), options.get('lr')
     domains = options.get('domains', [])
     alone = row is None or row.trained(domains) == domains
     if alone or not base or options.get('shared_lr') in (None, 0, base):

@@ -1,6 +1,6 @@
 """Model card of a checkpoint: what it knows, how large it is, what it costs, how it was trained.
 
-    python -m mdil describe runs/ours/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
+    python -m mdil describe runs/mdil/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
 
 The costs are those of one image through the encoder and one domain's decoder, at
 --width x --height, two operations (multiply, add) for each weight that is applied;
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdil.datasets import get_domain
 from mdil.evaluation import tables
-from mdil.models import METHODS
+from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
@@ -33,7 +33,7 @@ def parse(argv=None):
     parser.add_argument('state', metavar='CKPT', help='checkpoint of this code or a published one')
     parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
                         help='its domains in order (published files do not name them)')
-    parser.add_argument('--method', choices=tuple(METHODS),
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
                         help='method of a published file, where its keys fit several')
     size_options(parser.add_argument_group('size of the images whose cost is counted'))
     data_options(parser)

@@ -1,6 +1,6 @@
 """Writes what a sequence of steps has given so far as one HTML file that needs no network.
 
-    python -m mdil report runs/ours --data-root DATA
+    python -m mdil report runs/mdil --data-root DATA
 
 The folder is one that the trainer scripts fill: a run in each folder of it, results.json of
 eval.py beside them (or a single run). Tables, learning curves, predictions after each step,
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import pictures, tables
 from mdil.evaluation.dashboard import curves, read_step, shrunk, starts
-from mdil.models import METHODS
+from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
@@ -68,7 +68,7 @@ def find_steps(folder):
     runs = lambda place: any((place / name).exists() for name in ('opts.json', 'metrics.jsonl'))
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f'{folder} is not a folder; name one that the trainer scripts fill, such as runs/ours')
+        raise UserError(f'{folder} is not a folder; name one that the trainer scripts fill, such as runs/mdil')
     found = [folder] if runs(folder) else sorted(place for place in folder.iterdir() if place.is_dir() and runs(place))
     if not found:
         raise UserError(f'{folder} holds no run: neither it nor a folder in it has an opts.json or metrics.jsonl')
@@ -118,7 +118,7 @@ def html_table(table):
 
 def best_line(step):
     """The line of metrics.jsonl whose validation of the learnt domains was best, None if there is none."""
-    domains, row = step.options.get('domains', []), METHODS.get(step.options.get('method'))
+    domains, row = step.options.get('domains', []), METHODS.get(method_name(step.options.get('method')))
     learnt = row.trained(domains) if row else domains[-1:]
     scored = [line for line in step.lines if learnt and all(name in line['val'] for name in learnt)]
     return max(scored, key=lambda line: sum(line['val'][name]['miou'] for name in learnt), default=None)
@@ -296,7 +296,7 @@ def progress(steps):
 def page(folder, options, place):
     """The HTML document about the sequence in `folder`."""
     steps, results = find_steps(folder), read_results(folder)
-    folder, method = Path(folder).absolute(), steps[-1].options.get('method')
+    folder, method = Path(folder).absolute(), method_name(steps[-1].options.get('method'))
     about = f'{method}: {METHODS[method].about}. ' if method in METHODS else ''
     revisions = dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps)
     body = [element('h1', html.escape(f'{folder.parent.name} / {folder.name}')),

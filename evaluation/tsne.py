@@ -1,6 +1,6 @@
 """Shows what a step does to the encoder's features of a domain learnt before it.
 
-    python -m mdil tsne ours=runs/demo/ours fine-tune=runs/demo/fine-tune --data-root DATA --out runs/demo/tsne
+    python -m mdil tsne mdil=runs/demo/mdil fine-tune=runs/demo/fine-tune --data-root DATA --out runs/demo/tsne
 
 For every sequence NAME=FOLDER (or two checkpoints, NAME=BEFORE,AFTER) the same validation
 pixels go through the encoder before and after the step; one t-SNE (van der Maaten and

@@ -15,7 +15,8 @@ Learning with Convolutional Networks", ICML 2018:
             pairs = zip(step.student.shared_parameters(), step.teacher.shared_parameters())
             return sum((new - old).square().sum() for new, old in pairs) / 2
 
-    METHODS['l2sp'] = Method('fine-tuning held by L2-SP', terms=(CrossEntropy, L2SP))
+    METHODS['l2sp'] = Method('fine-tuning held by L2-SP', terms=(CrossEntropy, L2SP),
+                             uses=('lambdac', 'shared_lr', 'no_dropout'))
 
 Progress bar, metrics.jsonl, dashboard and report then show 'l2sp' by themselves.
 """

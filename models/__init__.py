@@ -1,5 +1,5 @@
 """Networks and methods."""
 from mdil.models.erfnet import ERFNet
-from mdil.models.methods import METHODS, build_model, get_method
+from mdil.models.methods import METHODS, build_model, get_method, method_name
 
-__all__ = ['ERFNet', 'METHODS', 'build_model', 'get_method']
+__all__ = ['ERFNet', 'METHODS', 'build_model', 'get_method', 'method_name']

@@ -19,7 +19,7 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.models.layouts import Found, check_fit, load, load_encoder, recognise
-from mdil.models.methods import METHODS, build_model
+from mdil.models.methods import METHODS, build_model, method_name
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 
@@ -214,7 +214,7 @@ def sums(value):
 KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number of epochs'),
          'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
          'domains': (named_classes, 'a list of {name, classes}'),
-         'method': (lambda value: isinstance(value, str) and value in METHODS, 'one of ' + ', '.join(METHODS)),
+         'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)),
          'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
 
 
@@ -237,7 +237,7 @@ def read_checkpoint(path):
     if state is not content:
         check_content(content, path)
     found = recognise(state, path)
-    return Checkpoint(str(path), found, stated_domains(content, found, path), content.get('method'), content)
+    return Checkpoint(str(path), found, stated_domains(content, found, path), method_name(content.get('method')), content)
 
 
 def check_content(content, path):
@@ -285,7 +285,7 @@ def fitting_methods(found):
 
 def network_of(found, method, source):
     """The network of `method` filled with what was found; UserError naming what does not fit."""
-    names = fitting_methods(found)
+    method, names = method_name(method), fitting_methods(found)
     if method not in names:
         raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
                         f'but of {", ".join(names) or "none"}')

@@ -1,6 +1,6 @@
 """Writes a checkpoint in the key layout of the published code.
 
-    python -m mdil export runs/ours/step2-BDD/model_best.pth.tar out.pth.tar
+    python -m mdil export runs/mdil/step2-BDD/model_best.pth.tar out.pth.tar
 
 Adapter models keep their keys under `module.`; plain networks become the published
 single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N)
@@ -24,7 +24,7 @@ def main(argv=None):
     options = parse(argv)
     checkpoint = read_checkpoint(options.state)
     model = load_network(checkpoint)
-    method = checkpoint.method or 'ours'
+    method = checkpoint.method or 'mdil'
     row, counts = get_method(method), checkpoint.found.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):
         raise UserError(f'{options.state}: the published code has no network of --method {method}')

@@ -20,6 +20,8 @@ class Method:
         full. dropout: whether the student's encoder drops out then.
     joint: whether all domains are learnt at once instead of one after another.
     lonely: whether the network knows one domain only.
+    uses: which of the options of train.py that not every method uses this one does; the
+        others are refused (training.options).
     """
     about: str
     adapter: Optional[str] = None
@@ -30,6 +32,7 @@ class Method:
     dropout: bool = True
     joint: bool = False
     lonely: bool = False
+    uses: tuple = ()
 
     def trained(self, domains):
         """Those of the list `domains` that a step trains, whose last domain is the new one: that, or all of them."""
@@ -37,34 +40,46 @@ class Method:
 
 
 DISTILLED = CrossEntropy, Distillation
+# Options of the terms DISTILLED, and of a row like the paper's.
+DISTILLING = 'lambdac', 'temperature', 'distill_domains', 'distillation', 'teacher_mode', 'steps_per_batch', 'old_bn'
+PAPER = *DISTILLING, 'shared_lr', 'new_statistics', 'no_dropout'
 
 METHODS = {
-    'ours': Method('parallel adapters, batch norms and a decoder per domain, distillation',
-                   adapter='parallel', domain_bn=True, shared='slow', terms=DISTILLED),
-    'adapters-only': Method('as ours, shared weights frozen after the first domain, twice the rate, no dropout',
-                            adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False),
-    'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen'),
+    'mdil': Method('the paper\'s method, parallel adapters, batch norms and a decoder per domain, distillation',
+                   adapter='parallel', domain_bn=True, shared='slow', terms=DISTILLED, uses=PAPER),
+    'adapters-only': Method('as mdil, shared weights frozen after the first domain, twice the rate, no dropout',
+                            adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False,
+                            uses=('new_statistics', 'no_dropout')),
+    'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen', uses=('shared_lr', 'no_dropout')),
     'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
     'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',
-                  terms=DISTILLED),
-    'series-adapters': Method('ablation: as ours, adapters after the convolutions',
-                              adapter='series', domain_bn=True, shared='slow', terms=DISTILLED),
-    'domain-bn': Method('ablation: as ours without adapters', domain_bn=True, shared='slow', terms=DISTILLED),
-    'adapters-shared-bn': Method('ablation: as ours, batch norms shared by all domains',
-                                 adapter='parallel', shared='slow', terms=DISTILLED),
-    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True),
-    'single-task': Method('a plain network for one domain', lonely=True),
+                  terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'no_dropout')),
+    'series-adapters': Method('ablation: as mdil, adapters after the convolutions',
+                              adapter='series', domain_bn=True, shared='slow', terms=DISTILLED, uses=PAPER),
+    'domain-bn': Method('ablation: as mdil without adapters', domain_bn=True, shared='slow', terms=DISTILLED,
+                        uses=PAPER),
+    'adapters-shared-bn': Method('ablation: as mdil, batch norms shared by all domains', adapter='parallel',
+                                 shared='slow', terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'no_dropout')),
+    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True, uses=('no_dropout',)),
+    'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
 }
+DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: what the published code and earlier files call them
+
+
+def method_name(name):
+    """The name in METHODS of what may be an alias; other names, and None, stay."""
+    return ALIASES.get(name, name)
 
 
 def get_method(name):
-    """The row `name` of METHODS; KeyError lists the choices."""
+    """The row of METHODS called `name`, which may be an alias; KeyError lists the choices."""
+    name = method_name(name)
     if name not in METHODS:
         raise KeyError(f'unknown method {name!r}; choose from {", ".join(METHODS)}')
     return METHODS[name]
 
 
-def build_model(num_classes, method='ours'):
+def build_model(num_classes, method=DEFAULT):
     """The network of `method` for domains of `num_classes` classes each, void included.
 
     `build_model([20, 20])(images, domain=1)` gives logits (B, 20, H, W) of images

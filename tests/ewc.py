@@ -41,7 +41,8 @@ class EWC(LossTerm):
         return sum((fisher * (new - old).square()).sum() for fisher, new, old in moved) / 2
 
 
-ROW = Method('fine-tuning held by elastic weight consolidation', terms=(CrossEntropy, EWC))
+ROW = Method('fine-tuning held by elastic weight consolidation', terms=(CrossEntropy, EWC),
+             uses=('lambdac', 'shared_lr', 'no_dropout'))
 
 if __name__ == '__main__':
     METHODS['ewc'] = ROW

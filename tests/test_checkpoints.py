@@ -11,15 +11,15 @@ import torch
 from mdil.datasets import get_domain
 from mdil.models import build_model, checkpoint, export
 from mdil.models.layouts import published_keys
-from mdil.training import building
+from mdil.training import building, resume
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 from tests.fill import fill
 
 CS, BDD, IDD = (get_domain(name) for name in ('CS', 'BDD', 'IDD'))
 # Layout of a published file: method, class counts, multi-task keys.
-PUBLISHED = {'ours-2': ('ours', [20, 20], False), 'ours-3': ('ours', [20, 20, 27], False),
-             'ours-1': ('ours', [20], False), 'fine-tune-2': ('fine-tune', [20, 20], False),
+PUBLISHED = {'ours-2': ('mdil', [20, 20], False), 'ours-3': ('mdil', [20, 20, 27], False),
+             'ours-1': ('mdil', [20], False), 'fine-tune-2': ('fine-tune', [20, 20], False),
              'fine-tune-3': ('fine-tune', [20, 20, 27], False), 'single-task': ('single-task', [27], False),
              'multi-task': ('multi-task', [20, 20, 27], True)}
 
@@ -45,7 +45,7 @@ def encoder_file(path):
 def test_published_files_load(tmp_path, layout, form):
     method, classes, multi = PUBLISHED[layout]
     model = fill(build_model(classes, method)).eval()
-    keys = published_keys(model.state_dict(), classes, 'parallel' if method == 'ours' else None, multi)
+    keys = published_keys(model.state_dict(), classes, 'parallel' if method == 'mdil' else None, multi)
     path = published_file(tmp_path / 'x.pth.tar', keys, prefix=form == 'module',
                           _use_new_zipfile_serialization=form != 'old format')
     read = checkpoint.read_checkpoint(path)
@@ -65,7 +65,7 @@ def test_best_acc_may_be_a_tensor_or_a_numpy_scalar(tmp_path):
 
 
 def options(path, domains, **changes):
-    return SimpleNamespace(**{'method': 'ours', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied',
+    return SimpleNamespace(**{'method': 'mdil', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied',
                               'domains': [d.name for d in domains], 'lambdac': 0.1, 'shared_lr': 5e-6, 'old_bn': 'frozen',
                               **changes})
 
@@ -106,14 +106,14 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change, message):
     change(state)
     torch.save({'state_dict': state}, tmp_path / 'x')
     with pytest.raises(UserError, match=message):
-        checkpoint.load_network(checkpoint.read_checkpoint(tmp_path / 'x'), 'ours')
+        checkpoint.load_network(checkpoint.read_checkpoint(tmp_path / 'x'), 'mdil')
 
 
 def test_other_methods_and_other_domains_are_refused(tmp_path):
     torch.save({'state_dict': build_model([20], 'fine-tune').state_dict()}, tmp_path / 'plain')
     plain = checkpoint.read_checkpoint(tmp_path / 'plain')
-    with pytest.raises(UserError, match='no adapters.*no network of --method ours but of .*fine-tune'):
-        checkpoint.load_network(plain, 'ours')
+    with pytest.raises(UserError, match='no adapters.*no network of --method mdil but of .*fine-tune'):
+        checkpoint.load_network(plain, 'mdil')
     with pytest.raises(UserError, match='20 classes.*IDD need 27'):
         checkpoint.check_known(plain, [IDD])
     plain.domains = ['cityscapes']
@@ -168,13 +168,13 @@ def test_export_writes_the_published_layout(tmp_path, layout):
     model = fill(build_model(classes, method))
     names = [{'name': f'd{n}', 'classes': count} for n, count in enumerate(classes)]
     checkpoint.save({'version': 1, 'epoch': 3, 'state_dict': model.state_dict(), 'domains': names, 'method': method,
-                     'best_acc': 1.0}, tmp_path / 'ours')
-    export.main([str(tmp_path / 'ours'), str(tmp_path / 'out')])
-    want = published_keys(model.state_dict(), classes, 'parallel' if method == 'ours' else None, multi)
+                     'best_acc': 1.0}, tmp_path / 'mdil')
+    export.main([str(tmp_path / 'mdil'), str(tmp_path / 'out')])
+    want = published_keys(model.state_dict(), classes, 'parallel' if method == 'mdil' else None, multi)
     got = checkpoint.read(tmp_path / 'out')['state_dict']
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     heads = {key.split('.')[1] for key in got if key.startswith('module.decoder')}
-    assert heads == ({'decoder'} if method in ('ours', 'multi-task', 'single-task') else
+    assert heads == ({'decoder'} if method in ('mdil', 'multi-task', 'single-task') else
                      {'decoder_old', 'decoder_new'} if len(classes) == 2 else
                      {'decoder_old1', 'decoder_old2', 'decoder_new'})
 
@@ -183,3 +183,12 @@ def test_export_refuses_what_the_published_code_lacks(tmp_path):
     checkpoint.save({'state_dict': build_model([4, 4], 'domain-bn').state_dict(), 'method': 'domain-bn'}, tmp_path / 'x')
     with pytest.raises(UserError, match='no network of --method domain-bn'):
         export.main([str(tmp_path / 'x'), str(tmp_path / 'out')])
+
+
+def test_files_that_say_ours_are_of_mdil_and_their_runs_go_on(tmp_path):
+    model = fill(build_model([20]))
+    checkpoint.save({'version': 1, 'state_dict': model.state_dict(), 'domains': [{'name': 'cityscapes', 'classes': 20}],
+                     'method': 'ours'}, tmp_path / 'x')
+    assert checkpoint.read_checkpoint(tmp_path / 'x').method == 'mdil'
+    assert resume.differences({'method': 'ours'}, SimpleNamespace(method='mdil')) == ([], [])
+    assert resume.differences({'method': 'ours'}, SimpleNamespace(method='lwf'))[0]

@@ -85,7 +85,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
     assert 'tensors loaded\n  renamed: 0' in capsys.readouterr().err
     with pytest.raises(UserError, match='no names; pass --domains'):
         evaluate(toy, tmp_path / 'x.json', '--state', path)
-    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'ours')
+    content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'mdil')
     assert len(content['domains']) == 3
 
 
@@ -148,7 +148,7 @@ def learn_until(monkeypatch, toy, folder, batches, arguments):
 
 
 @pytest.mark.parametrize('method, workers, batches', [
-    ('ours', 0, 1), ('ours', 2, 2), ('ours', 2, 3), ('multi-task', 0, 3), ('fine-tune', 2, 3), ('lwf', 0, 2)])
+    ('mdil', 0, 1), ('mdil', 2, 2), ('mdil', 2, 3), ('multi-task', 0, 3), ('fine-tune', 2, 3), ('lwf', 0, 2)])
 def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, workers, batches):
     """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second."""
     arguments = ['--method', method, '--domains', 'CS', 'IDD', '--num-workers', workers, '--class-weights', 'none']
@@ -235,7 +235,7 @@ def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     state = tmp_path / '1/checkpoint.pth.tar'
     for step, more in (('1', ['--domains', 'CS']),
-                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--method', 'ours', '--lambdac', '10', '--shared-lr', '1e-3'])):
+                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--method', 'mdil', '--lambdac', '10', '--shared-lr', '1e-3'])):
         run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / step, *more,
                    '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
         ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]

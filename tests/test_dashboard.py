@@ -80,7 +80,7 @@ def write_run(folder, domains, lines, state=None, **options):
     for entry in lines:
         records.append_metrics(folder, entry)
     write_json(folder / 'opts.json', {'versions': {'torch': '2'}, 'options': {
-        'domains': domains, 'method': 'ours', 'lr': 5e-4, 'shared_lr': 5e-6, 'state': state and str(state), **options}})
+        'domains': domains, 'method': 'mdil', 'lr': 5e-4, 'shared_lr': 5e-6, 'state': state and str(state), **options}})
     return folder
 
 

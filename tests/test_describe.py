@@ -33,7 +33,7 @@ def counted(model, number, height, width):
     return total[0] / 1e9
 
 
-@pytest.mark.parametrize('method', ['ours', 'fine-tune', 'series-adapters'])
+@pytest.mark.parametrize('method', ['mdil', 'fine-tune', 'series-adapters'])
 def test_cost_equals_a_count_by_hooks(method):
     model = build_model([20, 12], method)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -50,7 +50,7 @@ def test_the_methods_cost_and_size_are_the_known_ones():
 
 
 def test_card_of_a_run(tmp_path, capsys):
-    path = save_network(tmp_path / 'run/model_best.pth.tar', ['cityscapes', 'IDD'], 'ours', 0)
+    path = save_network(tmp_path / 'run/model_best.pth.tar', ['cityscapes', 'IDD'], 'mdil', 0)
     content = torch.load(path, weights_only=True)
     content.update(epoch=2, best_acc=41.25, options={'num_epochs': 3, 'lr': 5e-4, 'domains': ['cityscapes', 'IDD'],
                                                      'recipe': 'corrected', 'limit_batches': None})
@@ -60,7 +60,7 @@ def test_card_of_a_run(tmp_path, capsys):
     (path.parent / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     describe.main([str(path), '--height', '64'])
     out = ' '.join(capsys.readouterr().out.split())
-    for expected in ('2 domains (20, 27 classes)', 'ours: parallel adapters', '501,796', '1,868,252', '128x64',
+    for expected in ('2 domains (20, 27 classes)', "mdil: the paper's method, parallel adapters", '501,796', '1,868,252', '128x64',
                      'cityscapes: road, sidewalk', 'autorickshaw', 'when it was best: 41.25',
                      'cityscapes: mIoU 62.00, loss 0.5000 after epoch 2', 'recipe: corrected',
                      'this file: after epoch 2 of 3'):
@@ -80,7 +80,7 @@ def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
 
 
 def test_the_parts_add_up_to_the_whole(tmp_path):
-    path = save_network(tmp_path / 'model_best.pth.tar', ['cityscapes', 'BDD', 'IDD'], 'ours', 0)
+    path = save_network(tmp_path / 'model_best.pth.tar', ['cityscapes', 'BDD', 'IDD'], 'mdil', 0)
     options = describe.parse([str(path), '--height', '64'])
     found = read_checkpoint(path)
     header, rows = describe.domain_rows(load_network(found), found, options)

@@ -23,7 +23,7 @@ COUNTS = {'cityscapes': 20, 'BDD': 20, 'IDD': 27}
 COMMON_IDS = ((7, 9), (8, 10, 22), (24, 25), range(26, 34), (12, 13, 14, 17, 18, 19, 20), (11, 15, 16, 21), (23,))
 
 
-def save(path, model, names, method='ours'):
+def save(path, model, names, method='mdil'):
     checkpoint.save({'version': 1, 'epoch': 1, 'state_dict': model.state_dict(), 'best_acc': 0.0, 'method': method,
                      'domains': [{'name': name, 'classes': COUNTS[name]} for name in names]}, path)
     return path
@@ -351,9 +351,9 @@ def seed_results(folder, steps, **protocol):
 def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
     last = {1: (50.0, 40.0), 2: (56.0, 41.0), 3: (47.0, 45.0)}
     for seed, (first, second) in last.items():
-        seed_results(tmp_path / f'seed{seed}' / 'ours', [{'CS': 60.0}, {'CS': first, 'IDD': second}])
+        seed_results(tmp_path / f'seed{seed}' / 'mdil', [{'CS': 60.0}, {'CS': first, 'IDD': second}])
     seed_results(tmp_path / 'joint', [{'CS': 61.25, 'IDD': 52.0}])
-    compare.main([f'ours={tmp_path}/seed[12]/ours', f'ours={tmp_path}/seed3/ours/results.json',
+    compare.main([f'mdil={tmp_path}/seed[12]/mdil', f'mdil={tmp_path}/seed3/mdil/results.json',
                   f'joint={tmp_path}/joint', '--out', str(tmp_path / 'out'), '--no-picture'])
     text = capsys.readouterr().out
 
@@ -364,7 +364,7 @@ def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
         assert shown(values) in text
         assert shown(values).replace('+-', '±') in (tmp_path / 'out' / 'comparison.md').read_text()
         assert f'${shown(values).replace("+-", chr(92) + "pm")}$' in (tmp_path / 'out' / 'comparison.tex').read_text()
-    assert 'ours, 3 seeds' in text and '61.25' in text and 'sample standard deviation' in ' '.join(text.split())
+    assert 'mdil, 3 seeds' in text and '61.25' in text and 'sample standard deviation' in ' '.join(text.split())
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['comparison.md', 'comparison.tex']
 

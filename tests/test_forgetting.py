@@ -37,12 +37,12 @@ def last_steps(options):
 
 
 def test_equal_steps_are_one_step_whatever_rows_they_are_of(tmp_path):
-    options = options_of(tmp_path, '--rows', 'ours', 'adapters-only', 'ours --shared-lr 5e-6', 'single-task',
+    options = options_of(tmp_path, '--rows', 'mdil', 'adapters-only', 'mdil --shared-lr 5e-6', 'single-task',
                          'fine-tune', 'lwf')
     steps = sequences.steps_of(sequences.plan(options))
     names = [(len(step.domains), step.method) for step in steps]
-    assert sorted(names) == sorted([(1, 'ours'), (1, 'single-task'), (1, 'single-task'), (1, 'single-task')] + [
-        (count, method) for count in (2, 3) for method in ('ours', 'adapters-only', 'fine-tune', 'lwf')])
+    assert sorted(names) == sorted([(1, 'mdil'), (1, 'single-task'), (1, 'single-task'), (1, 'single-task')] + [
+        (count, method) for count in (2, 3) for method in ('mdil', 'adapters-only', 'fine-tune', 'lwf')])
     assert len({step.folder(options) for step in steps}) == len(steps)
     assert all(step.start is None or steps.index(step.start) < number for number, step in enumerate(steps))
 
@@ -53,26 +53,26 @@ def test_an_order_shares_single_and_multi_task_runs_with_another(tmp_path):
 
 
 def test_a_step_is_another_after_another_step_or_with_other_options(tmp_path):
-    rows = ['ours', 'ours --lambdac 1', 'lwf', 'lwf --lambdac 1']
+    rows = ['mdil', 'mdil --lambdac 1', 'lwf', 'lwf --lambdac 1']
     options = options_of(tmp_path, '--rows', *rows)
     last = last_steps(options)
     assert len(set(last.values())) == len({step.folder(options) for step in last.values()}) == 4
-    ours, heavy = (last[name] for name in rows[:2])
-    assert ours.start.start == heavy.start.start and ours.start != heavy.start
-    again = sequences.make_step(options, ours.domains, 0, 'ours', start=heavy.start)
-    assert again.key == ours.key and again.folder(options) != ours.folder(options)
+    plain, heavy = (last[name] for name in rows[:2])
+    assert plain.start.start == heavy.start.start and plain.start != heavy.start
+    again = sequences.make_step(options, plain.domains, 0, 'mdil', start=heavy.start)
+    assert again.key == plain.key and again.folder(options) != plain.folder(options)
 
 
 @pytest.mark.parametrize('text, row', [
-    ('released', sequences.Row('ours', ('--recipe', 'released'))), ('lwf', sequences.Row('lwf')),
-    ('ours --lambdac 1', sequences.Row('ours', ('--lambdac', '1')))])
+    ('released', sequences.Row('mdil', ('--recipe', 'released'))), ('lwf', sequences.Row('lwf')),
+    ('mdil --lambdac 1', sequences.Row('mdil', ('--lambdac', '1')))])
 def test_a_row_is_a_name_or_a_method_with_options(text, row):
     assert sequences.row_of(text) == row
 
 
 def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_step(tmp_path):
     """In step 2 of the published loops the teacher is in eval mode anyway."""
-    rows = ['--rows', 'released', 'ours --recipe released --teacher-mode eval', 'released-put-back']
+    rows = ['--rows', 'released', 'mdil --recipe released --teacher-mode eval', 'released-put-back']
     two, three = (last_steps(options_of(tmp_path, *rows, '--steps', count)) for count in '23')
     assert len(set(two.values())) == 1 and len(set(three.values())) == 2
 
@@ -80,30 +80,30 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
 @pytest.mark.parametrize('arguments, line', [
     (['--epochs', 'CS=2'], '--epochs says nothing of BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
     (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'released-put-back'),
-    (['--rows', 'ours --nonsense 1'], '--rows: --nonsense 1: '),
-    (['--rows', 'ours --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
-    (['--rows', 'ours --method lwf'], '--method must be the same'), (['--rows', ''], 'does not begin with a method'),
-    (['--rows', 'ours', '--curves', 'x.png'], '--rows leaves them out'),
-    (['--rows', 'ours', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
+    (['--rows', 'mdil --nonsense 1'], '--rows: --nonsense 1: '),
+    (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
+    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', ''], 'does not begin with a method'),
+    (['--rows', 'mdil', '--curves', 'x.png'], '--rows leaves them out'),
+    (['--rows', 'mdil', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
     with pytest.raises(UserError, match=line):
         sequences.plan(options_of(tmp_path, *arguments))
 
 
 def test_epochs_are_of_the_domain_learnt(tmp_path):
-    last = last_steps(options_of(tmp_path, '--rows', 'ours', 'multi-task', '--epochs', 'CS=5', '3', 'IDD=4'))
-    assert {name: dict(step.key)['num_epochs'] for name, step in last.items()} == {'ours': '4', 'multi-task': '3'}
+    last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'multi-task', '--epochs', 'CS=5', '3', 'IDD=4'))
+    assert {name: dict(step.key)['num_epochs'] for name, step in last.items()} == {'mdil': '4', 'multi-task': '3'}
 
 
 def test_units_count_teacher_and_old_branches(tmp_path):
-    last = last_steps(options_of(tmp_path, '--rows', 'ours', 'fine-tune', 'lwf', 'multi-task', 'adapters-only'))
+    last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only'))
     assert {name: forgetting.units(step) for name, step in last.items()} == {
-        'ours': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
-    assert forgetting.units(last['ours'].start) == 7
-    few = 'ours --distill-domains 1'
+        'mdil': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
+    assert forgetting.units(last['mdil'].start) == 7
+    few = 'mdil --distill-domains 1'
     assert forgetting.units(last_steps(options_of(tmp_path, '--rows', few))[few]) == 7
     added = lambda name: forgetting.added(last[name], sequences.row_of(name), options_of(tmp_path))
-    assert added('ours') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
+    assert added('mdil') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
     copies = sequences.ROWS['fine-tune-copies']
     assert forgetting.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
         p.numel() for p in build_model([27], 'single-task').parameters())
@@ -116,24 +116,24 @@ def test_copies_keep_what_each_domain_had_when_learnt():
 
 def test_figures_of_a_hand_made_sequence(tmp_path):
     order = 'cityscapes', 'BDD', 'IDD'
-    found = {(order, 'ours', seed): [{'cityscapes': 40.0 + seed}, {'cityscapes': 30.0, 'BDD': 50.0},
+    found = {(order, 'mdil', seed): [{'cityscapes': 40.0 + seed}, {'cityscapes': 30.0, 'BDD': 50.0},
                                      {'cityscapes': 20.0, 'BDD': 44.0, 'IDD': 60.0}] for seed in (0, 2)}
     found.update({(order, 'single-task', seed): [{'cityscapes': 40.0, 'BDD': 40.0, 'IDD': 50.0}] for seed in (0, 2)})
     rows = forgetting.all_figures(found)[order]
-    assert rows['ours'][0]['forgetting'] == {'cityscapes': 20.0, 'BDD': 6.0}
-    assert rows['ours'][0]['new'] == 55.0 and rows['ours'][0]['delta_m'] == pytest.approx((-50 + 10 + 20) / 3)
+    assert rows['mdil'][0]['forgetting'] == {'cityscapes': 20.0, 'BDD': 6.0}
+    assert rows['mdil'][0]['new'] == 55.0 and rows['mdil'][0]['delta_m'] == pytest.approx((-50 + 10 + 20) / 3)
     costs = {name: {'added_parameters': 5e5, 'units': 11, 'images_per_second': 2.0} for name in rows}
     options = options_of(tmp_path, '--seeds', '0', '2')
     assert forgetting.summary_table(order, rows, costs, options).groups[0] == [
-        ['ours', '20.00 +- 0.00', '44.00 +- 0.00', '60.00 +- 0.00', f'21.00 +- {math.sqrt(2):.2f}', '6.00 +- 0.00',
+        ['mdil', '20.00 +- 0.00', '44.00 +- 0.00', '60.00 +- 0.00', f'21.00 +- {math.sqrt(2):.2f}', '6.00 +- 0.00',
          '55.00 +- 0.00', '-6.67 +- 0.00', '0.50', '11', '2.0'],
         ['single-task', '40.00 +- 0.00', '40.00 +- 0.00', '50.00 +- 0.00', '-', '-', '45.00 +- 0.00', '0.00 +- 0.00',
          '0.50', '11', '2.0']]
     second = forgetting.step_table(order, rows, options).groups[0][1]
-    assert second == ['ours, 2', '30.00 +- 0.00', '50.00 +- 0.00', '-']
-    del rows['ours'][2]
+    assert second == ['mdil, 2', '30.00 +- 0.00', '50.00 +- 0.00', '-']
+    del rows['mdil'][2]
     shown = forgetting.summary_table(order, rows, costs, options).groups[0][0]
-    assert shown[0] == 'ours (1 of 2 seeds)' and shown[1] == '20.00'
+    assert shown[0] == 'mdil (1 of 2 seeds)' and shown[1] == '20.00'
 
 
 @pytest.fixture
@@ -168,24 +168,24 @@ def run(folder, roads, *arguments):
 
 
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
-    calls, rows = [], ['single-task', 'ours', 'released', 'released-put-back', 'ours --shared-lr 5e-4', 'fine-tune-copies']
+    calls, rows = [], ['single-task', 'mdil', 'released', 'released-put-back', 'mdil --shared-lr 5e-4', 'fine-tune-copies']
     trained_here(calls)
     files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'), ('--figure', 'g.svg'))
              for text in (option, str(tmp_path / name))]
     assert run(tmp_path, roads, '--rows', *rows, *files) is None
-    # two single-task, the first of ours, and ours, released, 5e-4, fine-tune: the rest is of the same
+    # two single-task, the first of mdil, and mdil, released, 5e-4, fine-tune: the rest is of the same
     assert len(calls) == 7
     result = json.loads((tmp_path / 'f.json').read_text())['orders']['cityscapes BDD']
-    assert list(result) == rows and result['ours']['cost']['units'] == 7
+    assert list(result) == rows and result['mdil']['cost']['units'] == 7
     put_back, plain = (result[name]['seeds']['0']['steps'] for name in ('released-put-back', 'released'))
-    assert put_back[0] == plain[0] == result['ours']['seeds']['0']['steps'][0]
+    assert put_back[0] == plain[0] == result['mdil']['seeds']['0']['steps'][0]
     assert put_back[1]['BDD'] == plain[1]['BDD']
     assert result['single-task']['seeds']['0']['delta_m'] == 0
     copies = result['fine-tune-copies']
     assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
     drawn = (tmp_path / 'g.svg').read_text()
     assert all(f'<!-- {name} -->' in drawn.replace('- -', '--') for name in rows)
-    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| ours --shared-lr 5e-4 |' in (tmp_path / 'f.md').read_text()
+    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| mdil --shared-lr 5e-4 |' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
     monkeypatch.setattr(forgetting.Evaluator, 'score', None)        # nothing is evaluated again
     assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 7
@@ -202,12 +202,12 @@ def test_every_row_of_the_figure_has_a_marker():
 def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, trained_here, capsys):
     calls = []
     trained_here(calls, failing='single-task')
-    assert run(tmp_path, roads, '--rows', 'fine-tune', 'ours', '--steps', '1') == 1
+    assert run(tmp_path, roads, '--rows', 'fine-tune', 'mdil', '--steps', '1') == 1
     output = capsys.readouterr()
     assert 'log.txt: error: no luck' in output.err and len(calls) == 2
-    assert 'ours, 1' in output.out and 'fine-tune, 1' not in output.out
+    assert 'mdil, 1' in output.out and 'fine-tune, 1' not in output.out
     trained_here(calls)
-    assert run(tmp_path, roads, '--rows', 'fine-tune', 'ours', '--steps', '1') is None and len(calls) == 3
+    assert run(tmp_path, roads, '--rows', 'fine-tune', 'mdil', '--steps', '1') is None and len(calls) == 3
 
 
 def test_the_command_of_a_step_names_the_state_it_starts_from(tmp_path):

@@ -403,6 +403,7 @@ DAMAGED = [drop(name) for name in (*resume.PARTS, *checkpoint.KINDS)] + [
     in_state(3, 'exp_avg', lambda moments: moments * float('inf'))]
 # Wrong beside the run that it is to go on.
 UNFIT = [
+    put('totals', {'loss': 1.0}),
     in_state(3, 'exp_avg', lambda moments: moments.flatten()[:1]),
     in_state(3, 'exp_avg_sq', lambda moments: moments[None]), in_state(3, 'exp_avg_sq', lambda moments: -1 - moments),
     in_state(3, 'step', lambda step: step * 0 - 1), in_state(3, 'step', lambda step: 'x'),

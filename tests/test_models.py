@@ -34,7 +34,7 @@ def test_plain_model_is_written_with_the_published_keys():
     assert shapes(state) == keys_of('state_dict_keys_single_20.txt')
 
 
-@pytest.mark.parametrize('method', ['ours', 'series-adapters', 'domain-bn'])
+@pytest.mark.parametrize('method', ['mdil', 'series-adapters', 'domain-bn'])
 def test_every_module_of_a_branch_matters_to_its_domain_and_to_no_other(method):
     """A wrong adapter, batch-norm or decoder index would show in one of the two."""
     model = fill(build_model([5, 5, 5], method)).eval()
@@ -95,7 +95,7 @@ def test_wrong_calls_are_refused():
             model(IMAGES, domain)
     with pytest.raises(ValueError, match='multiples of 8'):
         model(torch.rand(1, 3, 30, 64))
-    with pytest.raises(KeyError, match='ours'):
+    with pytest.raises(KeyError, match='mdil'):
         build_model([4], 'nothing')
     with pytest.raises(ValueError):
         build_model([])

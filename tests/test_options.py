@@ -2,6 +2,7 @@
 import pytest
 
 from mdil.benchmarks.forgetting import forgetting_parser
+from mdil.models import METHODS
 from mdil.training.options import parse_train, train_parser
 from mdil.utils.errors import UserError
 
@@ -22,8 +23,8 @@ def parse(text):
 @pytest.mark.parametrize('step', [1, 2, 3])
 def test_readme_commands(step):
     options = parse(README[step])
-    assert options.domains == ['cityscapes', 'BDD', 'IDD'][:step] and options.method == 'ours'
-    native = parse(f'--domains {" ".join(options.domains)} --method ours --savedir S --state {options.state} --model-name-suffix '
+    assert options.domains == ['cityscapes', 'BDD', 'IDD'][:step] and options.method == 'mdil'
+    native = parse(f'--domains {" ".join(options.domains)} --savedir S --state {options.state} --model-name-suffix '
                    f'{options.model_name_suffix or "x"}')
     native.model_name_suffix = options.model_name_suffix
     assert vars(native) == vars(options)
@@ -64,8 +65,6 @@ def test_published_bash_lists(text, method, domains):
     ('--savedir S --domains CS --batch-size 0', 'at least 1'),
     ('--savedir S --domains CS --nonsense', '--nonsense'),
     ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
-    ('--savedir S --domains CS BDD --state x --lambdac 0.1 --shared-lr 0', '--lambdac --shared-lr: .* add --method ours'),
-    ('--savedir S --domains CS BDD --state x --method adapters-only --shared-lr 1e-3', 'freezes the shared weights'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
@@ -80,17 +79,45 @@ def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():
     assert (three.teacher_mode, three.steps_per_batch) == ('train', 2)
     mixed = parse('--savedir S --domains CS BDD --state x --recipe released --old-bn frozen --no-published-metric')
     assert (mixed.old_bn, mixed.published_metric, mixed.distillation) == ('frozen', False, 'released')
-    corrected = parse('--savedir S --domains CS BDD --state x --method ours --teacher-mode train')
+    corrected = parse('--savedir S --domains CS BDD --state x --method mdil --teacher-mode train')
     assert (corrected.old_bn, corrected.teacher_mode, corrected.published_metric) == ('frozen', 'train', False)
 
 
-def test_the_default_method_is_the_paper_s_where_the_published_loops_or_options_are_asked_for():
+def test_the_default_method_is_the_papers_in_both_dialects_and_its_published_name_is_an_alias():
     after = '--savedir S --domains CS BDD --state x'
-    found = [parse(f'{after} {text}').method for text in ('', '--recipe released', '--current-task 1', '--method lwf')]
-    assert found == ['adapters-only', 'ours', 'ours', 'lwf']
-    assert parse('--savedir S --domains CS --current-task 0').method == 'ours'
+    texts = '', '--recipe released', '--current-task 1', '--method ours', '--lambdac 0.1 --shared-lr 0'
+    assert {parse(f'{after} {text}').method for text in texts} == {'mdil'}
+    assert parse(f'{after} --method lwf').method == 'lwf'
+    assert parse('--savedir S --domains CS').method == parse('--savedir S --domains CS --current-task 0').method == 'mdil'
     paper = parse('--savedir S --dataset-old CS --dataset-new BDD --state x --lambdac 0.3')
-    assert (paper.method, paper.lambdac, paper.shared_lr, paper.no_dropout) == ('ours', 0.3, 5e-6, False)
+    assert (paper.method, paper.lambdac, paper.shared_lr, paper.no_dropout) == ('mdil', 0.3, 5e-6, False)
+
+
+VALUES = {'no_dropout': '', 'distillation': 'kl', 'teacher_mode': 'eval', 'old_bn': 'frozen', 'new_statistics': 'copied'}
+OF_SOME = sorted({name for row in METHODS.values() for name in row.uses})
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_an_option_that_the_method_does_not_use_is_refused_even_at_its_default(method):
+    row = METHODS[method]
+    domains = 'CS' if row.lonely else 'CS BDD --state x'
+    for name in OF_SOME:
+        option = f'--{name.replace("_", "-")}'
+        text = f'--savedir S --domains {domains} --method {method} {option} {VALUES.get(name, 1)}'
+        if name in row.uses:
+            parse(text)
+            continue
+        with pytest.raises(UserError) as error:
+            parse(text)
+        fitting = [other for other in METHODS if name in METHODS[other].uses]
+        assert str(error.value) == (f'--method {method} does not use {option}; leave out what it does not use, '
+                                    f'or choose a method that does: {", ".join(fitting)}')
+
+
+def test_several_options_that_the_method_does_not_use_are_refused_in_one_line():
+    with pytest.raises(UserError) as error:
+        parse('--savedir S --domains CS BDD --state x --method feature-extraction --lambdac 0 --dropout')
+    assert str(error.value).startswith('--method feature-extraction does not use --lambdac --dropout; ')
 
 
 def test_help_shows_the_defaults_that_say_something():

@@ -20,11 +20,11 @@ SMALL = ['--height', '32', '--num-workers', '0', '--device', 'cpu']
 @pytest.fixture(scope='module')
 def sequence(toy, tmp_path_factory):
     """A sequence of two steps, as the trainer scripts leave it."""
-    root, states = tmp_path_factory.mktemp('runs') / 'ours', []
+    root, states = tmp_path_factory.mktemp('runs') / 'mdil', []
     for step, domains in enumerate((['cityscapes'], ['cityscapes', 'IDD']), 1):
         folder = root / f'step{step}-{domains[-1]}'
         train.main(['--domains', *domains, '--data-root', str(toy), '--savedir', str(folder), '--num-epochs', '2',
-                    '--batch-size', '4', '--model-name-suffix', '<b>bold</b>', '--method', 'ours', *SMALL,
+                    '--batch-size', '4', '--model-name-suffix', '<b>bold</b>', '--method', 'mdil', *SMALL,
                     *(['--state', str(states[-1])] if states else [])])
         states.append(folder / 'model_best.pth.tar')
     evaluation.main(['--state', *map(str, states), '--data-root', str(toy), '--json', str(root / 'results.json'),
@@ -35,7 +35,7 @@ def sequence(toy, tmp_path_factory):
 @pytest.fixture
 def copied(sequence, tmp_path):
     """A copy of the sequence to break."""
-    return shutil.copytree(sequence, tmp_path / 'ours')
+    return shutil.copytree(sequence, tmp_path / 'mdil')
 
 
 class Page(HTMLParser):

@@ -125,7 +125,7 @@ def test_compiler_sees_one_program_that_means_the_same():
     check_gradients(compiled, gradients)
 
 
-@pytest.mark.parametrize('method', ['ours', 'series-adapters', 'single-task'])
+@pytest.mark.parametrize('method', ['mdil', 'series-adapters', 'single-task'])
 def test_network_with_still_norms_equals_the_plain_one(method, monkeypatch):
     model = fill(build_model([4], method)).eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 from mdil.training.options import parse_train
 from tests.conftest import ROOT
 
-SCRIPTS = ['ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
+SCRIPTS = ['mdil', 'ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 
 
 def script(name, *arguments, expect=0):
@@ -30,7 +30,8 @@ def commands(text):
 def test_dry_run_prints_commands_that_train_py_accepts(name):
     found = commands(script(name, '--dry-run'))
     options = [parse_train(words) for words in found]
-    steps = {'ours': 3, 'adapters_only': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36, 'demo': 6, 'small_real': 6}
+    steps = {'mdil': 3, 'ours': 3, 'adapters_only': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36,
+             'demo': 6, 'small_real': 6}
     assert len(options) == steps[name]
     assert len({option.savedir for option in options}) == len(options)
     for option in options:
@@ -39,10 +40,10 @@ def test_dry_run_prints_commands_that_train_py_accepts(name):
 
 def test_order_epochs_and_encoder_are_settings():
     options = [parse_train(words) for words in commands(script(
-        'ours', '--dry-run', 'DOMAINS=IDD CS', 'EPOCHS=7 9', 'ENCODER=e.pth.tar', 'TRAIN_ARGS=--lambdac 1', 'HEIGHT=256'))]
+        'mdil', '--dry-run', 'DOMAINS=IDD CS', 'EPOCHS=7 9', 'ENCODER=e.pth.tar', 'TRAIN_ARGS=--lambdac 1', 'HEIGHT=256'))]
     assert [(o.domains, o.num_epochs, o.state, o.lambdac, o.width) for o in options] == [
         (['IDD'], 7, 'e.pth.tar', 1.0, 512),
-        (['IDD', 'cityscapes'], 9, 'runs/ours/step1-IDD/model_best.pth.tar', 1.0, 512)]
+        (['IDD', 'cityscapes'], 9, 'runs/mdil/step1-IDD/model_best.pth.tar', 1.0, 512)]
 
 
 def test_ablations_name_one_difference_each():
@@ -54,22 +55,26 @@ def test_ablations_name_one_difference_each():
     assert sorted(map(len, differing.values())) == [1] * 5 and len(set(map(str, differing.values()))) == 5
 
 
+def test_the_earlier_name_runs_the_same_commands():
+    assert script('ours', '--dry-run', 'HEIGHT=256') == script('mdil', '--dry-run', 'HEIGHT=256')
+
+
 def test_help_and_unknown_arguments():
-    assert 'DOMAINS=' in script('ours', '--help')
-    assert "unknown argument '--nonsense'" in script('ours', '--nonsense', expect=2)
+    assert 'DOMAINS=' in script('mdil', '--help')
+    assert "unknown argument '--nonsense'" in script('mdil', '--nonsense', expect=2)
 
 
 def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path):
-    words = ['bash', 'trainer_files/ours.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', 'EPOCHS=3',
+    words = ['bash', 'trainer_files/mdil.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', 'EPOCHS=3',
              'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'PYTHON={sys.executable}', 'TRAIN_ARGS=--checkpoint-minutes 0']
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    saved, end = tmp_path / 'ours/step1-cityscapes/checkpoint.pth.tar', time.monotonic() + 100
+    saved, end = tmp_path / 'mdil/step1-cityscapes/checkpoint.pth.tar', time.monotonic() + 100
     while not saved.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 75 and 'stopped by a signal' in output, output
-    output = script(*['ours'], *words[2:])
-    assert 'resumed in' in output and (tmp_path / 'ours/results.json').exists()
-    assert 'already finished' in script('ours', *words[2:])
+    output = script('mdil', *words[2:])
+    assert 'resumed in' in output and (tmp_path / 'mdil/results.json').exists()
+    assert 'already finished' in script('mdil', *words[2:])

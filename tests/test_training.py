@@ -76,7 +76,7 @@ def test_old_logits_are_bit_equal_where_everything_old_is_frozen(method):
 
 def test_released_recipe_overwrites_the_old_statistics_and_nothing_else_of_the_old_branch():
     """Fault 1 of the published loops: 117 buffers change although every old parameter is frozen."""
-    run, before, after = step_of('ours', '--recipe', 'released')
+    run, before, after = step_of('mdil', '--recipe', 'released')
     moved = changed(before, after) & branch_keys(run.student, 0)
     assert len(moved) == 117
     assert all(key.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for key in moved)
@@ -84,7 +84,7 @@ def test_released_recipe_overwrites_the_old_statistics_and_nothing_else_of_the_o
 
 def test_batch_statistics_without_update():
     """--old-bn batch: the old branch's outputs follow the batch, its buffers stay."""
-    run, before, after = step_of('ours', '--old-bn', 'batch')
+    run, before, after = step_of('mdil', '--old-bn', 'batch')
     assert not changed(before, after) & branch_keys(run.student, 0)
     for block in run.student.modules():
         if isinstance(block, torch.nn.Dropout2d):
@@ -94,7 +94,7 @@ def test_batch_statistics_without_update():
 
 
 def test_new_branch_trains_with_dropout_and_the_old_one_without():
-    run, _, _ = step_of('ours')
+    run, _, _ = step_of('mdil')
     run.student.train()
     with torch.no_grad():
         assert torch.equal(run.student(IMAGES, 0), run.student(IMAGES, 0))
@@ -102,7 +102,7 @@ def test_new_branch_trains_with_dropout_and_the_old_one_without():
 
 
 def test_teacher_mode_and_steps_are_options_of_their_own():
-    run, _, _ = step_of('ours', '--teacher-mode', 'train', '--steps-per-batch', '2')
+    run, _, _ = step_of('mdil', '--teacher-mode', 'train', '--steps-per-batch', '2')
     assert run.step_loss.teacher.training
     run.step_loss.eval()
     assert not run.step_loss.teacher.training
@@ -111,7 +111,7 @@ def test_teacher_mode_and_steps_are_options_of_their_own():
 
 
 @pytest.mark.parametrize('method, arguments, drops', [
-    ('ours', (), True), ('ours', ('--no-dropout',), False), ('adapters-only', (), False),
+    ('mdil', (), True), ('mdil', ('--no-dropout',), False), ('adapters-only', (), False),
     ('adapters-only', ('--dropout',), True)])
 def test_dropout_is_the_methods_unless_said(method, arguments, drops):
     run, _, _ = step_of(method, *arguments)
@@ -123,14 +123,14 @@ def test_dropout_is_the_methods_unless_said(method, arguments, drops):
 
 
 def test_the_first_step_is_learnt_alike_by_methods_of_one_network():
-    first = [vars(parse_train(['--domains', 'CS', '--savedir', 'x', '--method', method])) for method in ('ours', 'adapters-only')]
+    first = [vars(parse_train(['--domains', 'CS', '--savedir', 'x', '--method', method])) for method in ('mdil', 'adapters-only')]
     differing = {name for name in first[0] if first[0][name] != first[1][name]}
     assert differing == {'method', 'shared_lr'} and first[0]['lr'] == 5e-4 and not first[0]['no_dropout']
 
 
 @pytest.mark.parametrize('method, arguments, shared, branch', [
-    ('ours', (), 5e-6, 5e-4), ('ours', ('--shared-lr', '1e-5'), 1e-5, 5e-4),
-    ('ours', ('--lr', '1e-3', '--shared-lr', '0'), None, 1e-3), ('adapters-only', (), None, 1e-3)])
+    ('mdil', (), 5e-6, 5e-4), ('mdil', ('--shared-lr', '1e-5'), 1e-5, 5e-4),
+    ('mdil', ('--lr', '1e-3', '--shared-lr', '0'), None, 1e-3), ('adapters-only', (), None, 1e-3)])
 def test_rates(method, arguments, shared, branch):
     run, _, _ = step_of(method, *arguments)
     rates = {group['name']: group['lr'] for group in run.optimizer.param_groups}
@@ -157,7 +157,7 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
 
 
 def test_schedule_is_the_published_polynomial():
-    run, _, _ = step_of('ours', '--num-epochs', '10')
+    run, _, _ = step_of('mdil', '--num-epochs', '10')
     optimizer, schedule = building.build_optimizer(run.student, run.options)
     for epoch in range(1, 11):
         assert optimizer.param_groups[1]['lr'] == pytest.approx(5e-4 * (1 - (epoch - 1) / 10) ** 0.9)
@@ -167,18 +167,18 @@ def test_schedule_is_the_published_polynomial():
 
 def test_a_step_that_nothing_learns_from_is_left_out():
     """fp16's scaler refuses to step where no gradient was seen."""
-    run, _, _ = step_of('ours', '--recipe', 'released', '--shared-lr', '0', '--steps-per-batch', '2')
+    run, _, _ = step_of('mdil', '--recipe', 'released', '--shared-lr', '0', '--steps-per-batch', '2')
     assert {int(state['step']) for state in run.optimizer.state.values()} == {2}
 
 
 def test_no_teacher_without_distillation():
     assert step_of('adapters-only')[0].step_loss.teacher is None
-    assert step_of('ours', '--lambdac', '0')[0].step_loss.teacher is None
-    assert step_of('ours', '--shared-lr', '0')[0].step_loss.teacher is None
+    assert step_of('mdil', '--lambdac', '0')[0].step_loss.teacher is None
+    assert step_of('mdil', '--shared-lr', '0')[0].step_loss.teacher is None
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
-    run, _, _ = step_of('ours')
+    run, _, _ = step_of('mdil')
     before = copy.deepcopy(run.student.state_dict())
     with pytest.raises(train.NotFinite, match='nan'):
         train.train_batch(run, IMAGES * float('nan'), LABELS, 1)

@@ -96,7 +96,7 @@ def save_network(path, domains, method, seed):
 def sequences(tmp_path_factory):
     """Folders of two methods, two steps each."""
     root = tmp_path_factory.mktemp('sequences')
-    for seed, method in enumerate(('ours', 'fine-tune')):
+    for seed, method in enumerate(('mdil', 'fine-tune')):
         save_network(root / method / 'step1-cityscapes/model_best.pth.tar', ['cityscapes'], method, seed)
         save_network(root / method / 'step2-IDD/model_best.pth.tar', ['cityscapes', 'IDD'], method, 10 + seed)
     return root
@@ -107,7 +107,7 @@ def run(toy, out, *arguments):
 
 
 def test_the_script_writes_picture_coordinates_and_numbers_the_same_each_time(toy, sequences, tmp_path, capsys):
-    items = [f'{name}={sequences / name}' for name in ('ours', 'fine-tune')]
+    items = [f'{name}={sequences / name}' for name in ('mdil', 'fine-tune')]
     run(toy, tmp_path / 'a/one', *items)
     run(toy, tmp_path / 'two', *items)
     assert (tmp_path / 'a/one.csv').read_bytes() == (tmp_path / 'two.csv').read_bytes()
@@ -116,21 +116,21 @@ def test_the_script_writes_picture_coordinates_and_numbers_the_same_each_time(to
     rows = list(csv.DictReader((tmp_path / 'two.csv').open()))
     numbers = json.loads((tmp_path / 'two.json').read_text())
     assert len(rows) == 2 * 2 * numbers['points'] and (numbers['height'], numbers['width']) == (64, 128)
-    assert {row['sequence'] for row in rows} == {'ours', 'fine-tune'} and 'void' not in {row['class'] for row in rows}
-    one = [row for row in rows if row['sequence'] == 'ours' and row['time'] == 'before']
+    assert {row['sequence'] for row in rows} == {'mdil', 'fine-tune'} and 'void' not in {row['class'] for row in rows}
+    one = [row for row in rows if row['sequence'] == 'mdil' and row['time'] == 'before']
     data = SegmentationDataset(DOMAINS['cityscapes'], toy, 'val', (64, 128))
     truth = features.label_of(data, [pair.image.name for pair in data.pairs].index(one[0]['image']))
     cells = features.cell_classes(truth, 20)
     assert {row['class'] for row in one} == {DOMAINS['cityscapes'].classes[kind] for kind in set(cells.ravel()) - {19}}
     assert all(DOMAINS['cityscapes'].classes[cells[int(row['row']) // 8, int(row['column']) // 8]] == row['class']
                for row in one)
-    entry = numbers['sequences']['ours']
+    entry = numbers['sequences']['mdil']
     assert 0 <= entry['cka'] < 0.99 and -1 <= entry['silhouette_after'] <= 1     # two unrelated random networks
     assert f'linear CKA {entry["cka"]:.3f}' in capsys.readouterr().out
 
 
 def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
-    same, other = (sequences / f'ours/{step}/model_best.pth.tar' for step in ('step1-cityscapes', 'step2-IDD'))
+    same, other = (sequences / f'mdil/{step}/model_best.pth.tar' for step in ('step1-cityscapes', 'step2-IDD'))
     run(toy, tmp_path / 'x', f'same={same},{same}', f'other={same},{other}', '--seed', 3)
     numbers = json.loads((tmp_path / 'x.json').read_text())['sequences']
     assert numbers['same']['cka'] == pytest.approx(1) and numbers['same']['cosine'] == pytest.approx(1)
@@ -144,14 +144,14 @@ def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['ours={root}/ours', '--step', '3'], 'step2-.* and step3-.*found: step 1, step 2'),
-    (['ours={root}/none'], 'found: no step'),
-    (['ours'], 'neither NAME=FOLDER'),
-    (['ours=a,b,c'], 'two checkpoints are expected'),
-    (['ours={root}/ours', '--domain', 'IDD'], 'before the step, knows cityscapes only'),
-    (['ours={root}/ours', '--perplexity', '5000'], 'too few for --perplexity 5000'),
-    (['ours={root}/ours', '--perplexity', '0'], 'at least 1'),
-    (['ours={root}/ours', '--split', 'nowhere'], 'nowhere')])
+    (['mdil={root}/mdil', '--step', '3'], 'step2-.* and step3-.*found: step 1, step 2'),
+    (['mdil={root}/none'], 'found: no step'),
+    (['mdil'], 'neither NAME=FOLDER'),
+    (['mdil=a,b,c'], 'two checkpoints are expected'),
+    (['mdil={root}/mdil', '--domain', 'IDD'], 'before the step, knows cityscapes only'),
+    (['mdil={root}/mdil', '--perplexity', '5000'], 'too few for --perplexity 5000'),
+    (['mdil={root}/mdil', '--perplexity', '0'], 'at least 1'),
+    (['mdil={root}/mdil', '--split', 'nowhere'], 'nowhere')])
 def test_bad_input_is_said(toy, sequences, tmp_path, arguments, message):
     arguments = [item.replace('{root}', str(sequences)) for item in arguments]
     with pytest.raises(UserError, match=message):

@@ -23,5 +23,5 @@ done
 IFS=';' read -ra recipes <<< "$RECIPES"
 for recipe in ${recipes[@]+"${recipes[@]}"}; do
     # shellcheck disable=SC2086
-    learn_sequence "${recipe%%:*}" --method ours ${recipe#*:}
+    learn_sequence "${recipe%%:*}" --method mdil ${recipe#*:}
 done

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DOMAINS=${DOMAINS:-cityscapes camvid idd-lite} OUT=${OUT:-runs/small_real} HEIGHT=${HEIGHT:-128}
 export EPOCHS=${EPOCHS:-60 12 7} WORKERS=${WORKERS:-0}
 case ${1:-} in ''|-*|*=*) ;; *) export DATA=$1; shift ;; esac
-METHODS=${METHODS:-ours fine-tune}
+METHODS=${METHODS:-mdil fine-tune}
 source trainer_files/common.sh
 read_arguments "Learns three small real domains with the method and by fine-tuning; results in $OUT." "$@"
 

@@ -9,7 +9,7 @@ import os
 import torch
 
 from mdil.datasets.domains import get_domain
-from mdil.models.methods import METHODS, Method
+from mdil.models.methods import DEFAULT, METHODS, Method, method_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.utils.errors import UserError
 from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
@@ -17,8 +17,6 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
 
 SLOW_RATE = 5e-6
 DISTILLING = {'lambdac': 0.1, 'temperature': 1.0}       # of both recipes
-# Options that mean nothing where nothing is distilled and the shared weights are frozen.
-OF_MOVING = (*DISTILLING, 'distill_domains', 'shared_lr', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch')
 
 
 def recipe_settings(recipe, domains):
@@ -42,9 +40,8 @@ def train_parser():
                     description='Learns one step: the last of --domains; --state knows the others.')
     group = parser.add_argument_group('what is learnt')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
-    group.add_argument('--method', choices=tuple(METHODS),
-                       help="row of the table of methods (default: adapters-only; ours with --recipe released and "
-                            "the paper's options)")
+    group.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                       help="row of the table of methods (default: mdil, the paper's; ours is the same)")
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
@@ -128,7 +125,8 @@ def parse_train(argv=None):
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
     complete_size(options)
-    options.method = options.method or default_method(options)
+    options.method = options.method or DEFAULT
+    check_uses(options)
     check_domains(options)
     complete_fast(options)
     for name, value in recipe_settings(options.recipe, len(options.domains)).items():
@@ -138,15 +136,21 @@ def parse_train(argv=None):
     return options
 
 
-def default_method(options):
-    """The method where none is said: the published loops' own, else one that cannot forget."""
-    if options.recipe == 'released':
-        return 'ours'
-    given = [f'--{name.replace("_", "-")}' for name in OF_MOVING if getattr(options, name) is not None]
+def flag(name, value=None):
+    """An option as it is typed."""
+    return '--dropout' if (name, value) == ('no_dropout', False) else f'--{name.replace("_", "-")}'
+
+
+def check_uses(options):
+    """Refuses given options that other methods use and this one does not; before defaults are filled in."""
+    used = METHODS[options.method].uses
+    some_use = dict.fromkeys(name for row in METHODS.values() for name in row.uses)
+    given = [name for name in some_use if name not in used and getattr(options, name, None) is not None]
     if given:
-        raise UserError(f'{" ".join(given)}: the default --method adapters-only moves no shared weights and distils '
-                        'nothing; add --method ours')
-    return 'adapters-only'
+        named = ' '.join(flag(name, getattr(options, name)) for name in given)
+        fitting = ', '.join(name for name, row in METHODS.items() if set(given) <= set(row.uses))
+        raise UserError(f'--method {options.method} does not use {named}; leave out what it does not use'
+                        + (f', or choose a method that does: {fitting}' if fitting else ''))
 
 
 def complete_method(options):
@@ -155,9 +159,6 @@ def complete_method(options):
     later = method if len(options.domains) > 1 else Method
     options.lr = getattr(options, 'lr', later.lr)
     options.no_dropout = getattr(options, 'no_dropout', not later.dropout)
-    if method.shared == 'frozen' and options.shared_lr:
-        raise UserError(f'--method {options.method} freezes the shared weights, --shared-lr {options.shared_lr} moves '
-                        'them; leave it out, or choose another method')
     if options.shared_lr is None:
         options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
 

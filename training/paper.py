@@ -78,12 +78,12 @@ def paper_domains(paper, domains):
 
 
 def paper_method(paper, method, domains):
-    """The method: --finetune, and the multi-task and single-task argument lists, by their shape; None of native options.
+    """The method: --finetune, and the multi-task and single-task argument lists, by their shape; else None.
 
     The published multi-task list names all of --datasets without a new one or a
-    --current-task; the single-task list has --decoder and one domain. Others mean `ours`.
+    --current-task; the single-task list has --decoder and one domain. Others mean the default.
     """
-    implied = 'ours' if any(value is not None and value is not False for value in paper.values()) else None
+    implied = None
     if paper['finetune']:
         implied = 'fine-tune'
     elif paper['datasets'] and paper['current_task'] is None and not (paper['dataset'] or paper['dataset_new']):

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 import torch.distributed as dist
 
-from mdil.models import checkpoint
+from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
@@ -166,6 +166,7 @@ def differences(saved, options):
     now = vars(options)
     for name in sorted(now.keys() | saved.keys()):
         before, value = saved.get(name), now.get(name)
+        before = method_name(before) if name == 'method' else before
         later = name not in saved and not value     # an option that came with a later version, left at its default
         if name in HARMLESS or before == value or later:
             continue

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=mdil
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The method: DOMAINS one after another, each step from the one before.
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+cd "$here"
+source trainer_files/common.sh
+read_arguments "Learns DOMAINS one after another with the method; results in OUT/mdil." "$@"
+learn_sequence mdil --method mdil
