@@ -108,9 +108,9 @@ def digest(dataset):
     state = hashlib.sha256(f'{VERSION}'.encode())
     for pair in dataset.pairs:
         for path in (pair.image, pair.label):
-            name = os.path.relpath(path, dataset.folder)
-            state.update('\0'.join(map(str, (name, *stamp(path), ''))).encode())
-        state.update(f'{sorted(pair.values.items())}'.encode())
+            state.update(os.fsencode(os.path.relpath(path, dataset.folder)))
+            state.update('\0'.join(map(str, ('', *stamp(path), ''))).encode())
+        state.update(f'{sorted(pair.values.items())}{"colors" * pair.by_color}'.encode())
     return state.hexdigest()[:16]
 
 

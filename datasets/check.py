@@ -7,7 +7,7 @@ Every file of every pair is decoded. Images and labels without a partner are war
 The exit status is 0 if there is no error, else 2.
 """
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,13 @@ import numpy as np
 
 from mdil.datasets.class_weights import output_file
 from mdil.datasets.domains import get_domain
-from mdil.datasets.pairs import files_by_key, find_split
-from mdil.datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
-from mdil.utils.errors import UserError, run_main
+from mdil.datasets.pairs import find_split
+from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
+from mdil.utils.errors import UserError, printable, run_main
 from mdil.utils.files import write_json
 from mdil.utils.parser import Parser, data_options, data_paths, positive
 from mdil.utils.workers import in_parallel
 
-PNG_START, PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
 LISTED = 20     # files printed of each kind; --json has all
 
 
@@ -58,10 +57,10 @@ def attempt(problems, kind, file, function, *arguments):
 
 
 def check_end(path):
-    """Raises UserError if a PNG file lacks its end, which Pillow decodes if the pixels are there."""
+    """Raises UserError if a PNG file lacks its end, or has damage elsewhere, that Pillow decodes nevertheless."""
     content = path.read_bytes()
-    if content.startswith(PNG_START) and PNG_END not in content:
-        raise UserError(f'{path} cannot be read: the end of the file is missing')
+    if content.startswith(PNG_START) and not whole_png(content):
+        raise UserError(f'{path} cannot be read: a part is missing or does not match its checksum')
 
 
 def inspect_pair(pair, num_classes):
@@ -81,19 +80,6 @@ def inspect_pair(pair, num_classes):
     return problems, None if classes is None else np.bincount(classes.ravel(), minlength=num_classes)
 
 
-def repeated_images(domain, root, split):
-    """Groups of images of one stem, such as a.png and a.jpg; training uses the first of each."""
-    for layout in domain.layouts:
-        folder = Path(root) / domain.folder / layout.images.format(split=split)
-        groups = defaultdict(list)
-        for suffix in layout.image_suffixes:
-            for key, (path, _) in files_by_key(folder, (suffix,)).items():
-                groups[key].append(path)
-        if groups:
-            return [paths for _, paths in sorted(groups.items()) if len(paths) > 1]
-    return []
-
-
 def unpaired(found):
     """Problems, in the sense of warnings, of the files of Split `found` that have no partner."""
     return [Problem(kind, str(path), f'{path} is left out')
@@ -109,7 +95,7 @@ def check_split(domain, root, split, workers):
     if found is None:
         return report
     report.pairs, report.warnings = len(found.pairs), unpaired(found)
-    for first, *others in repeated_images(domain, root, split):
+    for first, *others in found.repeated:
         report.errors.append(Problem('repeated image', str(first), '{} and {} have the same stem'.format(
             first, ', '.join(map(str, others)))))
     inspect = partial(inspect_pair, num_classes=domain.num_classes)
@@ -145,7 +131,7 @@ def print_report(report):
     print(f'{report.domain} {report.split}: {report.pairs} pairs, {len(report.errors)} errors, '
           f'{len(report.warnings)} files without a partner')
     lines = problem_lines('error', report.errors) + problem_lines('warning', report.warnings)
-    print(*lines, *(class_table(report) if report.pairs else ()), '', sep='\n')
+    print(*map(printable, lines), *(class_table(report) if report.pairs else ()), '', sep='\n')
 
 
 def as_json(reports):

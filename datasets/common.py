@@ -7,7 +7,8 @@ names are among these. Void stays void; only Cityscapes' label ids tell more tha
 """
 from dataclasses import replace
 
-from mdil.datasets.domains import DOMAINS, Labels
+from mdil.datasets.declaration import Labels
+from mdil.datasets.domains import DOMAINS
 from mdil.datasets.labels import label_table
 from mdil.utils.errors import UserError
 

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mdil.datasets.domains import VOID_FILE_VALUE, cityscapes_label_ids
+from mdil.datasets.declaration import VOID_FILE_VALUE
+from mdil.datasets.domains import cityscapes_label_ids
 from mdil.datasets.labels import label_table
 from mdil.datasets.pairs import Pair, files_by_key
 from mdil.datasets.segmentation import UNREADABLE, open_label, to_classes
@@ -162,7 +163,7 @@ def find_sources(datadir, encoding):
     if not found:
         raise UserError(f'no *{" or *".join(encoding.sources)} in {folder}; '
                         '--datadir is the folder of the data set, which holds gtFine')
-    return list(found.values())
+    return [of_frame[0] for of_frame in found.values()]
 
 
 def report(outcomes, encoding):

@@ -3,73 +3,13 @@
 A domain is one declaration. `get_domain` finds one by name or alias, or reads a
 user's own from a JSON file.
 """
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
+from mdil.datasets.declaration import Domain, Labels, Layout, train_ids
 from mdil.datasets.labels import label_table
+from mdil.datasets.own import read_domain
 from mdil.utils.errors import UserError
-
-VOID_FILE_VALUE = 255
-
-
-@dataclass(frozen=True)
-class Labels:
-    """One way labels are stored: file-name suffix, and label value -> class index.
-
-    values: maps values found in the file to class indices; a value not in it is an
-    error, except that void maps to the last class. Missing suffix and values mean a
-    file `<stem>.png` of class indices.
-    """
-    suffix: str
-    values: dict = field(hash=False)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where images and labels of a split lie under the domain's folder.
-
-    Images and labels belong together when their paths below `images` and `labels`,
-    less the suffix, are equal. Of several label suffixes the first that exists counts.
-    """
-    images: str
-    image_suffixes: tuple
-    labels: str
-    label_kinds: tuple
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A data set: `classes` excludes void, which is the index after the last class."""
-    name: str
-    folder: str
-    classes: tuple
-    colors: tuple
-    layouts: tuple
-    aliases: tuple = ()
-    weights: Optional[tuple] = None     # published cross-entropy weights, void's last
-    make_labels: str = ''               # command that makes missing labels
-
-    @property
-    def num_classes(self):
-        """Classes of the network's output, void included."""
-        return len(self.classes) + 1
-
-    @property
-    def void(self):
-        """Index of the void class."""
-        return len(self.classes)
-
-    @property
-    def palette(self):
-        """RGB of every class index, void (black) last."""
-        return self.colors + ((0, 0, 0),)
-
-
-def train_ids(count, void=VOID_FILE_VALUE):
-    """Values 0 to count-1 are the classes, `void` is void."""
-    return {**{value: value for value in range(count)}, void: count}
 
 
 def cityscapes_label_ids():
@@ -96,7 +36,6 @@ def idd_classes(level, count, preferred=()):
 
 CS_CLASSES, CS_COLORS = cityscapes_classes()
 IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26, ('non-drivable fallback', 'vehicle fallback'))
-IMAGES = ('.png', '.jpg', '.jpeg')
 
 # The cross-entropy weights below are the published ones, 1 / ln(1.1 + class frequency).
 CS_WEIGHTS = (
@@ -150,7 +89,7 @@ DOMAINS = {domain.name: domain for domain in (
          'bicyclist'),
         ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
          (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
-        layouts=(Layout('{split}', IMAGES, '{split}annot', (Labels('.png', train_ids(11, void=11)),)),)),
+        layouts=(Layout('{split}', ('.png', '.jpg', '.jpeg'), '{split}annot', (Labels('.png', train_ids(11, void=11)),)),)),
 )}
 
 
@@ -174,32 +113,6 @@ def get_domain(name, paths=None):
         return replace(DOMAINS[name], folder=str(paths[name].absolute())) if name in paths else DOMAINS[name]
     if name not in paths:
         raise UserError(f'unknown domain {name!r}; built in are {", ".join(DOMAINS)}; for your own pass '
-                        f'--data {name}=FOLDER with a domain.json in FOLDER (see README)')
+                        f'--data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
     path = paths[name]
     return read_domain(name, path if path.suffix == '.json' else path / 'domain.json')
-
-
-def read_domain(name, file):
-    """A user's own domain from a JSON file: images, labels, classes, optional void and weights.
-
-    `images` and `labels` are folders beside the file, with `{split}` for train and val;
-    `classes` a list of {"name", "color"} in the order of the label values; `void` the
-    label value that does not count (255 unless given).
-    """
-    try:
-        spec = json.loads(file.read_text())
-        classes = tuple(str(entry['name']) for entry in spec['classes'])
-        colors = tuple(tuple(int(value) for value in entry['color']) for entry in spec['classes'])
-        layout = Layout(spec['images'], IMAGES, spec['labels'],
-                        (Labels('.png', train_ids(len(classes), spec.get('void', VOID_FILE_VALUE))),))
-        weights = tuple(float(w) for w in spec['weights']) if 'weights' in spec else None
-    except FileNotFoundError:
-        raise UserError(f'domain {name!r}: {file} does not exist; write it as the README shows') from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'domain {name!r}: {file} cannot be used ({type(error).__name__}: {error}); '
-                        'see "Your own domain" in the README') from None
-    if not classes or len(classes) > 254 or any(len(color) != 3 for color in colors):
-        raise UserError(f'domain {name!r}: {file} needs 1 to 254 classes, each with an RGB colour')
-    if weights is not None and len(weights) != len(classes) + 1:
-        raise UserError(f'domain {name!r}: {file} has {len(weights)} weights for {len(classes)} classes and void')
-    return Domain(name, str(file.parent.absolute()), classes, colors, (layout,), weights=weights)

@@ -1,74 +1,213 @@
-"""Pairing images with labels by name."""
+"""Pairing images with labels, by name or by a list of pairs."""
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, printable
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, its label and how the label's values map to classes."""
+    """An image, its label and how the label's values (or colours, see Labels) map to classes."""
     image: Path
     label: Path
     values: dict
+    by_color: bool = False
 
 
 @dataclass(frozen=True)
 class Split:
-    """The pairs of a domain's split in the order of their names, and what has no partner."""
+    """The pairs of a domain's split in the order of their names, or of their list.
+
+    without_label, without_image: files that have no partner. repeated: groups of images
+    of one name, such as a.png and a.jpg, of which the first is used.
+    """
     pairs: tuple
-    without_label: tuple
-    without_image: tuple
+    without_label: tuple = ()
+    without_image: tuple = ()
+    repeated: tuple = ()
+
+
+def files_below(folder):
+    """Paths of the regular files below `folder` that are not hidden, nor in hidden folders.
+
+    Links are followed, and every real folder is visited once, under its own name where
+    it has one below `folder`.
+    """
+    found, seen, folders, links = [], set(), [folder], []
+    while folders or links:
+        place = (folders or links).pop()
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(f'{place} cannot be read: {error.strerror}') from None
+        for entry in entries:
+            if entry.name.startswith('.'):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry))
+            elif entry.is_file():       # no pipe, no device, no link to nothing
+                found.append(Path(entry))
+    return found
 
 
 def files_by_key(folder, suffixes):
-    """{path below `folder` less its suffix: path} of the files with one of `suffixes`.
+    """{path below `folder` less its suffix: [(path, suffix), ...]} of the files with one of `suffixes`.
 
-    The first suffix that a key has wins, in the order given; two files of one key and
-    one suffix cannot be.
+    Suffixes match whatever their case, the longest counts; the files of one key are in
+    the order of `suffixes`.
     """
+    by_length = sorted(suffixes, key=len, reverse=True)
     found = {}
-    if not folder.is_dir():
-        return found
-    files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
-                   for name in names if not name.startswith('.'))
-    for suffix in suffixes:
-        for path in files:
-            if path.name.endswith(suffix):
-                key = path.relative_to(folder).as_posix()[:-len(suffix)]
-                found.setdefault(key, (path, suffix))
+    for path in sorted(files_below(folder)) if folder.is_dir() else ():
+        suffix = next((suffix for suffix in by_length if path.name.lower().endswith(suffix.lower())), None)
+        if suffix is not None:
+            key = path.relative_to(folder).as_posix()[:-len(suffix)]
+            found.setdefault(key, []).append((path, suffix))
+    for files in found.values():
+        files.sort(key=lambda file: suffixes.index(file[1]))
     return found
 
 
 def find_split(domain, root, split):
     """The Split of `domain` under `root` (`--data-root`); UserError if it holds no pair."""
     base = Path(root) / domain.folder
-    looked = []
+    tried = []
     for layout in domain.layouts:
-        images_dir, labels_dir = (base / part.format(split=split) for part in (layout.images, layout.labels))
-        looked.append(f'{images_dir} with {labels_dir}')
-        images = files_by_key(images_dir, layout.image_suffixes)
-        if not images:
+        if split in layout.lists:
+            return listed_split(layout, base, split)
+        if not layout.images:
+            raise UserError(f'domain {domain.name} has no list of pairs for {split}: its domain.json names none')
+        found = split_of_folders(layout, *folders_of(layout, base, split))
+        if found.pairs:
+            return found
+        tried.append((layout, found))
+    raise UserError(nothing_found(domain, base, split, tried))
+
+
+def folders_of(layout, base, split):
+    """Folders of the images and of the labels of a split."""
+    return tuple(base / folder.replace('{split}', split) for folder in (layout.images, layout.labels))
+
+
+def split_of_folders(layout, images_dir, labels_dir):
+    """The Split of the files in two folders, which may be without pairs."""
+    kinds = {kind.suffix: kind for kind in layout.label_kinds}
+    labels = files_by_key(labels_dir, tuple(kinds))
+    known = {path for files in labels.values() for path, _ in files} if labels_dir == images_dir else ()
+    images = {key: [file for file in files if file[0] not in known]
+              for key, files in files_by_key(images_dir, layout.image_suffixes).items()}
+    images = {key: [path for path, _ in files] for key, files in images.items() if files}
+    pairs = []
+    for key in sorted(images.keys() & labels.keys()):
+        label, suffix = labels[key][0]
+        pairs.append(Pair(images[key][0], label, kinds[suffix].values, kinds[suffix].by_color))
+    return Split(tuple(pairs), tuple(images[key][0] for key in sorted(images.keys() - labels.keys())),
+                 tuple(labels[key][0][0] for key in sorted(labels.keys() - images.keys())),
+                 tuple(tuple(images[key]) for key in sorted(images) if len(images[key]) > 1))
+
+
+def listed_split(layout, base, split):
+    """The Split that a list of pairs names; UserError at a line that is none."""
+    file = layout.lists[split]
+    try:
+        lines = file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
+    except OSError as error:
+        raise UserError(f'{file} cannot be read: {error.strerror}') from None
+    pairs, first = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        kinds = {kind.suffix: kind.values for kind in layout.label_kinds}
-        labels = files_by_key(labels_dir, tuple(kinds))
-        keys = sorted(images.keys() & labels.keys())
-        if not keys:
-            raise UserError(missing_labels(domain, base, labels_dir, layout, len(images)))
-        return Split(tuple(Pair(images[k][0], labels[k][0], kinds[labels[k][1]]) for k in keys),
-                     tuple(images[k][0] for k in sorted(images.keys() - labels.keys())),
-                     tuple(labels[k][0] for k in sorted(labels.keys() - images.keys())))
-    raise UserError(f'no {split} images of {domain.name}: looked in {"; ".join(looked)}; '
-                    f'pass --data-root, or --data {domain.name}=FOLDER')
+        image, label = listed_pair(layout, base, split, line.strip(), f'{file} line {number}')
+        if image in first:
+            raise UserError(f'{file} line {number} names the image of line {first[image]} again')
+        first[image] = number
+        kind = next((kind for kind in layout.label_kinds if label.name.lower().endswith(kind.suffix.lower())),
+                    layout.label_kinds[0])
+        pairs.append(Pair(image, label, kind.values, kind.by_color))
+    if not pairs:
+        raise UserError(f'{file} names no pair; a line is: image, blank, label')
+    return Split(tuple(pairs))
 
 
-def missing_labels(domain, base, labels_dir, layout, count):
+def listed_pair(layout, base, split, line, place):
+    """(image, label) that a line of a list names, below `base`, or by a name that both have.
+
+    Names may hold blanks: of several ways to cut the line the one whose files exist counts.
+    """
+    cuts = [(line[:blank.start()], line[blank.end():]) for blank in re.finditer(r'\t' if '\t' in line else r'\s+', line)]
+    ways = [tuple(listed_file(base, name) for name in cut) for cut in cuts]
+    if layout.images:
+        images, labels = folders_of(layout, base, split)
+        stem = next((line[:-len(suffix)] for suffix in layout.image_suffixes if line.endswith(suffix)), line)
+        ways += [(images / (stem + suffix), labels / (stem + kind.suffix))
+                 for suffix in layout.image_suffixes for kind in layout.label_kinds]
+    if not ways:
+        raise UserError(f'{place} holds one name; image, blank, label is expected')
+    found = next((way for way in ways if way[0].is_file() and way[1].is_file()), None)
+    if found is None:
+        absent = next(path for path in ways[0] if not path.is_file())
+        raise UserError(f'{place}: {absent} is no file')
+    return found
+
+
+def listed_file(base, name):
+    """The path of a name in a list: below `base`, with a slash in front too, unless there is such a file."""
+    path = base / name
+    return path if path.is_file() else base / name.lstrip('/')
+
+
+def nothing_found(domain, base, split, tried):
+    """Message for a split without a pair: what was found, and which names are wanted.
+
+    tried: [(Layout, its Split)].
+    """
+    for layout, found in tried:
+        if found.without_label:
+            return missing_labels(domain, base, split, layout, found)
+    looked, there = [], False
+    for layout, _ in tried:
+        images_dir, labels_dir = folders_of(layout, base, split)
+        there |= images_dir.is_dir()
+        looked.append(f'{images_dir} ({holds(images_dir)}) with {labels_dir}')
+    wanted = ' or '.join(dict.fromkeys(f'*{suffix}' for layout, _ in tried for suffix in layout.image_suffixes))
+    hint = f'; wanted are {wanted}' if there else place_hint(domain)
+    return f'no {split} images of {domain.name}: looked in {"; ".join(looked)}{hint}'
+
+
+def place_hint(domain):
+    """Which option says where a domain lies whose folders do not exist."""
+    if Path(domain.folder).is_absolute():
+        return f'; --data {domain.name}=PATH, or the domain.json there, says where they are'
+    return f'; pass --data-root, or --data {domain.name}=FOLDER'
+
+
+def holds(folder):
+    """What `folder` holds, in words."""
+    if not folder.is_dir():
+        return 'which does not exist'
+    files = files_below(folder)
+    return f'which holds {len(files)} files, e.g. {min(files).name}' if files else 'which holds no file'
+
+
+def missing_labels(domain, base, split, layout, found):
     """Message for images none of which has a label."""
+    labels_dir = folders_of(layout, base, split)[1]
     suffixes = ' or '.join(f'*{kind.suffix}' for kind in layout.label_kinds)
-    hint = f'; run {domain.make_labels} {base}' if domain.make_labels else ''
-    return f'none of the {count} images of {domain.name} has a label {suffixes} in {labels_dir}{hint}'
+    text = (f'none of the {len(found.without_label)} images of {domain.name}, e.g. {found.without_label[0].name}, '
+            f'has a label {suffixes} in {labels_dir}, {holds(labels_dir)}')
+    if not domain.make_labels:
+        return text
+    annotated = any('_polygons' in path.name or '_labelIds' in path.name
+                    for path in (files_below(labels_dir) if labels_dir.is_dir() else ()))
+    before = '' if annotated else 'unpack the annotations there and '
+    return f'{text}; {before}run {domain.make_labels} {base}'
 
 
 def report_unpaired(domain, split, found):
@@ -76,5 +215,5 @@ def report_unpaired(domain, split, found):
     for count, what, first in ((len(found.without_label), 'images without a label', found.without_label),
                                (len(found.without_image), 'labels without an image', found.without_image)):
         if count:
-            print(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
-                  f'python -m datasets.check lists them', file=sys.stderr)
+            print(printable(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
+                            f'python -m datasets.check lists them'), file=sys.stderr)

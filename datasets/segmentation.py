@@ -1,5 +1,6 @@
 """Images with their labels, as uint8 tensors of one size."""
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ except ImportError:     # announced for a release after 0.29
     decode_image = None
 
 BAD = 255       # marks label values that the domain does not have
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP')     # others may call foreign programs, as EPS does
 PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
 FAST = decode_image is not None and torch.backends.cpu.get_cpu_capability().startswith('AVX')
@@ -35,37 +37,46 @@ def lookup_table(values):
     return table
 
 
+def decoded(path):
+    """The image at `path`, decoded; UserError if it cannot be."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return image
+    except Image.UnidentifiedImageError:
+        raise UserError(f'{path} cannot be read: it is no {", ".join(FORMATS)} image') from None
+    except UNREADABLE as error:
+        raise UserError(f'{path} cannot be read: {error}') from None
+
+
 def open_image(path):
     """The image as RGB, at the file's own size, pixels as stored (an EXIF rotation is not applied).
 
     Grey, palette, CMYK and images with alpha are converted; more than 8 bits per
     channel is a UserError, as Pillow would clip them.
     """
-    try:
-        image = Image.open(path)
-        image.load()
-    except UNREADABLE as error:
-        raise UserError(f'{path} cannot be read: {error}') from None
+    image = decoded(path)
     if image.mode.startswith(('I', 'F')):
         raise UserError(f'{path}: mode {image.mode}, but 8 bits per channel are expected; convert it')
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def open_label(pair):
-    """The label image of `pair`, 8-bit single channel, at the file's own size."""
-    try:
-        label = Image.open(pair.label)
-        label.load()
-    except UNREADABLE as error:
-        raise UserError(f'{pair.label} cannot be read: {error}') from None
+    """The label image of `pair` at the file's own size: 8-bit single channel, or RGB where colours are classes."""
+    if pair.by_color:
+        return open_image(pair.label)
+    label = decoded(pair.label)
     if label.mode not in ('L', 'P'):
-        raise UserError(f'{pair.label}: label image has mode {label.mode}, 8-bit single-channel is expected')
+        hint = '; a colour image? "by_color" in domain.json' if label.mode.startswith('RGB') else ''
+        raise UserError(f'{pair.label}: label image has mode {label.mode}, 8-bit single-channel is expected{hint}')
     return label
 
 
-def likely_cause(wrong, values):
-    """Why a label image holds the label values `wrong`, which the mapping `values` lacks."""
-    void = next(value for value, index in values.items() if index == max(values.values()))
+def likely_cause(wrong, present, values):
+    """Why a label image with the label values `present` holds `wrong`, which the mapping `values` lacks."""
+    void = next((value for value, index in values.items() if index == max(values.values())), 'none')
+    if list(wrong) == [len(values) - 1] and 0 not in present:
+        return 'do the classes count from 1? "values" in domain.json can say so'
     if list(wrong) in ([255], [len(values) - 1]):
         return f'void is {wrong[0]} where {void} is expected'
     if max(wrong) < 34 and len(values) == 20:
@@ -76,28 +87,64 @@ def likely_cause(wrong, values):
 
 
 def to_classes(label, pair):
-    """Label values (H, W) uint8 -> class indices; UserError naming the file if one is out of range."""
+    """Label values (H, W) uint8 -> class indices; UserError naming the file if one is out of range.
+
+    Where colours are the classes, label is (H, W, 3).
+    """
+    if pair.by_color:
+        return colors_to_classes(label, pair)
     classes = lookup_table(pair.values)[label]
     if (classes == BAD).any():
         wrong = np.unique(label[classes == BAD])
         raise UserError(f'{pair.label}: label values {wrong[:8].tolist()} are not in the class list '
-                        f'({likely_cause(wrong, pair.values)}){CHECK_HINT}')
+                        f'({likely_cause(wrong, np.unique(label), pair.values)}){CHECK_HINT}')
     return classes
+
+
+def colors_to_classes(label, pair):
+    """Class indices (H, W) uint8 of a label's colours (H, W, 3) uint8."""
+    numbers = label.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    known = np.array(sorted(pair.values), dtype=np.uint32)
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    wrong = numbers[known[places] != numbers]
+    if len(wrong):
+        colors = [[int(number) >> shift & 255 for shift in (16, 8, 0)] for number in np.unique(wrong)[:4]]
+        raise UserError(f'{pair.label}: the colors {colors} are not in the class list (soft edges, or JPEG? "values" '
+                        f'in domain.json can give a class to further colors){CHECK_HINT}')
+    return np.array([pair.values[number] for number in known.tolist()], dtype=np.uint8)[places]
+
+
+def whole_png(content):
+    """Whether bytes are a PNG file with all its chunks, the last included, each of which matches its checksum."""
+    place = len(PNG_START)
+    if not content.startswith(PNG_START):
+        return False
+    view, kind = memoryview(content), b''
+    while kind != b'IEND':
+        if place + 12 > len(content):
+            return False
+        length, kind = struct.unpack_from('>I4s', content, place)
+        end = place + 8 + length
+        if end + 4 > len(content) or zlib.crc32(view[place + 4:end]) != struct.unpack_from('>I', content, end)[0]:
+            return False
+        place = end + 4
+    return True
 
 
 def decode_png(path, width_height):
     """uint8 (3, H, W) of the 8-bit RGB PNG of that size at `path`; None for any other file.
 
-    libpng gives the same pixels as Pillow, PNG being lossless, in less time. What it
-    refuses is left to Pillow, whose errors are reported.
+    libpng gives the same pixels as Pillow, PNG being lossless, in less time. Behind
+    torchvision, it ends the process at damaged data: hence the checksums first. What is
+    refused is left to Pillow, whose errors are reported.
     """
     try:
         with open(path, 'rb') as file:
             head = file.read(26)
             if head[:8] + head[16:] != PNG_START + struct.pack('>IIBB', *width_height, 8, 2):
                 return None
-            file.seek(0)
-            return decode_image(torch.from_numpy(np.fromfile(file, dtype=np.uint8)))
+            content = bytearray(head + file.read())
+        return decode_image(torch.frombuffer(content, dtype=torch.uint8)) if whole_png(content) else None
     except (OSError, RuntimeError):
         return None
 
@@ -129,7 +176,8 @@ def load_image(pair, width_height, size):
 
 def rotation_hint(path):
     """What to say of an image that its EXIF data turns, where sizes do not fit."""
-    turned = Image.open(path).getexif().get(ORIENTATION, 1) != 1
+    with Image.open(path, formats=FORMATS) as image:
+        turned = image.getexif().get(ORIENTATION, 1) != 1
     return ' (the image has an EXIF rotation, which is not applied: store it turned)' if turned else ''
 
 

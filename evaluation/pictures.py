@@ -3,6 +3,7 @@
 All pictures show what is scored: the prediction is the largest logit, void included, at the
 size of the label that it is compared with.
 """
+import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -213,7 +214,7 @@ def choose(datasets, wanted):
 
 def find_image(dataset, what):
     """Index of the one image that `what` names (see `choose`), or None."""
-    paths = [pair.image.relative_to(dataset.folder).as_posix() for pair in dataset.pairs]
+    paths = [Path(os.path.relpath(pair.image, dataset.folder)).as_posix() for pair in dataset.pairs]
     exact = [index for index, path in enumerate(paths) if Path(path).stem == what]
     if not exact and what.isdecimal() and str(int(what)) == what:
         return int(what) if int(what) < len(paths) else None

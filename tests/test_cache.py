@@ -263,7 +263,7 @@ def test_own_domain_with_an_awkward_name_and_absolute_folders(tmp_path, loads):
     Image.new('RGB', (16, 16), (9, 8, 7)).save(tmp_path / 'images/1.png')
     Image.new('L', (16, 16), 1).save(tmp_path / 'own/labels/1.png')
     (tmp_path / 'own/domain.json').write_text(json.dumps({
-        'images': f'{tmp_path}/images', 'labels': 'labels', 'classes': [{'name': 'a', 'color': [0, 0, 0]}] * 2}))
+        'images': f'{tmp_path}/images', 'labels': 'labels', 'classes': [{'name': name, 'color': [0, 0, 0]} for name in 'ab']}))
     data = SegmentationDataset(get_domain('a/b [*]', {'a/b [*]': tmp_path / 'own'}), 'nowhere', 'train', (8, 8))
     for _ in range(2):
         assert_equal(cached(data, tmp_path / 'cache'), data)

@@ -1,12 +1,14 @@
 """Domains in their true layouts: what belongs together, what the labels mean, what augmentation does."""
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mdil.datasets import DOMAINS, SegmentationDataset, get_domain
+from mdil.datasets import DOMAINS, SegmentationDataset, check, get_domain
+from mdil.datasets.cache import cached
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.datasets.pairs import find_split
 from mdil.utils.errors import UserError
@@ -86,8 +88,7 @@ def test_own_domain_from_two_folders_and_a_json_file(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'classes': []}, '1 to 254 classes'), ({'classes': [{'name': 'x'}]}, "KeyError: 'color'"),
-    ({'weights': [1.0]}, '1 weights for 2 classes'), ({'classes': 7}, 'cannot be used')])
+    ({'classes': []}, '1 to 254 classes'), ({'weights': [1.0]}, '1 weights for 2 classes')])
 def test_own_domain_that_is_wrong(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         get_domain('v', {'v': own_domain(tmp_path, **changes)})
@@ -139,6 +140,78 @@ def test_nothing_there_says_where_it_looked(tmp_path):
     write(tmp_path / 'cityscapes/leftImg8bit/train/a/a_leftImg8bit.png', np.zeros((*SIZE, 3)))
     with pytest.raises(UserError, match='run python -m datasets.create_labels cityscapes'):
         find_split(get_domain('CS'), tmp_path, 'train')
+
+
+def test_nothing_found_says_what_was(tmp_path):
+    """A hint is given only where it helps: the folders that exist need other names in them."""
+    for number in range(3):
+        write(tmp_path / f'bdd100k/seg/images/train/{number}.gif', np.zeros(SIZE))
+    with pytest.raises(UserError, match=r'seg/images/train \(which holds 3 files, e.g. 0.gif\).*images/10k/train \(which '
+                                        r'does not exist\).*wanted are \*.jpg or \*.png') as error:
+        find_split(get_domain('BDD'), tmp_path, 'train')
+    assert '--data' not in str(error.value)
+    write(tmp_path / 'cityscapes/leftImg8bit/train/a/a_leftImg8bit.png', np.zeros((*SIZE, 3)))
+    (tmp_path / 'cityscapes/gtFine/train/a').mkdir(parents=True)
+    (tmp_path / 'cityscapes/gtFine/train/a/a_gtFine_polygons.json').write_text('')
+    with pytest.raises(UserError, match='holds 1 files, e.g. a_gtFine_polygons.json; run python -m datasets.create_labels'):
+        find_split(get_domain('CS'), tmp_path, 'train')
+
+
+def test_the_first_layout_that_gives_pairs_counts(tmp_path):
+    """A left-over image where BDD's first layout has its images."""
+    write(tmp_path / 'bdd100k/seg/images/train/stray.jpg', np.zeros((*SIZE, 3)))
+    write_samples(tmp_path / 'bdd100k', *LAYOUTS['bdd-10k'][1:])
+    assert [pair.image.stem for pair in find_split(get_domain('BDD'), tmp_path, 'train').pairs] == ['a0', 'a1', 'a2']
+
+
+def names(tmp_path):
+    found = find_split(get_domain('camvid'), tmp_path, 'train')
+    assert not found.without_label and not found.without_image
+    return [pair.image.relative_to(tmp_path / 'camvid/train').as_posix() for pair in found.pairs]
+
+
+def test_hidden_folders_are_skipped_and_real_ones_visited_once(tmp_path):
+    folder, _ = camvid(tmp_path)
+    plain = [f'x{number}.png' for number in range(3)]
+    for place in ('train', 'trainannot'):
+        for hidden in ('.ipynb_checkpoints', 'a/.Trash-1000/files'):
+            write(folder / place / hidden / 'x0-checkpoint.png', np.zeros((*SIZE, 3)))
+        (folder / place / 'again').symlink_to(folder / place)       # a link to itself
+        (folder / place / 'b').mkdir()
+        (folder / place / 'b/up').symlink_to('..')
+    assert names(tmp_path) == plain
+    for place, value in (('train', np.zeros((*SIZE, 3))), ('trainannot', np.zeros(SIZE))):
+        write(folder / place / 'm/y.png', value)
+        (folder / place / 'l').symlink_to(folder / place / 'm')     # comes first, but is no real folder
+        write(tmp_path / 'outside' / place / 'z.png', value)
+        (folder / place / 'o').symlink_to(tmp_path / 'outside' / place)
+    assert names(tmp_path) == ['m/y.png', 'o/z.png', *plain]
+
+
+def test_only_regular_files_are_opened_and_only_wanted_formats(tmp_path):
+    folder, make = camvid(tmp_path)
+    (folder / 'train/x0.png').unlink()
+    os.mkfifo(folder / 'train/x0.png')
+    (folder / 'train/x1.png').unlink()
+    (folder / 'train/x1.png').symlink_to(folder / 'nowhere.png')
+    (folder / 'train/x2.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 16\n%%EndComments\nshowpage\n')
+    assert [pair.image.name for pair in find_split(get_domain('camvid'), tmp_path, 'train').pairs] == ['x2.png']
+    with pytest.raises(UserError, match='x2.png cannot be read: it is no PNG, JPEG, TIFF, WEBP, BMP image'):
+        make()[0, 0]
+
+
+def test_file_names_of_any_bytes(tmp_path, capsys):
+    folder, make = camvid(tmp_path)
+    for place in ('train', 'trainannot'):
+        (folder / place / 'x0.png').rename(folder / place / 'stra\udcdfe\n.png')
+    data = make()
+    assert len(cached(data, tmp_path / 'cache').load(0)[0]) == 3
+    (folder / 'trainannot/stra\udcdfe\n.png').write_bytes(b'')
+    with pytest.raises(UserError, match=r'stra\\udcdfe\\n.png cannot be read'):
+        make().load(0)
+    with pytest.raises(UserError):
+        check.main(['--domains', 'camvid', '--data-root', str(tmp_path), '--splits', 'train', '--workers', '1'])
+    capsys.readouterr().out.encode()        # what is printed can be
 
 
 def test_every_epoch_sees_every_image_once_in_another_order():

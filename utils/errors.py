@@ -13,12 +13,17 @@ ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or -
 OPTIONAL = {'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'visdom': 'visdom', 'av': 'av'}
 
 
+def printable(text):
+    """`text` on one line of any terminal: what file names hold of other bytes and of control characters is escaped."""
+    return ''.join(sign if sign.isprintable() else sign.encode('unicode_escape').decode() for sign in text)
+
+
 class UserError(Exception):
     """Says what is wrong, where, and what to do, in one line."""
 
     def __init__(self, message):
         # A loader worker's error arrives with its traceback in front.
-        super().__init__(message.rsplit('UserError: ', 1)[-1].strip())
+        super().__init__(printable(message.rsplit('UserError: ', 1)[-1].strip()))
 
 
 def advice(error):

@@ -1,0 +1,67 @@
+"""What a declaration of a domain consists of: where its files lie, what the label values mean, its classes."""
+from dataclasses import dataclass, field
+from typing import Optional
+
+VOID_FILE_VALUE = 255
+IMAGES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
+MASKS = ('.png', '.tif', '.tiff', '.bmp')
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One way labels are stored: file-name suffix, and label value -> class index.
+
+    values: maps values found in the file to class indices, void being the last; a value
+    not in it is an error. by_color: the values are colours, each the number 0xRRGGBB.
+    """
+    suffix: str
+    values: dict = field(hash=False)
+    by_color: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where images and labels of a split lie under the domain's folder.
+
+    Images and labels belong together when their paths below `images` and `labels`, less
+    the suffix, are equal; suffixes match whatever their case. Of several label suffixes
+    the first that exists counts. lists: {split: file that lists the pairs}, instead.
+    """
+    images: str
+    image_suffixes: tuple
+    labels: str
+    label_kinds: tuple
+    lists: dict = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A data set: `classes` excludes void, which is the index after the last class."""
+    name: str
+    folder: str
+    classes: tuple
+    colors: tuple
+    layouts: tuple
+    aliases: tuple = ()
+    weights: Optional[tuple] = None     # published cross-entropy weights, void's last
+    make_labels: str = ''               # command that makes missing labels
+
+    @property
+    def num_classes(self):
+        """Classes of the network's output, void included."""
+        return len(self.classes) + 1
+
+    @property
+    def void(self):
+        """Index of the void class."""
+        return len(self.classes)
+
+    @property
+    def palette(self):
+        """RGB of every class index, void (black) last."""
+        return self.colors + ((0, 0, 0),)
+
+
+def train_ids(count, void=VOID_FILE_VALUE):
+    """Values 0 to count-1 are the classes, `void` is void."""
+    return {**{value: value for value in range(count)}, void: count}
