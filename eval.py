@@ -175,12 +175,9 @@ def run(options, place):
 
 
 def report(results, options):
-    """Prints the tables and writes the files."""
+    """Writes the files and prints the tables."""
     about = tables.describe(results['protocol'])
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
-    print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
-    if classes:
-        print('\n' + tables.packed(list(map(tables.terminal, classes))))
     if options.json:
         write_json(options.json, results)
     if options.csv:
@@ -189,6 +186,9 @@ def report(results, options):
         write_text(options.markdown, tables.markdown_document(about, shown + classes))
     if options.latex:
         write_text(options.latex, tables.latex_document(about, shown + classes))
+    print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
+    if classes:
+        print('\n' + tables.packed(list(map(tables.terminal, classes))))
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ from mdil.evaluation.inputs import KINDS, Item, find_sources, items_of
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models import METHODS
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_writable, write_json
+from mdil.utils.files import check_writable, write_json, written_through
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, data_options, machine_options, positive, side
 from mdil.utils.workers import in_threads
@@ -110,7 +110,7 @@ def check_targets(options, sources):
 
 def read_records(options):
     """The entries that --json FILE holds from an earlier run, {} without; UserError if it is another file."""
-    if not options.json or options.overwrite or not Path(options.json).exists():
+    if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
         return {}
     try:
         records = json.loads(Path(options.json).read_text())

@@ -90,12 +90,17 @@ def train_epoch(run, interrupt):
                 shown = ', '.join(f'{name} {value.item():.3f}' for name, value in losses.items())
                 bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
             if interrupt.stop(run.place):
-                run.save()
-                print(f'stopped by a signal after batch {run.batch} of epoch {run.epoch + 1}; saved, go on with '
-                      '--resume', file=sys.stderr)
-                sys.exit(resume.INTERRUPTED)
+                save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()
     return rate if images_seen else 0.0
+
+
+def save_and_stop(run, when):
+    """Ends the process with the status of a stopped run, which goes on at the same place."""
+    run.save()
+    if run.place.main:
+        print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved, go on with --resume', file=sys.stderr)
+    sys.exit(resume.INTERRUPTED)
 
 
 def validate(run):
@@ -113,11 +118,24 @@ def validate(run):
     return results
 
 
-def finish_epoch(run, rate, dashboard):
-    """Validates, decays the rate, writes metrics and checkpoints."""
+def validate_when_due(run, interrupt):
+    """What `validate` returns, {} in an epoch without validation. Saves and exits on a signal."""
+    epoch = run.epoch + 1
+    if epoch % run.options.val_every and epoch < run.options.num_epochs:
+        return {}
+    try:
+        # Among several processes only the next batch tells whether all have had the signal.
+        with interrupt.at_once() if run.place.world == 1 else contextlib.nullcontext():
+            return validate(run)
+    except resume.Stopped:
+        save_and_stop(run, 'during the validation')
+
+
+def finish_epoch(run, rate, dashboard, interrupt):
+    """Validates, decays the rate, writes metrics and checkpoints, and says so."""
     lr, total = run.schedule.get_last_lr()[-1], run.options.num_epochs
+    val = validate_when_due(run, interrupt)
     losses = run.end_epoch()
-    val = validate(run) if run.epoch % run.options.val_every == 0 or run.epoch == total else {}
     mious = [val[data.domain.name]['miou'] for data in run.trained] if val else []
     better = bool(mious) and sum(mious) / len(mious) > run.best
     if better:
@@ -127,11 +145,12 @@ def finish_epoch(run, rate, dashboard):
         train = {**losses, 'kd': losses.get('kd', 0.0), 'images_per_second': rate}
         line = {'epoch': run.epoch, 'train': train, 'val': val, 'lr': lr}
         records.append_metrics(run.folder, line)
+    run.save(best=better)
+    if run.place.main:
         dashboard.show(line, run)
         scores = ', '.join(f'{name} {entry["miou"]:.2f}' for name, entry in val.items()) or 'not validated'
         shown = ', '.join(f'{name} {value:.4f}' for name, value in losses.items())
         print(f'epoch {run.epoch}/{total}: {shown}; {rate:.1f} images/s, mIoU: {scores}', flush=True)
-    run.save(best=better)
 
 
 def find_saved(options):
@@ -150,28 +169,34 @@ def find_saved(options):
     return saved
 
 
+def begin(options, place, saved):
+    """(Run, its Dashboard or None) at the start, or where the checkpoint `saved` stopped; writes and says what it is."""
+    run = Run(options, place, saved)
+    if not place.main:
+        return run, None
+    if options.overwrite:
+        remove_results(run.folder)
+    records.keep_metrics(run.folder, run.epoch)
+    records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
+    print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}')
+    for data in run.trained:
+        print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate; '
+              f'python -m datasets.check --domains {data.domain.name} reads every file', flush=True)
+    return run, Dashboard(options)
+
+
 def learn(options, place):
     """Learns the step, from its start or from where it stopped."""
-    saved = find_saved(options)
-    if saved and saved['epoch'] >= options.num_epochs:
-        print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
-        return
-    with resume.Interrupt() as interrupt:
-        run = Run(options, place, saved)
-        dashboard = None
-        if place.main:
-            if options.overwrite:
-                remove_results(run.folder)
-            records.keep_metrics(run.folder, run.epoch)
-            records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
-            print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}')
-            for data in run.trained:
-                print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate; '
-                      f'python -m datasets.check --domains {data.domain.name} reads every file', flush=True)
-            dashboard = Dashboard(options)
+    with resume.Interrupt(place) as interrupt:
+        with interrupt.at_once():
+            saved = find_saved(options)
+            if saved and saved['epoch'] >= options.num_epochs:
+                print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
+                return
+            run, dashboard = begin(options, place, saved)
         while run.epoch < options.num_epochs:
             rate = train_epoch(run, interrupt)
-            finish_epoch(run, rate, dashboard)
+            finish_epoch(run, rate, dashboard, interrupt)
 
 
 def main(argv=None):

@@ -1,7 +1,12 @@
 """Batches: which samples, in which order, on which rank."""
+import os
+from functools import partial
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from mdil.utils.workers import become_loader
 
 ORDER = 1       # distinguishes the order's random numbers from the augmentation's
 
@@ -56,11 +61,12 @@ class EvalBatches:
         return iter(self.batches)
 
 
-def make_loader(dataset, batches, workers, pin):
-    """DataLoader over `batches`; workers live as long as the loader.
+def make_loader(dataset, batches, workers, pin, collate=None):
+    """DataLoader over `batches`; workers live as long as the loader. collate: what makes a batch (None: torch's).
 
     It has a generator of its own: the default would draw from the global one, which
     dropout uses, each time a loop over it starts.
     """
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      persistent_workers=workers > 0, generator=torch.Generator())
+                      persistent_workers=workers > 0, generator=torch.Generator(), collate_fn=collate,
+                      worker_init_fn=partial(become_loader, os.getpid()))

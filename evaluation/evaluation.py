@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, common, get_domain
@@ -187,10 +186,8 @@ class Evaluator:
                         options.split, (options.height, options.width), options.resolution)
         batches = EvalBatches(len(data), options.batch_size, self.place.rank, self.place.world, options.limit_batches)
         pin = self.place.device.type == 'cuda'
-        if options.resolution == 'published':
-            return make_loader(data, batches, options.num_workers, pin)
-        return DataLoader(data, batch_sampler=batches, num_workers=options.num_workers, pin_memory=pin,
-                          persistent_workers=options.num_workers > 0, collate_fn=keep_labels)
+        collate = None if options.resolution == 'published' else keep_labels
+        return make_loader(data, batches, options.num_workers, pin, collate)
 
     def score(self, model, number, domain, watch=None):
         """The Score of the model's domain `number`, which is `domain`."""

@@ -18,8 +18,8 @@ def noting_batch(*arguments):
     return result
 
 
-def noting_finish(run, rate, dashboard):
-    real_finish(run, rate, dashboard)
+def noting_finish(run, *arguments):
+    real_finish(run, *arguments)
     torch.save({'student': run.student.state_dict(), 'losses': losses},
                Path(sys.argv[1]) / f'rank{run.place.rank}.pth')
 

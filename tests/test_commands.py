@@ -195,17 +195,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, caps
         learn(toy, tmp_path / 'a', *arguments, '--resume', epochs=2)
 
 
-def start_script(toy, savedir, *arguments):
+def start_script(toy, savedir, *arguments, **how):
     return subprocess.Popen([sys.executable, 'train.py', '--data-root', str(toy), '--savedir', str(savedir),
                              '--domains', 'CS', *SMALL, '--num-epochs', '500', *arguments], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                            **how)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_save_and_stop(toy, tmp_path, number):
-    process = start_script(toy, tmp_path)
+    """Sent to all processes of the run, the loaders too, as schedulers do."""
+    process = start_script(toy, tmp_path, '--num-workers', '2', start_new_session=True)
     wait_for(tmp_path / 'checkpoint.pth.tar', process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, err = process.communicate()
     assert process.returncode == 75 and 'stopped by a signal' in err
     assert checkpoint.read(tmp_path / 'checkpoint.pth.tar')['batch'] > 0

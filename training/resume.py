@@ -1,4 +1,5 @@
 """Going on where a run stopped: which file, whether it fits, and that nobody else is at it."""
+import contextlib
 import math
 import os
 import signal
@@ -12,10 +13,12 @@ from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
+from mdil.utils.output import say
+from mdil.utils.workers import STOPPING
 
 # Options that change no result, or only where the data lies; a change of the second kind is said.
-HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data', 'checkpoint_minutes',
-            'cache', 'augment', 'model_name_suffix'}
+HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data',
+            'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'deterministic'}
 INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume
 
@@ -190,15 +193,25 @@ def lock(folder):
     return locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir')
 
 
-class Interrupt:
-    """Notes SIGTERM, SIGINT and SIGUSR1 so that the batch is finished before the run saves and stops."""
+class Stopped(SystemExit):
+    """Ends the run at once on a signal."""
 
-    def __init__(self):
-        self.asked, self.interrupts, self.kept = False, 0, {}
+
+class Interrupt:
+    """Notes the signals that ask a run to stop, so that the batch is finished before the run saves and stops.
+
+    place: whose main process says that a signal has come.
+    """
+
+    def __init__(self, place):
+        self.asked, self.interrupts, self.idle, self.kept, self.place = False, 0, False, {}, place
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.kept[number] = signal.signal(number, self.note)
+        for number in STOPPING:
+            kept = signal.getsignal(number)
+            # Ignored, it is to be: nohup does that to SIGHUP.
+            if number != signal.SIGHUP or kept != signal.SIG_IGN:
+                self.kept[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_):
@@ -207,10 +220,26 @@ class Interrupt:
 
     def note(self, number, _):
         """The handler: a second SIGINT stops at once."""
+        if not self.asked and self.place.main:
+            again = '; Ctrl-C again stops at once' if number == signal.SIGINT else ''
+            say(f'{signal.Signals(number).name}: stopping as soon as the run is saved{again}')
         self.asked = True
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             raise KeyboardInterrupt
+        if self.idle:
+            raise Stopped(INTERRUPTED)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Where no batch is under way: a signal raises Stopped."""
+        self.idle = True
+        try:
+            if self.asked:
+                raise Stopped(INTERRUPTED)
+            yield
+        finally:
+            self.idle = False
 
     def stop(self, place):
         """Whether to stop now; all ranks agree."""

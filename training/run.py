@@ -1,6 +1,7 @@
 """A training run: what it consists of, how far it is, how it is saved and goes on."""
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -117,7 +118,9 @@ class Run:
         """Counts the epoch as finished; returns its mean losses."""
         means = {name: value.item() / self.batch for name, value in self.totals.items()}
         self.epoch, self.batch = self.epoch + 1, 0
-        self.schedule.step()
+        with warnings.catch_warnings():     # a run that was stopped in the validation takes no step before this
+            warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')
+            self.schedule.step()
         return means
 
     def state(self):

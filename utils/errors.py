@@ -2,6 +2,8 @@
 import sys
 import traceback
 
+from mdil.utils.output import lenient_output
+
 # What other libraries raise, known by type name or text -> what to do about it.
 ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
                               '--resume goes on from the last checkpoint',
@@ -35,7 +37,26 @@ def advice(error):
 
 
 def run_main(main):
-    """Calls `main()` and turns errors that a user can mend into one line and exit status 2."""
+    """Calls `main()` and turns errors that a user can mend into one line and exit status 2.
+
+    Nothing is lost because something cannot be printed. Output that was lost is such an
+    error in the end, unless its reader went away.
+    """
+    with lenient_output() as output:
+        try:
+            exit_by(main)
+        except SystemExit as end:
+            output.flush()
+            lost = isinstance(output.error, OSError) and not isinstance(output.error, BrokenPipeError)
+            if end.code or not lost:
+                raise
+            print(f'error: standard output could not be written ({output.error.strerror}); files are complete',
+                  file=sys.stderr)
+            sys.exit(2)
+
+
+def exit_by(main):
+    """Ends the process as `main()` ends: by its exit status, or by one line and status 2."""
     try:
         sys.exit(main())
     except UserError as error:

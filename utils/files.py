@@ -64,7 +64,7 @@ def write_through(path, write):
     write(content)
     try:
         if number is not None:
-            (sys.stdout if number == 1 else sys.stderr).flush()
+            print(end='', flush=True, file=sys.stdout if number == 1 else sys.stderr)
         with open(path, 'wb') if number is None else os.fdopen(os.dup(number), 'wb') as file:
             file.write(content.getbuffer())
     except OSError as error:

@@ -1,5 +1,8 @@
-"""Work shared among processes."""
+"""Work shared among processes and threads, and how the processes end."""
+import ctypes
+import os
 import signal
+import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -9,10 +12,32 @@ from tqdm import tqdm
 
 from mdil.utils.errors import UserError
 
+STOPPING = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM     # signals that ask a run to stop
+PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
 
-def ignore_interrupt():
-    """Leaves Ctrl-C to the process that started this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def end_with(parent, number=signal.SIGKILL):
+    """Has this process get the signal `number` when its parent, the process `parent`, ends; on Linux alone."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PARENTS_DEATH, number)
+        if os.getppid() != parent:      # it ended before
+            os.kill(os.getpid(), number)
+
+
+def become_worker(parent, ignored):
+    """Makes this process a worker: the process `parent` answers the `ignored` of STOPPING, and ends it with itself."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    end_with(parent)
+
+
+def become_loader(parent, _):
+    """`partial(become_loader, os.getpid())` is the worker_init_fn of a DataLoader.
+
+    Schedulers send a signal to all processes of a run at once. The loaders ignore it, as
+    the batch is finished with what they load.
+    """
+    become_worker(parent, STOPPING)
 
 
 def in_parallel(function, items, workers, title):
@@ -26,8 +51,10 @@ def in_parallel(function, items, workers, title):
         yield from progress(map(function, items))
         return
     chunk = max(1, min(16, len(items) // (4 * workers)))
+    # A pool ends its processes by SIGTERM, so they must not ignore that.
+    worker = {'initializer': become_worker, 'initargs': (os.getpid(), STOPPING[:-1])}
     try:
-        with ProcessPoolExecutor(min(workers, len(items)), initializer=ignore_interrupt) as pool:
+        with ProcessPoolExecutor(min(workers, len(items)), **worker) as pool:
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
         raise UserError(f'{title}: a worker process was killed, maybe for memory; use fewer --workers') from None

@@ -1,0 +1,61 @@
+"""Standard output and error that may break: a closed pipe, a terminal that is gone, a full disk."""
+import contextlib
+import os
+import sys
+
+
+class Lenient:
+    """A text stream that goes on where nothing can be written, and keeps why as `error`."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def write(self, text):
+        with self.kept():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.kept():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def kept(self):
+        """Turns an error of the stream into `error`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:      # ValueError: it is closed
+            self.error = error
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lenient_output():
+    """Within it, printing never raises; yields the standard output, a Lenient.
+
+    A stream that was closed when the process began swallows what is printed.
+    """
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Lenient(stream or open(os.devnull, 'w')) for stream in kept)
+    try:
+        yield sys.stdout
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            drop_if_broken(stream)
+        sys.stdout, sys.stderr = kept
+
+
+def drop_if_broken(stream):
+    """Sends what a broken Lenient still holds to nowhere, as Python complains of it when it ends."""
+    if stream.error is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text):
+    """Writes a line to standard error from a signal handler, where print is not safe."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stderr.fileno(), f'{text}\n'.encode())
