@@ -173,5 +173,5 @@ def test_a_stream_that_recovers_is_written_to_again():
         texts.append(text)
     stream = Lenient(SimpleNamespace(write=write, encoding='utf-8'))
     for text in ('one', 'lost', 'two'):
-        print(text, end='', file=stream)
+        stream.write(text)
     assert texts == ['one', 'two'] and stream.error.errno == 28 and stream.encoding == 'utf-8'
