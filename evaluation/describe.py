@@ -103,7 +103,7 @@ def training_lines(checkpoint):
     """Lines about the training, from the options in the file."""
     options = checkpoint.content.get('options') or {}
     lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING if options.get(name) is not None]
-    if options:
+    if 'epoch' in checkpoint.content and options:
         lines.append(f'this file: after epoch {checkpoint.content.get("epoch")} of {options.get("num_epochs")}')
     return lines or ['not recorded in the file']
 

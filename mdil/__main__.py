@@ -18,6 +18,7 @@ TOOLS = {
     'report': ('mdil.evaluation.report', 'write an HTML report about a sequence'),
     'tsne': ('mdil.evaluation.tsne', 'show encoder features before and after a step'),
     'describe': ('mdil.evaluation.describe', 'print the model card of a checkpoint'),
+    'branches': ('mdil.evaluation.branches', 'take domains out of checkpoints as files and put them together'),
     'export': ('mdil.models.export', 'write a checkpoint in the published key layout'),
 }
 

@@ -95,14 +95,14 @@ class MultiDomainNet(nn.Module):
         """The parameters that all domains use."""
         return [parameter for module in self.shared() for parameter in module.parameters()]
 
-    def add_domain(self, num_classes, statistics='copied'):
-        """Appends a domain whose branch copies the last one's, but for fresh output layers.
+    def add_domain(self, num_classes, statistics='copied', source=-1):
+        """Appends a domain whose branch copies that of the domain `source`, but for fresh output layers.
 
         statistics: 'copied', or 'fresh' to start the running statistics of the new branch,
         its head's left out, at mean 0 and variance 1. Returns the index of the new domain.
         """
         # What the memo holds is taken for copied already.
-        view = copy.deepcopy(self.views[-1], {id(module): module for module in self.shared()})
+        view = copy.deepcopy(self.views[source], {id(module): module for module in self.shared()})
         for name in view.output_layers:
             parent, _, child = name.rpartition('.')
             setattr(view.get_submodule(parent), child, output_layer_like(view.get_submodule(name), num_classes))
@@ -112,6 +112,11 @@ class MultiDomainNet(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.reset_running_stats()
         return len(self.views) - 1
+
+    def remove_domain(self, domain):
+        """Drops the branch of `domain`; the domains after it move up by one."""
+        self.single(domain)     # IndexError unless there is one
+        self.views = nn.ModuleList([view for number, view in enumerate(self.views) if number != domain])
 
     def freeze(self, domains=(), shared=False, old_bn='frozen', dropout=True):
         """Freezes the branches of `domains` and, if `shared`, the shared modules; everything else trains.
@@ -153,15 +158,20 @@ class MultiDomainNet(nn.Module):
                     setattr(module, name, made[child])
         return self
 
+    def view_names(self, domain):
+        """({key of a view's tensor: its name in our files} of what belongs to `domain` alone, of what is shared)."""
+        view = self.single(domain)
+        modules, _ = divide(view, self.domain_bn)
+        own, shared = {}, {}
+        for key in view.state_dict():
+            owner = next((name for name in modules if key.startswith(f'{name}.')), None)
+            (shared if owner is None else own)[key] = file_key(key, owner, domain)
+        return own, shared
+
     def file_names(self):
         """{tensor's name in this module: its name in our files}; a shared tensor has a name in each view."""
-        names = {}
-        for domain, view in enumerate(self.views):
-            own, _ = divide(view, self.domain_bn)
-            for key in view.state_dict():
-                owner = next((name for name in own if key.startswith(f'{name}.')), None)
-                names[f'views.{domain}.{key}'] = file_key(key, owner, domain)
-        return names
+        return {f'views.{domain}.{key}': name for domain in range(len(self.views))
+                for names in self.view_names(domain) for key, name in names.items()}
 
     def state_dict(self, *, destination=None, prefix='', keep_vars=False):
         """Every tensor once, under its name in our files (`models.layouts.file_key`)."""

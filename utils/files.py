@@ -163,6 +163,13 @@ def check_writable(option, path, folder=False, inputs=()):
         raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None
 
 
+def check_new(option, path, overwrite, inputs=()):
+    """As `check_writable` of a file; UserError too if there is one already and not `overwrite`."""
+    check_writable(option, path, inputs=inputs)
+    if not overwrite and os.path.isfile(path) and os.path.getsize(path) and not written_through(path):
+        raise UserError(f'{option} {path} exists; name another file, or replace it with --overwrite')
+
+
 @contextlib.contextmanager
 def locked(path, busy=None):
     """Holds the lock file `path` for this process; a dead process holds nothing.

@@ -1,0 +1,97 @@
+"""Takes domains out of checkpoints as files, and puts such files onto one base.
+
+    python -m mdil branches list runs/3/model_best.pth.tar
+    python -m mdil branches extract runs/3/model_best.pth.tar --domain IDD --out idd.branch
+    python -m mdil branches add runs/1/model_best.pth.tar bdd.branch idd.branch --out all.pth.tar
+    python -m mdil branches remove all.pth.tar --domain BDD --out rest.pth.tar
+
+A branch fits the very shared weights that it was learnt with; `add` compares their
+fingerprints. The outputs of the domains that stay are equal to the last bit.
+"""
+from pathlib import Path
+
+from mdil.evaluation import tables
+from mdil.models import METHODS, branches, checkpoint, method_name
+from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, shared_state
+from mdil.utils.errors import run_main
+from mdil.utils.files import check_new
+from mdil.utils.parser import Parser, data_paths
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m mdil branches', description='Domains of checkpoints as files.')
+    actions = parser.add_subparsers(dest='action', required=True, metavar='list|extract|add|remove')
+    action(actions, 'list', 'print domains, classes, sizes and the fingerprint of the shared weights')
+    one = action(actions, 'extract', 'write one domain as a branch file'), action(actions, 'remove', 'leave one domain out')
+    for part in one:
+        part.add_argument('--domain', required=True, metavar='NAME', help='the domain')
+    add = action(actions, 'add', 'put branch files onto one base')
+    add.add_argument('branches', nargs='+', metavar='BRANCH', help='branch files, in the order of the domains')
+    for part in (*one, add):
+        part.add_argument('--out', required=True, metavar='FILE', help='the file to write')
+        part.add_argument('--overwrite', action='store_true', help='replace it if it exists')
+    return parser.parse_args(argv)
+
+
+def action(actions, name, text):
+    """The parser of the action `name`, with what all have in common."""
+    parser = actions.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
+    parser.add_argument('state', metavar='BASE' if name == 'add' else 'CKPT', help='checkpoint, published ones too')
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help='its domains in order (published files do not name them)')
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                        help='method of a published file, where its keys fit several')
+    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
+                        help='place of your own domain (folder with domain.json), for its class names; repeatable')
+    return parser
+
+
+def size(state):
+    """(numbers, bytes) of a dict of tensors."""
+    return (sum(value.numel() for value in state.values()),
+            sum(value.numel() * value.element_size() for value in state.values()))
+
+
+def row(name, classes, state):
+    """A row of `list`: name, classes, size and fingerprint of tensors."""
+    numbers, held = size(state)
+    return [name, classes, f'{numbers:,}', tables.number(held / 2 ** 20), fingerprint(state)[:SHOWN]]
+
+
+def listing(known):
+    """What `list` prints."""
+    rows = [row(entry['name'], f'{entry["classes"] - 1} + void', branch_state(known.model, number))
+            for number, entry in enumerate(known.entries)]
+    rows.append(row('shared by all', '', shared_state(known.model)))
+    return (f'{known.checkpoint.source}: {known.method}, {known.checkpoint.found.kind}\n\n'
+            + tables.plain(['domain', 'classes', 'numbers', 'MiB', 'fingerprint'], rows))
+
+
+def make(known, options):
+    """The content of the file to write, and what it is, in words."""
+    if options.action == 'extract':
+        content = branches.extract(known, options.domain)
+        return content, f'branch of {content["domain"]["name"]}, shared weights {content["base"][:SHOWN]}'
+    if options.action == 'add':
+        files = [(path, branches.read_branch(path, known.paths)) for path in options.branches]
+        content = branches.joined(known, files)
+    else:
+        content = branches.without(known, options.domain)
+    return content, f'knows {", ".join(entry["name"] for entry in content["domains"])}'
+
+
+def main(argv=None):
+    options = parse(argv)
+    if options.action != 'list':
+        check_new('--out', options.out, options.overwrite, [options.state, *getattr(options, 'branches', [])])
+    known = branches.Known(options.state, options.domains, options.method, data_paths(options.data))
+    if options.action == 'list':
+        print(listing(known))
+        return
+    content, about = make(known, options)
+    checkpoint.save(content, options.out)
+    print(f'{options.out}: {about}; {Path(options.out).stat().st_size / 2 ** 20:.2f} MiB')
+
+
+if __name__ == '__main__':
+    run_main(main)

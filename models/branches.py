@@ -1,0 +1,188 @@
+"""Branches as files: one domain's part of a network, taken out of a checkpoint and put onto another one.
+
+A branch file is a dict like a checkpoint: `kind` ('branch'), `version`, `method`, `domain` (its
+entry in the checkpoint's `domains`: name, classes and whatever else stands there), `about`
+({entry of the checkpoint: what it holds of this domain}), `base` (fingerprint of the shared
+weights that the branch was learnt with), `state` ({key in a plain network: tensor}), and
+`digests` of `state` and of all the rest, which tell a damaged branch from a renamed one.
+"""
+import torch
+
+from mdil.datasets.domains import domain_names, get_domain
+from mdil.models.checkpoint import KINDS, VERSION, check_kinds, load_network, named_classes, read, read_checkpoint
+from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
+from mdil.models.layouts import CLASSES, faults
+from mdil.models.methods import DEFAULT
+from mdil.utils.errors import UserError
+
+KIND = 'branch'
+WHAT = 'statistics', 'branch'       # of an old domain, what `put_back` puts back
+# Entry of a branch file: (test of its value, what it has to be).
+PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
+         'domain': (lambda value: named_classes([value]) and value['classes'] in CLASSES, 'a domain of {name, classes}'),
+         'about': (lambda value: isinstance(value, dict), 'a dict'),
+         'base': (lambda value: isinstance(value, str), 'a fingerprint'),
+         'state': (lambda value: isinstance(value, dict) and all(isinstance(part, torch.Tensor) for part in value.values()),
+                   'a dict of tensors'),
+         'digests': (lambda value: isinstance(value, dict), 'a dict of digests')}
+
+
+class Known:
+    """A checkpoint, its network, and `entries`: what the file says of each domain, {'name', 'classes', ...}.
+
+    names: of the domains of a file that has none. paths: places of domains, as of `get_domain`;
+    class names and colours of domains known there, or built in, are added to their entries.
+    """
+
+    def __init__(self, path, names=None, method=None, paths=None):
+        self.checkpoint, self.paths = read_checkpoint(path), paths
+        self.model = load_network(self.checkpoint, method)
+        self.method = self.checkpoint.method or method or DEFAULT
+        found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
+        names = self.checkpoint.domains or [domain_names().get(name.lower(), name) for name in names or []]
+        if len(names) != len(counts) or len(set(names)) < len(names):
+            raise UserError(f'{path} holds {found.kind} but no names of them; pass --domains, one for each')
+        stated = self.checkpoint.content.get('domains') if self.checkpoint.domains else [{}] * len(names)
+        self.entries = [{**described(name, count, paths), **entry, 'name': name, 'classes': count}
+                        for name, count, entry in zip(names, counts, stated)]
+
+    @property
+    def names(self):
+        """Of its domains, in order."""
+        return [entry['name'] for entry in self.entries]
+
+    def index(self, name):
+        """Of the domain `name` or an alias of it; UserError if it is not known."""
+        name = domain_names().get(name.lower(), name)
+        if name not in self.names:
+            raise UserError(f'{self.checkpoint.source} knows {", ".join(self.names)}, not {name}')
+        return self.names.index(name)
+
+    def about(self):
+        """{entry of the file: {domain: value}} of those that are dicts by domain, such as statistics."""
+        return {name: dict(value) for name, value in self.checkpoint.content.items()
+                if isinstance(value, dict) and value and value.keys() <= set(self.names)}
+
+    def content(self):
+        """What a checkpoint of this network as it now is holds; nothing of how a run got there."""
+        options = self.checkpoint.content.get('options', {})
+        size = {name: options[name] for name in ('height', 'width') if name in options}
+        return {'version': VERSION, 'state_dict': self.model.state_dict(), 'domains': self.entries,
+                'method': self.method, 'options': size}
+
+
+def described(name, classes, paths):
+    """{'class_names', 'colors'} of a domain of `classes` classes; {} where it is not known here, or as another one."""
+    try:
+        domain = get_domain(name, paths)
+    except UserError:
+        return {}
+    if domain.num_classes != classes:
+        return {}
+    return {'class_names': list(domain.classes), 'colors': [list(color) for color in domain.colors]}
+
+
+def digests_of(branch):
+    """{'state': digest of a branch's tensors, 'about': digest of what it says of itself}."""
+    about = {name: branch[name] for name in ('method', 'domain', 'about', 'base')}
+    return {'state': fingerprint(branch['state']), 'about': fingerprint(about)}
+
+
+def extract(known, name):
+    """The content of the branch file of the domain `name` of a Known."""
+    number = known.index(name)
+    entry = known.entries[number]
+    about = {key: value[entry['name']] for key, value in known.about().items() if entry['name'] in value}
+    branch = {'kind': KIND, 'version': VERSION, 'method': known.method, 'domain': entry, 'about': about,
+              'base': fingerprint(shared_state(known.model)), 'state': branch_state(known.model, number)}
+    return {**branch, 'digests': digests_of(branch)}
+
+
+def read_branch(path, paths=None):
+    """The content of a branch file; UserError, naming the domain, if it is damaged, renamed or for other classes."""
+    branch = read(path)
+    if not isinstance(branch, dict) or branch.get('kind') != KIND:
+        raise UserError(f'{path} is no branch file; python -m mdil branches extract makes one of a checkpoint')
+    lacking = [name for name in PARTS if name not in branch]
+    if lacking:
+        raise UserError(f'{path}: damaged, it has no {lacking[0]}')
+    check_kinds(branch, path, PARTS)
+    if branch['version'] != VERSION:
+        raise UserError(f'{path}: version {branch["version"]}, this code reads {VERSION}')
+    name, found = branch['domain']['name'], digests_of(branch)
+    if found['state'] != branch['digests'].get('state'):
+        raise UserError(f'{path}: damaged, the tensors of {name} are not those that were written; extract it anew')
+    if found['about'] != branch['digests'].get('about'):
+        raise UserError(f'{path}: renamed or changed, it was not written as a branch of {name} for '
+                        f'{branch["domain"]["classes"]} classes; extract it anew')
+    check_classes(branch['domain'], path, paths)
+    return branch
+
+
+def check_classes(entry, path, paths):
+    """UserError if the domain of a branch is known here with other classes."""
+    try:
+        domain = get_domain(entry['name'], paths)
+    except UserError:       # a user's own domain, whose declaration is not at hand
+        return
+    stated = entry.get('class_names', list(domain.classes))
+    if entry['classes'] != domain.num_classes or stated != list(domain.classes):
+        other = next((f'{one!r} instead of {two!r}' for one, two in zip(stated, domain.classes) if one != two),
+                     f'{entry["classes"]} instead of {domain.num_classes}, void included')
+        raise UserError(f'{path}: a branch of {entry["name"]} for other classes than {entry["name"]} has here: {other}')
+
+
+def put_on(known, branch, source):
+    """Adds a branch, read from `source`, to the network of a Known; UserError where it does not fit."""
+    entry, base, model = branch['domain'], fingerprint(shared_state(known.model)), known.model
+    name = entry['name']
+    if name in known.names:
+        raise UserError(f'{source}: a branch of {name}, which is there already: {", ".join(known.names)}')
+    if branch['base'] != base:
+        raise UserError(f'{source}: the branch of {name} was learnt with the shared weights {branch["base"][:SHOWN]}, '
+                        f'those of {known.checkpoint.source} are {base[:SHOWN]}')
+    number = model.add_domain(entry['classes'])
+    own = branch_state(model, number)
+    odd = sorted(own.keys() ^ branch['state'].keys()) or [
+        key for key, value in branch['state'].items() if value.shape != own[key].shape]
+    if odd:
+        raise UserError(f'{source}: the branch of {name} ({branch["method"]}, {entry["classes"]} classes) does not fit '
+                        f'the network of {known.checkpoint.source} ({known.method}): {odd[0]}')
+    if wrong := faults(own, branch['state']):
+        raise UserError(f'{source}: {wrong[0]} (branch of {name})')
+    model.single(number).load_state_dict(branch['state'], strict=False)
+    known.entries.append(entry)
+
+
+def joined(known, branches):
+    """The content of the checkpoint that knows a base's domains and those of `branches`, [(file, content)], in order."""
+    about = known.about()
+    for source, branch in branches:
+        put_on(known, branch, source)
+        for key, value in branch['about'].items():
+            about.setdefault(key, {})[branch['domain']['name']] = value
+    return {**known.content(), **about}
+
+
+def without(known, name):
+    """The content of the checkpoint of a Known that lacks the domain `name`."""
+    number, about = known.index(name), known.about()
+    if len(known.entries) == 1:
+        raise UserError(f'{known.checkpoint.source} knows {known.names[0]} alone; nothing would be left')
+    gone = known.entries.pop(number)['name']
+    known.model.remove_domain(number)
+    left = {key: {domain: value for domain, value in values.items() if domain != gone} for key, values in about.items()}
+    return {**known.content(), **{key: values for key, values in left.items() if values}}
+
+
+def put_back(source, number, target, index, what='branch'):
+    """Gives the branch `index` of the network `target` what the branch `number` of `source` has; names of what moved.
+
+    what: 'statistics', the running statistics of its own batch norms, or 'branch', all that
+    the domain has for itself.
+    """
+    kept, own = branch_state(source, number), branch_state(target, index)
+    moved = [key for key in own if (what == 'branch' or is_buffer(key)) and not torch.equal(own[key], kept[key])]
+    for key in moved:
+        own[key].copy_(kept[key])       # state dicts hold the very tensors
+    return moved

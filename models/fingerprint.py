@@ -1,0 +1,48 @@
+"""Digests of tensors: equal where every bit is. And which tensors belong to a domain, which all domains share."""
+import hashlib
+import json
+
+import torch
+
+from mdil.models.checkpoint import leaves
+
+SHOWN = 16      # characters of a digest that are shown; files hold all 64
+COUNTER = 'num_batches_tracked'
+BUFFERS = '.running_mean', '.running_var', f'.{COUNTER}'
+
+
+def digest_of(value):
+    """SHA-256 of a tensor's type, shape and bits, or of a plain value, as 64 hexadecimal digits."""
+    if not isinstance(value, torch.Tensor):
+        return hashlib.sha256(repr(value).encode()).hexdigest()
+    value = value.detach().cpu().contiguous()
+    found = hashlib.sha256(f'{value.dtype} {list(value.shape)} '.encode())
+    found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def digests(content):
+    """{name: digest} of every tensor and plain value in nested dicts and lists."""
+    return {name: digest_of(value) for name, value in leaves(content)}
+
+
+def fingerprint(content):
+    """One digest of nested dicts and lists: that of their names and what they hold, in whatever order."""
+    return hashlib.sha256(json.dumps(sorted(digests(content).items())).encode()).hexdigest()
+
+
+def branch_state(model, domain):
+    """{key in a plain network: tensor} of what belongs to `domain` of a MultiDomainNet alone."""
+    state = model.single(domain).state_dict()
+    return {key: state[key] for key in model.view_names(domain)[0]}
+
+
+def shared_state(model):
+    """{key in a plain network: tensor} of what all domains of a MultiDomainNet share."""
+    state = model.single(0).state_dict()
+    return {key: state[key] for key in model.view_names(0)[1]}
+
+
+def is_buffer(name):
+    """Whether a tensor of that name is a running statistic of a batch norm; everything else is a parameter."""
+    return name.endswith(BUFFERS)
