@@ -194,7 +194,7 @@ def report(results, options):
 def main(argv=None):
     options = eval_parser().parse_args(argv)
     check_options(options)
-    with session(options.device) as place:
+    with session(options.device, precision=options.precision) as place:
         results = run(options, place)
         if place.main:
             report(results, options)

@@ -220,7 +220,7 @@ def run(options, place):
 def main(argv=None):
     options = predict_parser().parse_args(argv)
     check_options(options)
-    with session(options.device) as place:
+    with session(options.device, precision=options.precision) as place:
         run(options, place)
 
 

@@ -24,6 +24,7 @@ from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results,
 from mdil.training.step_loss import optimizer_steps
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import broadcast_buffers, reduced, session
+from mdil.utils.precision import wide_type
 
 
 class NotFinite(ArithmeticError):
@@ -81,7 +82,8 @@ def train_epoch(run, interrupt):
                 files = ', '.join(str(pairs[sample % len(pairs)].image) for sample in batch[2].tolist())
                 raise UserError(f'the loss is {error} in epoch {run.epoch + 1}; no weight was touched and the last '
                                 f'checkpoint is kept. Try a lower --lr or --precision fp32. Batch: {files}') from None
-            run.totals = {name: run.totals.get(name, 0) + value.double() for name, value in losses.items()}
+            run.totals = {name: run.totals.get(name, 0) + value.to(wide_type(value.device))
+                          for name, value in losses.items()}
             run.batch += 1
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)
@@ -202,7 +204,7 @@ def learn(options, place):
 def main(argv=None):
     options = parse_train(argv)
     check_kept(options)
-    with session(options.device, options.parallel) as place:
+    with session(options.device, options.parallel, options.precision) as place:
         folder = records.make_folder(options.savedir)
         with resume.lock(folder) if place.main else contextlib.nullcontext():
             if place.main:

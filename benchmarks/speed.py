@@ -41,9 +41,9 @@ from mdil.training.records import environment
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json
-from mdil.utils.parallel import session
+from mdil.utils.parallel import pick_device, session
 from mdil.utils.parser import Parser, complete_size, positive, rate, size_options
-from mdil.utils.precision import memory_format
+from mdil.utils.precision import memory_format, without_bf16
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
@@ -428,7 +428,7 @@ def parse(argv=None):
     size_options(parser)
     parser.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     parser.add_argument('--what', nargs='+', choices=WHAT, default=list(WHAT), metavar='WHAT', help=', '.join(WHAT))
-    parser.add_argument('--precision', choices=('fp32', 'bf16'), default='bf16', help='of ours')
+    parser.add_argument('--precision', choices=('fp32', 'bf16'), help='of ours (default: bf16 where the device is fast in it)')
     parser.add_argument('--compile', action='store_true', help='compile ours')
     parser.add_argument('--deterministic', action='store_true', help='training of ours with --deterministic too')
     parser.add_argument('--distill-domains', type=positive, metavar='K', help='of ours')
@@ -441,6 +441,7 @@ def parse(argv=None):
     parser.add_argument('--json', metavar='FILE', help='where the figures go')
     options = parser.parse_args(argv)
     complete_size(options)
+    options.precision = options.precision or ('fp32' if without_bf16(pick_device(options.device)) else 'bf16')
     if options.floor and (options.json or options.growth):
         raise UserError('--floor prints and writes nothing; leave out --json and --growth')
     for name in ('json', 'growth'):

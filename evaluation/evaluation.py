@@ -17,7 +17,7 @@ from mdil.training.building import plain_weights
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import summed
 from mdil.utils.parser import data_paths
-from mdil.utils.precision import autocast, memory_format, to_float
+from mdil.utils.precision import autocast, memory_format, to_float, wide_type
 
 
 @dataclass
@@ -83,11 +83,11 @@ def evaluate(model, number, loader, weights, place, precision='fp32', name='', t
     classes, truths = len(weights), truths or len(weights)
     weights = weights.to(place.device)
     matrix = torch.zeros(truths, classes, dtype=torch.int64, device=place.device)
-    loss = torch.zeros(2, dtype=torch.float64, device=place.device)
+    loss = torch.zeros(2, dtype=wide_type(place.device), device=place.device)
     for indices, images, logits, labels in answers(model, number, loader, place, precision, name):
         own = labels if truths == classes else labels.clamp(max=classes - 1)
         predictions = logits.argmax(dim=1)
-        loss += torch.stack(cross_entropy_parts(logits, own, weights)).double()
+        loss += torch.stack(cross_entropy_parts(logits, own, weights)).to(loss.dtype)
         matrix += metrics.confusion(predictions, labels, classes, truths)
         if watch:
             for item in zip(indices.tolist(), images, own.cpu(), predictions.cpu()):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdil.utils.precision import without_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)     # the tests run two at a time
 
@@ -35,6 +37,10 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, f'{path} was not made: {process.communicate()}'
         time.sleep(0.02)
+
+
+# Without bf16 instructions such a test takes minutes.
+needs_bf16 = pytest.mark.skipif(bool(without_bf16(torch.device('cpu'))), reason='the processor has no bf16 arithmetic')
 
 
 def run_script(*arguments, expect=0, **environment):

@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mdil.benchmarks import speed
 from mdil.models.erfnet import Downsampler
+from mdil.training.options import parse_train
 from mdil.training.run import Run
-from mdil.utils import parallel
+from mdil.utils import parallel, precision
+from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 
 
@@ -33,10 +36,84 @@ def free_port():
         return found.getsockname()[1]
 
 
+def launched(monkeypatch, **variables):
+    """Sets these variables of a launcher and no others."""
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize('variables', [
+    {}, {'RANK': 0}, {'WORLD_SIZE': 1}, {'RANK': 0, 'WORLD_SIZE': 1}, {'LOCAL_RANK': 3}, {'MASTER_PORT': 1},
+    {'RANK': 0, 'WORLD_SIZE': 1, 'MASTER_ADDR': 'x'}])
+def test_half_a_launcher_for_one_process_is_one_process(monkeypatch, variables):
+    launched(monkeypatch, **variables)
+    with parallel.session('cpu') as place:
+        assert (place.rank, place.world) == (0, 1) and not dist.is_initialized()
+
+
+@pytest.mark.parametrize('variables, message', [
+    ({'RANK': 0, 'WORLD_SIZE': 'abc'}, "WORLD_SIZE='abc' in the environment is no whole number; unset it"),
+    ({'RANK': -1}, "RANK='-1' .* is no whole number"), ({'LOCAL_RANK': ''}, "LOCAL_RANK='' .* is no whole number"),
+    ({'WORLD_SIZE': 4}, 'WORLD_SIZE=4 in the environment without RANK and MASTER_ADDR and MASTER_PORT: .*torchrun'),
+    ({'RANK': 1, 'WORLD_SIZE': 2, 'MASTER_ADDR': 'x'}, 'RANK=1 WORLD_SIZE=2 .* without MASTER_PORT'),
+    ({'RANK': 2, 'WORLD_SIZE': 2, 'MASTER_ADDR': 'x', 'MASTER_PORT': 1}, 'RANK=2 WORLD_SIZE=2 .* contradict')])
+def test_half_a_launcher_for_several_is_one_line(monkeypatch, variables, message):
+    launched(monkeypatch, **variables)
+    with pytest.raises(UserError, match=message) as error, parallel.session('cpu'):
+        pass
+    assert '\n' not in str(error.value)
+
+
+def test_processes_that_cannot_meet_say_where(monkeypatch):
+    launched(monkeypatch, RANK=0, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=99999)
+    with pytest.raises(UserError, match='do not meet at 127.0.0.1:99999'), parallel.session('cpu'):
+        pass
+
+
+@pytest.mark.parametrize('name', ['meta', 'mps', 'xpu', 'cuda:99', 'nonsense', 'cpu:x', 'hpu'])
+def test_a_device_that_is_not_there_is_one_line(name):
+    with pytest.raises(UserError, match=f'--device {name}') as error:
+        parallel.pick_device(name)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_devices_that_only_some_options_know_say_so(monkeypatch, capsys):
+    with pytest.raises(UserError, match='several processes need cpu or cuda'):
+        parallel.join(torch.device('mps'))
+    with pytest.raises(UserError, match='--precision bf16: lazy has float32 alone'):
+        precision.check_precision('bf16', torch.device('lazy'))
+    assert precision.wide_type(torch.device('mps')) == torch.float32
+    monkeypatch.setattr(precision, 'cpu_features', lambda: {'avx2'})
+    precision.check_precision('bf16', torch.device('cpu'))
+    assert 'slow here, as this processor has no bf16 arithmetic' in capsys.readouterr().err
+    precision.check_precision('fp16', torch.device('cpu'))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('variables, features, lack', [
+    ({}, {'avx2', 'fma'}, 'this processor has no bf16'), ({}, {'avx512_bf16'}, ''), ({}, {'amx_bf16'}, ''),
+    ({'ONEDNN_MAX_CPU_ISA': 'avx2'}, {'avx512_bf16'}, 'ONEDNN_MAX_CPU_ISA=avx2 forbids'),
+    ({'ONEDNN_MAX_CPU_ISA': 'AVX512_CORE_AMX'}, {'amx_bf16'}, ''), ({}, {'bf16'}, '')])
+def test_fast_takes_the_precision_that_is_fast_here(monkeypatch, capsys, variables, features, lack):
+    for name in ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(precision, 'cpu_features', lambda: features)
+    options = parse_train(['--domains', 'CS', '--savedir', 'S', '--fast', '--device', 'cpu'])
+    assert options.precision == ('fp32' if lack else 'bf16') and options.augment == 'device'
+    said = capsys.readouterr().err
+    assert lack in said and said.count('\n') == bool(lack)
+    assert speed.parse(['--device', 'cpu']).precision == options.precision
+    asked = parse_train(['--domains', 'CS', '--savedir', 'S', '--fast', '--precision', 'bf16', '--device', 'cpu'])
+    assert asked.precision == 'bf16'
+
+
 def test_an_error_does_not_wait_for_other_ranks(monkeypatch):
     """They may wait for this one: the group is left in order only where all ranks end."""
-    for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())).items():
-        monkeypatch.setenv(name, value)
+    launched(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
     for error, left in ((ValueError, False), (SystemExit, True)):
         with pytest.raises(error), parallel.session('cpu'):
             assert dist.is_initialized()

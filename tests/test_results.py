@@ -129,7 +129,7 @@ def test_a_linked_checkpoint_keeps_its_previous_one_on_another_file_system(tmp_p
     (tmp_path / 'far').mkdir()
     (tmp_path / 'latest').symlink_to(tmp_path / 'far/latest')
     for text in (b'one', b'two'):
-        write_atomically(tmp_path / 'latest', lambda file: file.write(text), previous=tmp_path / 'previous')
+        write_atomically(tmp_path / 'latest', lambda file, text=text: file.write(text), previous=tmp_path / 'previous')
     assert (tmp_path / 'latest').read_bytes() == b'two' and (tmp_path / 'previous').read_bytes() == b'one'
 
 

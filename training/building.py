@@ -213,6 +213,6 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
 def build_optimizer(student, options):
     """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
     optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
-                                 fused=True)
+                                 fused=next(student.parameters()).device.type in ('cpu', 'cuda'))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / options.num_epochs) ** 0.9)
     return optimizer, schedule

@@ -12,8 +12,10 @@ from mdil.datasets.domains import get_domain
 from mdil.models.methods import DEFAULT, METHODS, Method, method_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.utils.errors import UserError
+from mdil.utils.parallel import pick_device, tell
 from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
                                rate, size_options)
+from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
 DISTILLING = {'lambdac': 0.1, 'temperature': 1.0}       # of both recipes
@@ -70,7 +72,8 @@ def train_parser():
     group = machine_options(parser)
     group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
     group.add_argument('--fast', action='store_true',
-                       help='the same as --precision bf16 --augment device, and on a GPU --compile')
+                       help='the same as --augment device, --precision bf16 where the device is fast in it, and on a GPU '
+                            '--compile')
     group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
     group.add_argument('--augment', choices=('workers', 'device'), default='workers',
                        help='who flips and shifts; the result is the same')
@@ -168,7 +171,10 @@ def complete_fast(options):
     if options.__dict__.pop('fast'):
         if options.precision == 'fp16':
             raise UserError('--fast stands for --precision bf16; give one of --fast and --precision fp16')
-        options.precision, options.augment = 'bf16', 'device'
+        lack = options.precision == 'fp32' and without_bf16(pick_device(options.device))
+        if lack:
+            tell(f'--fast computes in float32, as {lack}')
+        options.precision, options.augment = 'fp32' if lack else 'bf16', 'device'
         # DataParallel, which several GPUs get without torchrun, cannot be compiled.
         alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
         options.compile |= options.device != 'cpu' and torch.cuda.is_available() and alone

@@ -11,6 +11,7 @@ from mdil.models.layouts import faults
 from mdil.training import building, resume
 from mdil.utils.errors import UserError
 from mdil.utils.files import remove_leftovers, same_file
+from mdil.utils.precision import wide_type
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
 RESULTS = LATEST, PREVIOUS, BEST, 'metrics.jsonl'
@@ -148,7 +149,7 @@ class Run:
             if state['scaler']:
                 self.scaler.load_state_dict(state['scaler'])
             self.restore_random(state['random'], state['epoch'], state['batch'])
-            self.totals = {name: torch.tensor(value, dtype=torch.float64, device=self.place.device)
+            self.totals = {name: torch.tensor(value, dtype=wide_type(self.place.device), device=self.place.device)
                            for name, value in state['totals'].items() if name in self.loss_names}
             self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """One process or several, one device or several."""
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mdil.utils.errors import UserError
+from mdil.utils.precision import check_precision
+from mdil.utils.workers import end_with
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,88 @@ class Place:
 
 
 @contextlib.contextmanager
-def session(device, parallel='auto'):
+def session(device, parallel='auto', precision='fp32'):
     """The Place of this process; under torchrun it joins the process group for the session.
 
-    device: 'auto', 'cpu', 'cuda' or 'cuda:N'. UserError if it is not there.
+    device: 'auto', or what torch calls a device. UserError if it is not there, or lacks
+    the precision.
     """
     torch.backends.cudnn.benchmark = True       # images are all of one size
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    launched = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-    if parallel == 'ddp' and not launched:
+    launched = launcher()
+    if parallel == 'ddp' and launched is None:
         raise UserError('--parallel ddp needs a launcher: torchrun --nproc_per_node N train.py ...')
-    if launched and world > 1 and parallel in ('none', 'dp'):
-        raise UserError(f'--parallel {parallel} contradicts torchrun with {world} processes')
-    if not launched or parallel in ('none', 'dp'):
-        yield Place(current(pick_device(device)))
+    if launched and launched.world > 1 and parallel in ('none', 'dp'):
+        raise UserError(f'--parallel {parallel} contradicts torchrun with {launched.world} processes')
+    if launched is None or parallel in ('none', 'dp'):
+        chosen = current(pick_device(device))
+        check_precision(precision, chosen)
+        yield Place(chosen)
         return
-    local = int(os.environ.get('LOCAL_RANK', 0))
-    chosen = pick_device(f'cuda:{local}' if device in ('auto', 'cuda') and torch.cuda.is_available() else device)
-    dist.init_process_group('nccl' if current(chosen).type == 'cuda' else 'gloo')
+    chosen = current(pick_device(f'cuda:{launched.local}' if device in ('auto', 'cuda') and torch.cuda.is_available()
+                                 else device))
+    if launched.rank == 0:
+        check_precision(precision, chosen)
+    join(chosen)
     try:
         yield Place(chosen, dist.get_rank(), dist.get_world_size())
     except SystemExit:      # After any other error the others may wait for this rank: torchrun ends them.
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher such as torchrun tells a process: its rank among `world`, and among those of its machine."""
+    rank: int
+    world: int
+    local: int
+
+
+def launcher():
+    """The Launched of this process, None where it is on its own; UserError if the variables say half of it."""
+    found = {name: launch_number(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    rank, world, local = found.values()
+    address = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if (rank or 0) == 0 and (world or 1) == 1 and (None in (rank, world) or address):
+        return None
+    lacking = [name for name in ('RANK', 'WORLD_SIZE') if found[name] is None] + address
+    given = ' '.join(f'{name}={value}' for name, value in found.items() if value is not None)
+    if lacking:
+        raise UserError(f'{given} in the environment without {" and ".join(lacking)}: start the processes with torchrun, '
+                        'or unset the variables for one process')
+    if not rank < world:
+        raise UserError(f'{given} in the environment contradict: ranks go from 0 to WORLD_SIZE - 1; start with torchrun')
+    return Launched(rank, world, local or 0)
+
+
+def launch_number(name):
+    """The launcher's variable `name` as an int, None if it is not set; UserError if it is no count."""
+    text = os.environ.get(name)
+    if text is None or text.isdecimal():
+        return text and int(text)
+    raise UserError(f'{name}={text!r} in the environment is no whole number; unset it, or start with torchrun')
+
+
+def join(device):
+    """Joins the process group of a launcher, and ends (saving) with torchrun if that is killed."""
+    backend = {'cuda': 'nccl', 'cpu': 'gloo'}.get(device.type)
+    if backend is None:
+        raise UserError(f'--device {device.type}: several processes need cpu or cuda; start without torchrun')
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        end_with(os.getppid(), signal.SIGTERM)
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        meeting = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        raise UserError(f'the processes do not meet at {meeting} ({" ".join(str(error).split())[:150]}); see that the port '
+                        'is free and the machines reach it') from None
+
+
+def tell(text):
+    """Prints a line on standard error in the first process alone, before a session too."""
+    if os.environ.get('RANK', '0') == '0':
+        print(text, file=sys.stderr)
 
 
 def current(device):
@@ -66,11 +127,14 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f'--device {name} is not one of auto, cpu, cuda, cuda:N') from None
-    if device.type not in ('cpu', 'cuda'):
-        raise UserError(f'--device {name} is not one of auto, cpu, cuda, cuda:N')
+        raise UserError(f'--device {name} is no device of torch; use auto, cpu, cuda, cuda:N, mps or xpu') from None
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu')
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:     # what torch lacks fails in many ways
+        reason = ' '.join(str(error).split('.')[0].split())
+        raise UserError(f'--device {name} cannot be used here ({reason[:150]}); use --device cpu') from None
     return device
 
 

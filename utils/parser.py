@@ -107,7 +107,7 @@ def complete_size(options):
 def machine_options(parser, workers=2):
     """Adds device, precision and workers."""
     group = parser.add_argument_group('machine')
-    group.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another of torch, such as mps')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help='autocast type')
     group.add_argument('--num-workers', type=natural, default=workers, help='loader processes')
     return group
