@@ -4,18 +4,21 @@
 
 Every file of every pair is decoded. Images and labels without a partner are warnings
 (BDD100K's archives hold six of each) and left out in training; anything else is an error.
+What the labels' counts tell is noted: classes that occur in no training image, much void,
+images of which one split holds a copy of another's. One file in two splits is an error.
 The exit status is 0 if there is no error, else 2.
 """
 import os
+import textwrap
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from mdil.datasets.class_weights import output_file
 from mdil.datasets.domains import get_domain
+from mdil.datasets.judgement import copied_files, judge, shared_files
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
 from mdil.utils.errors import UserError, printable, run_main
@@ -36,7 +39,11 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a domain's split holds; `pixels` and `images` (C,) count each class, void last."""
+    """What a domain's split holds; `pixels` and `images` (C,) count each class, void last.
+
+    errors and warnings are Problems, remarks sentences about what was counted; `files`
+    the images of the pairs.
+    """
     domain: str
     split: str
     classes: tuple
@@ -45,6 +52,8 @@ class Report:
     warnings: list
     pixels: np.ndarray
     images: np.ndarray
+    remarks: list = field(default_factory=list)
+    files: list = field(default_factory=list)
 
 
 def attempt(problems, kind, file, function, *arguments):
@@ -104,7 +113,24 @@ def check_split(domain, root, split, workers):
         if counts is not None:
             report.pixels += counts
             report.images += counts > 0
+    report.files = [pair.image for pair in found.pairs]
+    faults, report.remarks = judge(domain, split, report.pixels.tolist())
+    report.errors += [Problem('label values', domain.folder, fault) for fault in faults]
     return report
+
+
+def compare_splits(reports):
+    """Adds to each report of one domain what its images have in common with those of the splits before."""
+    for number, report in enumerate(reports):
+        for other in reports[:number]:
+            copies = copied_files(other.files, report.files)
+            same = set(shared_files(other.files, report.files))
+            report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
+                              for path, known in copies if path in same]
+            copies = [(path, known) for path, known in copies if path not in same]
+            if copies:
+                report.remarks.append(f'{len(copies)} images of {report.split} are copies of images of {other.split}, '
+                                      f'e.g. {copies[0][0].name} of {copies[0][1].name}')
 
 
 def class_table(report):
@@ -131,6 +157,9 @@ def print_report(report):
     print(f'{report.domain} {report.split}: {report.pairs} pairs, {len(report.errors)} errors, '
           f'{len(report.warnings)} files without a partner')
     lines = problem_lines('error', report.errors) + problem_lines('warning', report.warnings)
+    for remark in report.remarks:
+        lines += textwrap.wrap(f'note: {printable(remark)}', 80, subsequent_indent='  ', break_on_hyphens=False,
+                               break_long_words=False)
     print(*map(printable, lines), *(class_table(report) if report.pairs else ()), '', sep='\n')
 
 
@@ -144,7 +173,7 @@ def as_json(reports):
         domains.setdefault(report.domain, {})[report.split] = {
             'pairs': report.pairs, 'classes': classes,
             'errors': [asdict(problem) for problem in report.errors],
-            'warnings': [asdict(problem) for problem in report.warnings]}
+            'warnings': [asdict(problem) for problem in report.warnings], 'remarks': report.remarks}
     return {'fit': not any(report.errors for report in reports), 'domains': domains}
 
 
@@ -166,9 +195,12 @@ def main(arguments=None):
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
     reports = []
     for domain in domains.values():
-        for split in dict.fromkeys(options.splits):
-            reports.append(check_split(domain, options.data_root, split, options.workers))
-            print_report(reports[-1])
+        found = [check_split(domain, options.data_root, split, options.workers)
+                 for split in dict.fromkeys(options.splits)]
+        compare_splits(found)
+        for report in found:
+            print_report(report)
+        reports += found
     if file:
         write_json(file, as_json(reports))
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mdil.datasets.domains import get_domain
+from mdil.datasets.own import weights_fault
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import open_label, to_classes
 from mdil.utils.errors import UserError, run_main
@@ -33,13 +34,14 @@ def label_counts(pair, num_classes):
     return np.bincount(classes.ravel(), minlength=num_classes)
 
 
-def histogram(domain, root, split='train', workers=None):
+def histogram(domain, root, split='train', workers=None, pairs=None):
     """Pixels of each class index, void last, over the split's labels at their own size: int64 (C,).
 
-    `workers` processes count (default: one per core, 8 at most). UserError names a label
-    that cannot be read or has values out of range.
+    `workers` processes count (default: one per core, 8 at most). pairs: those to count
+    (default: all of the split). UserError names a label that cannot be read or has values
+    out of range.
     """
-    pairs = find_split(domain, root, split).pairs
+    pairs = find_split(domain, root, split).pairs if pairs is None else pairs
     count = partial(label_counts, num_classes=domain.num_classes)
     workers = workers or min(8, os.cpu_count() or 1)
     return sum(in_parallel(count, pairs, workers, f'{domain.name} {split}'), np.zeros(domain.num_classes, np.int64))
@@ -50,22 +52,25 @@ def weights_of(counts):
     return 1 / np.log(1.1 + counts / counts.sum())
 
 
-def training_weights(domain, root, choice='published'):
+def needs_counts(domain, choice):
+    """Whether the weights that `choice` stands for are computed from the training labels."""
+    return choice == 'computed' or choice == 'published' and not domain.weights
+
+
+def training_weights(domain, root, choice='published', counts=None):
     """The (C,) float32 weights that training uses, void 0.
 
     choice: 'published' (the paper's values; computed for a domain that has none),
     'computed' from the training labels, 'none' for equal weights, or a JSON file
-    {domain name: [C weights]}.
+    {domain name: [C weights]}. counts: the pixels of each class, where they are known.
     """
     if choice == 'none':
         weights = np.ones(domain.num_classes)
-    elif choice == 'published' and domain.weights:
-        weights = np.array(domain.weights)
-    elif choice in CHOICES:
-        weights = weights_of(histogram(domain, root))
+    elif needs_counts(domain, choice):
+        weights = weights_of(histogram(domain, root) if counts is None else counts)
     else:
-        weights = weights_from_file(domain, choice)
-    weights = torch.tensor(weights, dtype=torch.float32)
+        weights = domain.weights if choice == 'published' else weights_from_file(domain, choice)
+    weights = torch.tensor(np.array(weights), dtype=torch.float32)
     weights[domain.void] = 0
     return weights
 
@@ -73,12 +78,13 @@ def training_weights(domain, root, choice='published'):
 def weights_from_file(domain, path):
     """The weights of `domain` in a JSON file {domain name: [C weights]}."""
     try:
-        weights = np.array(json.loads(Path(path).read_text())[domain.name], dtype=np.float64)
+        weights = json.loads(Path(path).read_text())[domain.name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'--class-weights {path}: no weights of {domain.name} there ({error!r}); give one of '
                         f'{", ".join(CHOICES)} or a JSON file {{"{domain.name}": [weights]}}') from None
-    if weights.shape != (domain.num_classes,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise UserError(f'--class-weights {path}: {domain.name} needs {domain.num_classes} weights >= 0, void last')
+    fault = weights_fault(weights, len(domain.classes))
+    if fault:
+        raise UserError(f'--class-weights {path}: {domain.name} has {fault}')
     return weights
 
 

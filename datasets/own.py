@@ -5,10 +5,9 @@ turns a class into void, a repeated name loses a class of the table. So every en
 checked, and what does not fit is said in one sentence.
 """
 import json
-import math
 import re
 
-from mdil.datasets.declaration import IMAGES, MASKS, VOID_FILE_VALUE, Domain, Labels, Layout, train_ids
+from mdil.datasets.declaration import IMAGES, MASKS, VOID_FILE_VALUE, Domain, Labels, Layout
 from mdil.utils.errors import UserError
 
 SPLITS = ('train', 'val', 'test')

@@ -78,7 +78,8 @@ def likely_cause(wrong, present, values):
     if list(wrong) == [len(values) - 1] and 0 not in present:
         return 'do the classes count from 1? "values" in domain.json can say so'
     if list(wrong) in ([255], [len(values) - 1]):
-        return f'void is {wrong[0]} where {void} is expected'
+        other = ', or classes count from 1 and 0 is void' if wrong[0] != 255 else ''
+        return f'void is {wrong[0]} where {void} is expected{other}'
     if max(wrong) < 34 and len(values) == 20:
         return 'labelIds where trainIds are expected'
     if max(wrong) < 40:
@@ -199,7 +200,8 @@ class SegmentationDataset(Dataset):
     indices (void = domain.void), and number; the image is that of index number % len.
     With `augmented`, flip and shift are drawn from (seed, epoch, number); without, that
     is left to `augment_batch`, or not wanted. `stored` holds the resized pairs where
-    there is a cache (see datasets.cache).
+    there is a cache (see datasets.cache), `counts` the pixels of each class of the labels
+    (C,) where they were counted.
     """
 
     def __init__(self, domain, root, split, size, augmented=False, seed=0):
@@ -207,7 +209,7 @@ class SegmentationDataset(Dataset):
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split)
         report_unpaired(domain, split, found)
-        self.pairs, self.stored = found.pairs, None
+        self.pairs, self.stored, self.counts = found.pairs, None, None
 
     def __len__(self):
         return len(self.pairs)

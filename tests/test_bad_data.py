@@ -7,6 +7,7 @@ from PIL import Image
 
 from mdil import train
 from mdil.datasets import SegmentationDataset, get_domain
+from mdil.datasets.segmentation import FAST, decode_png
 from mdil.losses import cross_entropy
 from mdil.models import checkpoint
 from mdil.utils.errors import UserError
@@ -98,6 +99,57 @@ def test_bad_files_stop_training_by_name_or_are_left_out_and_counted(folder, tmp
     learn(folder, tmp_path / 'b', '--class-weights', 'none', '--skip-bad-files')
     said = capsys.readouterr().err
     assert 'camvid train: 1 bad files left out' in said and 'camvid val: 1 bad files left out' in said
+
+
+def test_bad_files_left_out_are_not_counted_for_class_weights_either(folder, tmp_path, capsys):
+    path = folder / 'trainannot/x1.png'
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match='x1.png cannot be read'):
+        learn(folder, tmp_path / 'a', '--class-weights', 'computed')
+    learn(folder, tmp_path / 'b', '--class-weights', 'computed', '--skip-bad-files')
+    assert 'camvid train: 1 bad files left out' in capsys.readouterr().err
+    weights = json.loads((tmp_path / 'b/opts.json').read_text())['class_weights']['camvid']
+    assert weights == pytest.approx([1 / np.log(1.1 + (index in (0, 2)) / 2) if index < 11 else 0 for index in range(12)])
+
+
+def flipped(content, random):
+    content = bytearray(content)
+    content[random.integers(len(content))] ^= 1 << random.integers(8)
+    return bytes(content)
+
+
+def test_a_flipped_bit_in_a_png_of_twice_the_size_names_the_file(folder, tmp_path, capsys):
+    """torchvision's decoder would end the process; the file is checked before it sees it."""
+    path, random = folder / 'train/x0.png', np.random.default_rng(0)
+    whole = path.read_bytes()
+    assert decode_png(path, SIZE[::-1]) is not None or not FAST
+    for _ in range(60):
+        path.write_bytes(flipped(whole, random))
+        assert decode_png(path, SIZE[::-1]) is None
+    path.write_bytes(whole[:500] + bytes([whole[500] ^ 4]) + whole[501:])
+    small = '--height', '8', '--class-weights', 'none'
+    with pytest.raises(UserError, match='x0.png cannot be read'):
+        learn(folder, tmp_path / 'a', *small)
+    learn(folder, tmp_path / 'b', *small, '--skip-bad-files')
+    assert 'camvid train: 1 bad files left out' in capsys.readouterr().err
+
+
+def test_what_is_odd_about_the_labels_is_said_before_training(folder, tmp_path, capsys):
+    (folder / 'val/x0.png').unlink()
+    (folder / 'val/x0.png').symlink_to(folder / 'train/x2.png')
+    learn(folder, tmp_path / 'a', '--class-weights', 'computed')
+    said = capsys.readouterr().err
+    assert "camvid train: 8 of 11 classes occur in no training image: 'road', 'sidewalk'" in said
+    assert 'camvid: 1 of the images to validate are training images, e.g. ' in said and 'val/x0.png' in said
+
+
+def test_masks_of_0_and_255_are_refused_before_training(folder, tmp_path):
+    for path in folder.glob('*annot/*'):
+        put(path, Image.fromarray(np.where(RGB[..., 0] > 99, 255, 0).astype(np.uint8)))
+    (folder / 'domain.json').write_text(json.dumps({'images': '{split}', 'labels': '{split}annot', 'classes': [
+        {'name': name, 'color': [0, 0, 0]} for name in ('background', 'road')]}))
+    with pytest.raises(UserError, match="own train: class 'road' occurs in no image.*255 is void"):
+        learn(folder, tmp_path / 'a', '--domains', 'own', '--data', f'own={folder}')
 
 
 def test_nothing_but_bad_files_is_refused(folder, tmp_path):

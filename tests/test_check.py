@@ -227,6 +227,74 @@ def test_own_domain(tmp_path):
     assert [entry['pixels'] for entry in found['mine']['train']['classes'].values()] == [32, 32, 32]
 
 
+def own_domain(root, train, val, count=1, **spec):
+    """The option that places an own domain of the classes way and rest, with labels of the values given."""
+    own = root / 'own'
+    for split, values in (('train', train), ('val', val)):
+        for number in range(count):
+            save_image(own / f'{split}/{split}{number}.png', size=(WIDTH, HEIGHT + number + (split == 'val')))
+            save_label(own / f'{split}annot/{split}{number}.png', values,
+                       size=(WIDTH, HEIGHT + number + (split == 'val')))
+    own.joinpath('domain.json').write_text(json.dumps({
+        'images': '{split}', 'labels': '{split}annot',
+        'classes': [{'name': 'way', 'color': [1, 2, 3]}, {'name': 'rest', 'color': [4, 5, 6]}], **spec}))
+    return f'--data=mine={own}'
+
+
+def judged(root, *labels, **spec):
+    """(fit, errors and remarks of the training split, those of the validation split) of an own domain."""
+    fit, found = check(root, own_domain(root, *labels, **spec), domains=['mine'], splits=['train', 'val'])
+    return fit, *(([error['message'] for error in found['mine'][split]['errors']], found['mine'][split]['remarks'])
+                  for split in ('train', 'val'))
+
+
+def test_a_class_that_occurs_in_no_training_image_is_noted(tmp_path):
+    assert judged(tmp_path, 0, [0, 1] * 6) == (True, ([], ["class 'rest' occurs in no training image"]), ([], []))
+    assert judged(tmp_path, [0, 1] * 6, 0) == (True, ([], []), ([], []))
+    save_pair(tmp_path, 'a', np.resize([0, 1], WIDTH))
+    remarks = check(tmp_path)[1]['BDD']['train']['remarks']
+    assert len(remarks) == 1 and remarks[0].startswith("17 of 19 classes occur in no training image: 'building', ")
+
+
+def test_much_void_is_noted(tmp_path):
+    row = [0, 1] + [255] * 10
+    assert judged(tmp_path, row, row)[1:] == (([], ['83 % of the train pixels are void']),
+                                              ([], ['83 % of the val pixels are void']))
+    assert judged(tmp_path, [0, 1] * 4 + [255] * 4, 0) == (True, ([], []), ([], []))
+
+
+def test_masks_of_0_and_255_are_unfit_unless_declared(tmp_path):
+    row = [0, 255] * 6
+    fit, (errors, _), (of_val, _) = judged(tmp_path, row, row)
+    assert not fit and not of_val and len(errors) == 1
+    assert all(part in errors[0] for part in ("'rest' occurs in no image", '255 is void (50 %', '"255": "rest"'))
+    assert judged(tmp_path, row, row, values={'0': 'way', '255': 'rest'}) == (True, ([], []), ([], []))
+
+
+def test_labels_that_count_from_one_are_told(tmp_path):
+    for row, message in (([1, 2] * 6, 'do the classes count from 1'), ([0, 1, 2] * 4, 'classes count from 1 and 0 is void')):
+        fit, (errors, _), _ = judged(tmp_path, row, row)
+        assert not fit and len(errors) == 1 and message in errors[0]
+    values = {'0': 'void', '1': 'way', '2': 'rest'}
+    assert judged(tmp_path, [0, 1, 2] * 4, [0, 1, 2] * 4, values=values)[0]
+
+
+def test_an_image_in_two_splits_is_an_error_and_a_copy_is_noted(tmp_path):
+    option = own_domain(tmp_path, [0, 1] * 6, [0, 1] * 6)
+    for place in ('own/train/train0.png', 'own/trainannot/train0.png'):
+        target = tmp_path / place.replace('train', 'val', 1).replace('train0', 'again')
+        target.write_bytes((tmp_path / place).read_bytes())
+    fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
+    assert fit and found['mine']['train']['remarks'] == []
+    (remark,) = found['mine']['val']['remarks']
+    assert remark.startswith('1 images of val are copies of images of train, e.g. ') and 'again.png' in remark
+    (tmp_path / 'own/val/again.png').unlink()
+    os.link(tmp_path / 'own/train/train0.png', tmp_path / 'own/val/again.png')
+    fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
+    (error,) = found['mine']['val']['errors']
+    assert not fit and error['kind'] == 'shared file' and 'train0.png of train' in error['message']
+
+
 def test_linked_folders_are_followed(tmp_path):
     save_image(tmp_path / 'a/f_leftImg8bit.png')
     save_label(tmp_path / 'a/f_gtFine_labelTrainIds.png')

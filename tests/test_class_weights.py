@@ -107,7 +107,8 @@ def test_table_without_published(camvid, capsys):
 
 @pytest.mark.parametrize('content', ['', '[]', '{}', '{"camvid": [1, 2]}', '{"camvid": "all"}',
                                      '{"camvid": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, -1]}',
-                                     '{"camvid": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, NaN]}'])
+                                     '{"camvid": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, NaN]}',
+                                     '{"camvid": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]}'])
 def test_file_that_does_not_fit(tmp_path, content):
     file = tmp_path / 'weights.json'
     file.write_text(content)

@@ -14,13 +14,14 @@ from mdil.datasets import SegmentationDataset, get_domain
 from mdil.datasets.augment import augment_batch, draw
 from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
-from mdil.datasets.class_weights import training_weights
+from mdil.datasets.class_weights import histogram, needs_counts, training_weights
+from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
 from mdil.training.plan import plan_step
 from mdil.training.step_loss import StepLoss
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, printable
 from mdil.utils.parallel import wrap
 from mdil.utils.parser import data_paths
 from mdil.utils.precision import memory_format
@@ -58,13 +59,37 @@ def build_data(options, place):
     found = []
     for index, domain in enumerate(domains):
         if index in train_sets:
-            data = DomainData(index, domain, training_weights(domain, options.data_root, options.class_weights))
+            counts = counts_of(train_sets[index], options)
+            data = DomainData(index, domain, training_weights(domain, options.data_root, options.class_weights, counts))
             data.train = train_loader(options, place, train_sets[index], most)
         else:
             data = DomainData(index, domain, plain_weights(domain))
         data.val = val_loader(options, place, domain, required=index in train_sets)
         found.append(data)
+        judge_data(data, place)
     return found
+
+
+def counts_of(data, options):
+    """Pixels of each class of a training set, where its weights are made of them or all files were read; else None."""
+    if data.counts is None and needs_counts(data.domain, options.class_weights):
+        data.counts = histogram(data.domain, options.data_root, pairs=data.pairs)
+    return data.counts
+
+
+def judge_data(data, place):
+    """Says what is odd about the labels of a domain as far as they were counted; UserError if it is unfit to train on."""
+    sets = [loader.dataset for loader in (data.train, data.val) if loader]
+    for found in sets:
+        faults, remarks = ([], []) if found.counts is None else judge(data.domain, found.split, found.counts)
+        if faults:
+            raise UserError(f'{data.domain.name} {found.split}: {faults[0]}')
+        if remarks and place.main:
+            print(*(f'{data.domain.name} {found.split}: {remark}' for remark in remarks), sep='\n', file=sys.stderr)
+    shared = shared_files(*([pair.image for pair in found.pairs] for found in sets)) if len(sets) == 2 else []
+    if shared and place.main:
+        print(printable(f'{data.domain.name}: {len(shared)} of the images to validate are training images, e.g. '
+                        f'{shared[0]}'), file=sys.stderr)
 
 
 def plain_weights(domain):
@@ -99,9 +124,10 @@ def leave_out_bad_files(data, workers):
     data.pairs = tuple(pair for pair, (problems, _) in zip(data.pairs, found) if not problems)
     if not data.pairs:
         raise UserError(f'all {len(found)} {data.split} pairs of {data.domain.name} are bad, e.g. {problems[0].message}')
+    data.counts = sum(counts for problems, counts in found if not problems)
     if problems:
-        print(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. {problems[0].message}',
-              file=sys.stderr)
+        print(printable(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. '
+                        f'{problems[0].message}'), file=sys.stderr)
 
 
 def train_loader(options, place, data, samples):

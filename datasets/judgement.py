@@ -1,0 +1,66 @@
+"""What counted labels and files tell of a domain beyond damage: classes that never occur, void, shared files."""
+import hashlib
+import os
+
+from mdil.datasets.declaration import VOID_FILE_VALUE
+
+MOSTLY = 0.5        # share of void from which on it is said
+
+
+def judge(domain, split, pixels):
+    """(what makes a split unfit, what is worth saying of it), lists of sentences; pixels (C,), void last."""
+    absent = [name for name, count in zip(domain.classes, pixels) if not count] if split == 'train' else []
+    void = pixels[-1] / max(1, sum(pixels))
+    faults, remarks = [], []
+    if split == 'train' and is_mask(domain, pixels):
+        faults.append(mask_fault(domain, void))
+    elif len(absent) == 1:
+        remarks.append(f'class {absent[0]!r} occurs in no training image')
+    elif absent:
+        remarks.append(f'{len(absent)} of {len(domain.classes)} classes occur in no training image: '
+                       + ', '.join(map(repr, absent)))
+    if void >= MOSTLY:
+        remarks.append(f'{100 * void:.0f} % of the {split} pixels are void')
+    return faults, remarks
+
+
+def is_mask(domain, pixels):
+    """Whether the labels of a domain of two classes hold nothing but the first and void, which is 255."""
+    values = domain.layouts[0].label_kinds[0].values
+    return (len(pixels) == 3 and pixels[0] > 0 and pixels[1] == 0 and pixels[2] > 0
+            and values.get(0) == 0 and values.get(VOID_FILE_VALUE) == 2)
+
+
+def mask_fault(domain, void):
+    """The sentence about labels of 0 and 255 alone."""
+    first, second = domain.classes
+    return (f'class {second!r} occurs in no image: the labels hold 0 and 255 alone, and 255 is void '
+            f'({100 * void:.0f} % of the pixels); for masks of 0 and 255 domain.json states "values": '
+            f'{{"0": "{first}", "255": "{second}"}}')
+
+
+def shared_files(images, others):
+    """The paths of `others` that are files of `images` too, under whatever name."""
+    known = {identity(path) for path in images}
+    return [path for path in others if identity(path) in known]
+
+
+def identity(path):
+    """What tells a file from all others of this machine."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def copied_files(images, others):
+    """[(path of `others`, path of `images` of the same content)]; only files of one size are read."""
+    def size(path):
+        return path.stat().st_size
+    sizes = set(map(size, images)) & set(map(size, others))
+    known = {content_digest(path): path for path in images if size(path) in sizes}
+    digests = [(path, content_digest(path)) for path in others if size(path) in sizes]
+    return [(path, known[digest]) for path, digest in digests if digest in known]
+
+
+def content_digest(path):
+    """A digest of what is in a file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
