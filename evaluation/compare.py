@@ -1,4 +1,4 @@
-"""Methods beside each other: step x domain matrices, and a picture of what each predicts.
+"""Methods side by side: step x domain matrices, and a picture of what each predicts.
 
     python -m mdil compare mdil=runs/demo/mdil fine-tune=runs/demo/fine-tune \\
         --data-root DATA --out runs/demo
@@ -114,8 +114,7 @@ def step_table(name, seeds):
 
 def mean_miou(result):
     """Mean over the domains after the last step; None if one is unknown."""
-    values = [entry['miou'] for entry in result['domains'].values()]
-    return None if None in values else sum(values) / len(values)
+    return mean([entry['miou'] for entry in result['domains'].values()])
 
 
 def summary_table(results):
@@ -130,6 +129,32 @@ def summary_table(results):
     rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
             for name, seeds in results.items()]
     return Table('Methods', 'methods', ['method', *figures], [rows])
+
+
+def kept_and_lost(name, seeds):
+    """A sentence: what a method kept of each old domain, in points of mIoU, means over seeds; '' where none is old."""
+    old = [domain for domain, lost in seeds[0]['summary']['forgetting'].items() if lost is not None]
+    if not old:
+        return ''
+    lost = {domain: mean([result['summary']['forgetting'][domain] for result in seeds]) for domain in old}
+    left = {domain: mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
+    kept = ' and '.join(f'{left[domain]:.1f} of {left[domain] + lost[domain]:.1f} on {domain}' for domain in old)
+    return f'{name} kept {kept}: {max(0.0, sum(lost.values())):.1f} points of mIoU lost.'
+
+
+def newest(results):
+    """A sentence: what the methods reach on the domain of the last step; '' where there is no single one."""
+    first = next(iter(results.values()))[0]
+    domain, *others = [name for name in first['domains'] if name not in first['summary']['forgetting']]
+    scores = {name: mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
+    if others or None in scores.values():
+        return ''
+    return f'On {domain}, learnt last: {", ".join(f"{name} {score:.1f}" for name, score in scores.items())}.'
+
+
+def mean(values):
+    """Mean of figures; None if one is unknown."""
+    return None if None in values else sum(values) / len(values)
 
 
 def describe(results):
@@ -169,7 +194,9 @@ def main(argv=None):
         write_text(Path(options.out) / name, document(about, [*matrices, summary]))
     if options.picture:
         draw(results, options)
-    print(f'\nwritten to {options.out}: {", ".join([*written, *(["comparison.png"] if options.picture else [])])}')
+    print(f'\nwritten to {options.out}: {", ".join([*written, *(["comparison.png"] if options.picture else [])])}\n')
+    sentences = [*(kept_and_lost(name, seeds) for name, seeds in results.items()), newest(results)]
+    print(*map(tables.wrapped, filter(None, sentences)), sep='\n')
 
 
 if __name__ == '__main__':
