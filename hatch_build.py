@@ -1,4 +1,4 @@
-"""Where the wheel has what a checkout has beside the folder mdil: inside it."""
+"""Where the wheel has what a checkout has next to the folder mdil: inside it."""
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 INSIDE = ('models', 'losses', 'datasets', 'training', 'evaluation', 'utils', 'train.py', 'eval.py', 'predict.py')

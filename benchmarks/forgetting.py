@@ -1,4 +1,4 @@
-"""What makes a sequence forget: methods and options, orders of domains and seeds beside each other.
+"""What makes a sequence forget: methods and options, orders of domains and seeds side by side.
 
     python -m benchmarks.forgetting --data-root DATA --out runs/forgetting --class-weights computed \\
         --epochs cityscapes=60 camvid=20 idd-lite=10 --json FILE --markdown FILE --curves FILE --figure FILE
@@ -8,7 +8,7 @@
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
 options and of the step before>/, its output in log.txt there. Steps of equal options after equal
 steps are run once, whatever rows they are of; finished ones are skipped, broken ones go on. Every
-state is then evaluated on all domains that it knows (scores-*.json beside it). Exit status 1 if a
+state is then evaluated on all domains that it knows (scores-*.json next to it). Exit status 1 if a
 step failed; the tables are of what is there.
 """
 import argparse

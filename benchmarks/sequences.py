@@ -273,7 +273,7 @@ def run_steps(steps, options):
 
 
 def note(step, future, done, failures, bar):
-    """Takes down how a step ended; what a user can mend of its start counts as its failure."""
+    """Takes down how a step ended; an error of its start that a user can fix counts as its failure."""
     try:
         failure = future.result()
     except UserError as error:

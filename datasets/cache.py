@@ -9,7 +9,7 @@ A cache folder holds, for every domain, split and size, one folder
 whose digest covers the names, sizes and times of the source files and how labels map to
 classes, so that any change of them leads to a new one. It replaces those of which a source
 file is another by now; caches of other selections of the data stay. It is built
-under a lock in a temporary folder beside and renamed when complete: what bears its name is
+under a lock in a temporary folder next to it and renamed when complete: what bears its name is
 whole. The lock ends with the process that holds it, and the next build removes what a killed
 one has left.
 """

@@ -205,7 +205,7 @@ def main(arguments=None):
         write_json(file, as_json(reports))
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
     if wrong:
-        raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; mend what is listed above')
+        raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; fix what is listed above')
     print('fit to train on')
     return 0
 

@@ -6,7 +6,7 @@ but set to 0 in training.
 
     python -m datasets.class_weights --domains cityscapes BDD IDD --data-root data --json weights.json
 
-prints them beside the published ones; train.py takes the file with --class-weights.
+prints them next to the published ones; train.py takes the file with --class-weights.
 """
 import json
 import os

@@ -40,7 +40,7 @@ def to_common(domain):
     if strange:
         more = f' and {len(strange) - 3} more' if len(strange) > 3 else ''
         raise UserError(f'--common-classes: domain {domain.name!r} has no mapping to the common classes: '
-                        f'{", ".join(map(repr, strange[:3]))}{more} is no class name of the built-in domains; '
+                        f'{", ".join(map(repr, strange[:3]))}{more} is not a class name of the built-in domains; '
                         'name its classes as those do, or leave --common-classes out')
     return [known[name] for name in domain.classes] + [VOID]
 

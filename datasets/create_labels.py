@@ -1,4 +1,4 @@
-"""Makes the label images of IDD and Cityscapes from their annotations, beside them.
+"""Makes the label images of IDD and Cityscapes from their annotations, next to them.
 
     python -m datasets.create_labels idd --datadir data/IDD_Segmentation --id-type level3Id
     python -m datasets.create_labels cityscapes --datadir data/cityscapes
@@ -96,7 +96,7 @@ def read_annotation(path):
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f'{path} is no polygon annotation ({type(error).__name__}: {error})') from None
+        raise UserError(f'{path} is not a polygon annotation ({type(error).__name__}: {error})') from None
     if min(size) < 1 or size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise UserError(f'{path}: image size {size[0]}x{size[1]} is impossible')
     for name, points in objects:
@@ -182,13 +182,13 @@ def report(outcomes, encoding):
         print(f'not made: {outcome.error}')
     if broken:
         raise UserError(f'{len(broken)} of {len(outcomes)} label images could not be made, e.g. of '
-                        f'{broken[0].source}; mend what is named above and run this again')
+                        f'{broken[0].source}; fix what is named above and run this again')
 
 
 def create_labels_parser():
     """The parser of this command."""
     parser = Parser(prog='python -m datasets.create_labels',
-                    description='Makes label images from annotations, beside them.')
+                    description='Makes label images from annotations, next to them.')
     parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='whose annotations')
     parser.add_argument('--datadir', required=True, metavar='DIR', help='folder that holds gtFine')
     parser.add_argument('--id-type', choices=ID_TYPES, help='label values of idd (level3Id if not given)')

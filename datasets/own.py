@@ -2,7 +2,7 @@
 
 A mistake in it would not stop training but spoil it: a void value that is not the labels'
 turns a class into void, a repeated name loses a class of the table. So every entry is
-checked, and what does not fit is said in one sentence.
+checked, and what does not fit is named in one sentence.
 """
 import json
 import re

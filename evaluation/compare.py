@@ -68,7 +68,7 @@ def read_results(items):
             except (OSError, ValueError) as error:
                 raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
             except (KeyError, TypeError, AttributeError):
-                raise UserError(f'{item}: {path} is no result of eval.py --json') from None
+                raise UserError(f'{item}: {path} is not a result of eval.py --json') from None
             results.setdefault(name, []).append(result)
     check_alike(results)
     return results

@@ -87,13 +87,13 @@ def domain_rows(model, checkpoint, options):
 
 
 def best_lines(checkpoint):
-    """Lines about the best validation results: of the file itself and of the metrics.jsonl beside it."""
+    """Lines about the best validation results: of the file itself and of the metrics.jsonl next to it."""
     content, lines = checkpoint.content, []
     if isinstance(content.get('best_acc'), float):
         lines.append(f'validation mIoU when it was best: {tables.number(content["best_acc"])}')
-    beside = [line for line in records.read_metrics(Path(checkpoint.source).parent)
+    epochs = [line for line in records.read_metrics(Path(checkpoint.source).parent)
               if line['epoch'] == content.get('epoch')]
-    for name, entry in beside[-1]['val'].items() if beside else ():
+    for name, entry in epochs[-1]['val'].items() if epochs else ():
         lines.append(f'  {name}: mIoU {tables.number(entry["miou"])}, loss {tables.number(entry["loss"], 4)} '
                      f'after epoch {content["epoch"]}')
     return lines or ['not recorded in the file']

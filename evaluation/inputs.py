@@ -86,7 +86,7 @@ def listed(path):
     files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]
     for file in files:
         if file.suffix.lower() not in IMAGES + VIDEOS:
-            raise UserError(f'--input {path}: {file} is no image or video')
+            raise UserError(f'--input {path}: {file} is not an image or a video')
         if not file.is_file():
             raise UserError(f'--input {path}: {file} does not exist; lines are relative to the folder of the list')
     files = [Path(os.path.abspath(file)) for file in files]

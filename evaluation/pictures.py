@@ -95,7 +95,7 @@ def enlarged(pixels):
 
 
 def comparison(domain, image, truth, prediction, name):
-    """Input, truth and prediction beside each other with titles and legend, RGB uint8 (h, w, 3).
+    """Input, truth and prediction side by side with titles and legend, RGB uint8 (h, w, 3).
 
     image: (3, H, W) uint8; truth, prediction: class indices of one size; name: the image's.
     """

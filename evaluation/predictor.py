@@ -68,7 +68,7 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_prepared(self, images, indices):
-        """The Predictions of Prepared images, each by the branch of the domain index beside it."""
+        """The Predictions of Prepared images, each by the branch of the domain index next to it."""
         groups = {}
         for number, (image, index) in enumerate(zip(images, indices)):
             groups.setdefault((image.pixels.shape, index), []).append(number)

@@ -3,7 +3,7 @@
     python -m mdil report runs/mdil --data-root DATA
 
 The folder is one that the trainer scripts fill: a run in each folder of it, results.json of
-eval.py beside them (or a single run). Tables, learning curves, predictions after each step,
+eval.py next to them (or a single run). Tables, learning curves, predictions after each step,
 options, versions and revision; what is not there yet is left out and said.
 """
 import argparse
@@ -88,7 +88,7 @@ def read_results(folder):
         shown, classes = tables.result_tables(results, per_class=True)
         return len(results['steps']), tables.describe(results['protocol']), shown, classes
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f'{path} is no result of eval.py --json ({type(error).__name__}: {error}); '
+        raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
 
 
@@ -253,7 +253,7 @@ def domain_pictures(name, learnt, options, place):
 
 
 def picture_parts(steps, options, place):
-    """HTML of the predictions; a domain whose data is not at hand is said."""
+    """HTML of the predictions; it names domains whose data is missing."""
     learnt = networks(steps, place)
     if not learnt:
         return element('p', 'No step has a best checkpoint yet.')

@@ -82,19 +82,19 @@ def wrapped(text):
 
 
 def packed(blocks, gap='    '):
-    """Text blocks beside each other as far as they fit, else below."""
+    """Text blocks side by side as far as they fit, else below."""
     done = blocks[:1]
     for block in blocks[1:]:
-        beside = side_by_side(done[-1], block, gap)
-        if max(map(len, beside.splitlines())) <= WIDTH:
-            done[-1] = beside
+        row = side_by_side(done[-1], block, gap)
+        if max(map(len, row.splitlines())) <= WIDTH:
+            done[-1] = row
         else:
             done.append(block)
     return '\n\n'.join(done)
 
 
 def side_by_side(left, right, gap='    '):
-    """Two text blocks beside each other."""
+    """Two text blocks side by side."""
     left, right = left.splitlines(), right.splitlines()
     width, height = max(map(len, left), default=0), max(len(left), len(right))
     left, right = left + [''] * (height - len(left)), right + [''] * (height - len(right))

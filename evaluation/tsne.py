@@ -39,7 +39,7 @@ class Pixels:
 
 @dataclass
 class Moved:
-    """A sequence's result: what the step learnt, coordinates (N, 2) before and after it, numbers beside the picture."""
+    """A sequence's result: what the step learnt, coordinates (N, 2) before and after it, numbers next to the picture."""
     learnt: str
     before: np.ndarray
     after: np.ndarray

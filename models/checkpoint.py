@@ -25,7 +25,7 @@ from mdil.utils.files import write_atomically
 
 VERSION = 1
 
-# What old files hold beside tensors: numpy scalars such as best_acc, under either module name.
+# What old files hold besides tensors: numpy scalars such as best_acc, under either module name.
 NUMPY_SCALARS = [(np.float64(0).__reduce__()[0], name)
                  for name in ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar')]
 NUMPY_SCALARS += [np.dtype, type(np.dtype('f8')), type(np.dtype('f4')), type(np.dtype('i8'))]
@@ -143,7 +143,7 @@ def check_plain(content, size):
     for name, value in leaves(content):
         if isinstance(value, torch.Tensor):
             if value.layout is not torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_nested:
-                raise Refused(f'{name} is no plain tensor')
+                raise Refused(f'{name} is not a plain tensor')
             held += value.numel() * value.element_size()
     if held > size:
         raise Refused(f'its tensors claim {held} bytes, the file has {size}')
@@ -241,7 +241,7 @@ def read_checkpoint(path):
 
 
 def check_content(content, path):
-    """UserError if an entry beside the state_dict is not of its kind; of foreign files, if it is one that is used."""
+    """UserError if an entry other than the state_dict is not of its kind; of foreign files, if it is one that is used."""
     if 'version' not in content:
         check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method')})
         return
@@ -287,7 +287,7 @@ def network_of(found, method, source):
     """The network of `method` filled with what was found; UserError naming what does not fit."""
     method, names = method_name(method), fitting_methods(found)
     if method not in names:
-        raise UserError(f'{source} holds {found.kind}; that is no network of --method {method} '
+        raise UserError(f'{source} holds {found.kind}; that is not a network of --method {method} '
                         f'but of {", ".join(names) or "none"}')
     with torch.device('meta'):      # takes no memory, whatever the file claims
         check_fit(build_model(found.num_classes, method).state_dict(), found, source)

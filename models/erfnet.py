@@ -3,7 +3,7 @@
 The architecture is ERFNet (Romera et al., "ERFNet: Efficient Residual Factorized
 ConvNet for Real-time Semantic Segmentation", T-ITS 2018). The adapters are those of
 Garg et al., "Multi-Domain Incremental Learning for Semantic Segmentation", WACV 2022:
-1x1 convolutions beside the factorised pairs. Several domains share its convolutions by
+1x1 convolutions parallel to the factorised pairs. Several domains share its convolutions by
 `models.multi_domain`.
 """
 import torch
@@ -55,7 +55,7 @@ def scaled_conv(conv, x, scale, shift=0):
 
 
 class Downsampler(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H/2, W/2): strided 3x3 beside max pooling."""
+    """(B, in_channels, H, W) -> (B, out_channels, H/2, W/2): strided 3x3 and max pooling."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -69,7 +69,7 @@ class Downsampler(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Non-bottleneck-1D block with an adapter beside ('parallel') or after ('series') each pair, (B, C, H, W) kept."""
+    """Non-bottleneck-1D block with an adapter parallel to ('parallel') or after ('series') each pair, (B, C, H, W) kept."""
 
     def __init__(self, channels, dropout, dilation, adapter=None):
         super().__init__()
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 class ERFNet(nn.Module):
     """Segmentation network of one domain.
 
-    num_classes: void included. adapter: None, 'parallel' (added beside each convolution
+    num_classes: void included. adapter: None, 'parallel' (added to each convolution
     pair of the encoder) or 'series' (after it).
     """
     heads = ('decoder',)

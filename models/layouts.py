@@ -26,7 +26,7 @@ class Found:
     """What a state dict holds, in native keys.
 
     num_classes: of each domain, [] for an encoder alone. adapter: as `ERFNet`'s.
-    batch_norms: how many the encoder has beside each convolution. kind: in words.
+    batch_norms: how many the encoder has per layer. kind: in words.
     renamed, ignored: file keys that were renamed (beyond `module.`) or not used.
     """
     state: dict
@@ -98,7 +98,7 @@ def describe(num_classes, adapter, norms):
         return 'an encoder alone'
     domains = f'{len(num_classes)} domain{"s" * (len(num_classes) > 1)}'
     return (f'{domains} ({", ".join(map(str, num_classes))} classes), {adapter or "no"} adapters, '
-            f'{norms} batch norm{"s" * (norms > 1)} beside each convolution')
+            f'{norms} batch norm{"s" * (norms > 1)} per layer')
 
 
 def load(model, found, source):

@@ -17,7 +17,7 @@ class Method:
         `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
     terms: the terms of the loss (classes of losses.terms), the cross-entropy first.
     lr: rate after the first domain, of new branches and of shared weights that learn in
-        full. dropout: whether the student's encoder drops out then.
+        full. dropout: whether the student's encoder uses dropout then.
     joint: whether all domains are learnt at once instead of one after another.
     lonely: whether the network knows one domain only.
     uses: which of the options of train.py that not every method uses this one does; the

@@ -43,7 +43,7 @@ def divide(network, domain_bn):
     for name in sorted(mixed):
         module = network.get_submodule(name)
         for tensor, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            raise ValueError(f'{tensor} lies directly in {name or "the network"}, beside modules of a domain; '
+            raise ValueError(f'{tensor} lies directly in {name or "the network"}, among modules of a domain; '
                              'put it into a module of its own')
     return own, shared
 

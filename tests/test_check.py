@@ -55,7 +55,7 @@ def check(root, *more, domains=('BDD',), splits=('train',)):
 
 
 def only_error(root):
-    """The one error of BDD's training split in `root`, beside a sound pair that is still counted."""
+    """The one error of BDD's training split in `root`, next to a sound pair that is still counted."""
     save_pair(root, 'sound', 3)
     fit, found = check(root)
     train = found['BDD']['train']
@@ -338,7 +338,7 @@ def test_as_command(tmp_path):
                            '--splits', 'train', '--workers', '2'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert done.stderr.splitlines()[-1].endswith('error: not fit to train on, errors in BDD train (1); '
-                                                 'mend what is listed above')
+                                                 'fix what is listed above')
     assert '2_train_id.png: label values [26] are not in the class list' in done.stdout
 
 

@@ -112,7 +112,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change, message):
 def test_other_methods_and_other_domains_are_refused(tmp_path):
     torch.save({'state_dict': build_model([20], 'fine-tune').state_dict()}, tmp_path / 'plain')
     plain = checkpoint.read_checkpoint(tmp_path / 'plain')
-    with pytest.raises(UserError, match='no adapters.*no network of --method mdil but of .*fine-tune'):
+    with pytest.raises(UserError, match='no adapters.*not a network of --method mdil but of .*fine-tune'):
         checkpoint.load_network(plain, 'mdil')
     with pytest.raises(UserError, match='20 classes.*IDD need 27'):
         checkpoint.check_known(plain, [IDD])

@@ -384,7 +384,7 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
         with pytest.raises(UserError, match=message):
             compare.read_results([f'a={folder}', f'{name}={other}'])
     (tmp_path / 'x.json').write_text('{"domains": 3}')
-    with pytest.raises(UserError, match='x.json is no result of eval.py'):
+    with pytest.raises(UserError, match='x.json is not a result of eval.py'):
         compare.read_results([f'a={tmp_path}/x.json'])
 
 

@@ -401,7 +401,7 @@ DAMAGED = [drop(name) for name in (*resume.PARTS, *checkpoint.KINDS)] + [
     put('random', 'torch', b''), put('random', 'cuda', None), put('state_dict', []),
     lambda value: value['state_dict'][FIRST].fill_(float('nan')),
     in_state(3, 'exp_avg', lambda moments: moments * float('inf'))]
-# Wrong beside the run that it is to go on.
+# Wrong for the run that it is to resume.
 UNFIT = [
     put('totals', {'loss': 1.0}),
     in_state(3, 'exp_avg', lambda moments: moments.flatten()[:1]),

@@ -1,4 +1,4 @@
-"""One name, `mdil`: installed, editable and in a checkout, beside other packages called models, datasets and utils."""
+"""One name, `mdil`: installed, editable and in a checkout, next to other packages called models, datasets and utils."""
 import ast
 import json
 import os
@@ -60,7 +60,7 @@ def elsewhere(tmp_path):
     return tmp_path / 'elsewhere'
 
 
-def test_the_wheel_trains_beside_foreign_packages(tmp_path, foreign, elsewhere, toy):
+def test_the_wheel_trains_next_to_foreign_packages(tmp_path, foreign, elsewhere, toy):
     pytest.importorskip('hatchling', reason='hatchling builds the wheel')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--quiet']
     subprocess.run([*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp_path / 'dist', ROOT], check=True)
@@ -92,7 +92,7 @@ def test_an_editable_installation_shows_mdil_alone(tmp_path, foreign, elsewhere,
 
 
 @pytest.mark.parametrize('first', ['foreign', 'checkout'])
-def test_a_checkout_works_beside_foreign_packages(foreign, elsewhere, first):
+def test_a_checkout_works_next_to_foreign_packages(foreign, elsewhere, first):
     paths = [foreign, ROOT] if first == 'foreign' else [ROOT, foreign]
     code = f'import models; assert hasattr(models, "foreign") == {first == "foreign"}\n{LOAD_ALL}'
     assert run(elsewhere, '-c', code, paths=paths) == f'{ROOT}/models/__init__.py 2871844\n'
@@ -159,7 +159,7 @@ def ours(path):
 
 
 def test_imports_go_downwards():
-    """No folder imports one above it or beside it."""
+    """No folder imports one above it or at its level."""
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
     files = [path for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py'), *ROOT.glob('*/*/*.py')]
              if path.relative_to(ROOT).parts[0] not in ('tests', '.venv', 'hatch_build.py')]

@@ -1,7 +1,7 @@
 """The released recipe reproduces the published models and loops.
 
 Checks every entry of the JSON file that RELEASED_NUMBERS names (default: the copy
-beside this test), with the same functions that train.py uses.
+next to this test), with the same functions that train.py uses.
 """
 import copy
 import json

@@ -133,7 +133,7 @@ def test_bad_input_is_said_and_spoils_nothing(copied, tmp_path):
     before = made(copied)
     for damaged in ('{"steps": [', '[]', '{"steps": [], "protocol": {}, "summary": {}}', '{"steps": [{}]}'):
         (copied / 'results.json').write_text(damaged)
-        with pytest.raises(UserError, match='results.json is no result of eval.py'):
+        with pytest.raises(UserError, match='results.json is not a result of eval.py'):
             made(copied)
     assert (copied / 'report.html').read_text() == before
     (tmp_path / 'empty').mkdir()

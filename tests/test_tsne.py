@@ -1,4 +1,4 @@
-"""The t-SNE figure: what is compared, the numbers beside it, the files."""
+"""The t-SNE figure: what is compared, the numbers next to it, the files."""
 import csv
 import json
 

@@ -12,6 +12,7 @@ WIDTH=${WIDTH:-$((2 * HEIGHT))}
 SEED=${SEED:-0}
 GPUS=${GPUS:-1}                                 # more than 1: torchrun
 WORKERS=${WORKERS:-4}
+EVALUATE=${EVALUATE:-every}                     # after every step, or after the last
 ENCODER=${ENCODER:-}                            # ImageNet encoder for the first step
 TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
 DRY_RUN=${DRY_RUN:-}
@@ -19,12 +20,12 @@ DRY_RUN=${DRY_RUN:-}
 settings_help="Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
   DATA=$DATA  OUT=$OUT  DOMAINS=\"$DOMAINS\"  EPOCHS=\"$EPOCHS\"  BATCH=$BATCH
   HEIGHT=$HEIGHT  WIDTH=$WIDTH  SEED=$SEED  GPUS=$GPUS  WORKERS=$WORKERS  ENCODER=$ENCODER
-  TRAIN_ARGS=\"$TRAIN_ARGS\"
+  EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS=\"$TRAIN_ARGS\"
   PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
 Options: --help, --dry-run (prints the commands). Steps already finished are skipped, a
 broken one goes on where it stopped. Runs as it is, or under SLURM: sbatch [options] $0"
 
-# Reads NAME=value arguments, --dry-run and --help; $1 is what the script says of itself.
+# Reads NAME=value arguments, --dry-run and --help; $1: what the script does.
 read_arguments() {
     local about=$1 argument
     shift
@@ -32,7 +33,7 @@ read_arguments() {
         case $argument in
             --help|-h) printf '%s\n\n%s\n' "$about" "$settings_help"; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|ENCODER=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
+            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|EVALUATE=*|ENCODER=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
                 printf -v "${argument%%=*}" '%s' "${argument#*=}"
                 [ "${argument%%=*}" = HEIGHT ] && WIDTH=$((2 * HEIGHT)) ;;
             WIDTH=*) WIDTH=${argument#*=} ;;
@@ -92,7 +93,7 @@ epochs_of() {
     echo "${all[$((${#all[@]} == 1 ? 0 : $1 - 1))]}"
 }
 
-# A method's whole sequence over DOMAINS into $OUT/$1, evaluated after every step:
+# A method's whole sequence over DOMAINS into $OUT/$1, evaluated as EVALUATE says:
 # learn_sequence NAME ARGUMENTS-OF-TRAIN...
 learn_sequence() {
     local name=$1 step=0 domain savedir states=() learnt=() start=()
@@ -106,8 +107,9 @@ learn_sequence() {
         [ "$step" -gt 1 ] && start=(--state "${states[-1]}")
         run_train "$savedir" "$(epochs_of $step)" --domains "${learnt[@]}" "${start[@]}" "$@"
         states+=("$savedir/model_best.pth.tar")
-        evaluate_states "$OUT/$name/results.json" "${states[@]}"
+        [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
+    [ "$EVALUATE" != last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     run "$PYTHON" -m mdil report "$OUT/$name" --data-root "$DATA"
 }
 

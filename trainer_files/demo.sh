@@ -4,16 +4,16 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} WORKERS=${WORKERS:-0}
 # Few epochs: small batches and a higher rate than the published 5e-4 make up for some of it.
-export EPOCHS=${EPOCHS:-14 8 5} BATCH=${BATCH:-3}
+export EPOCHS=${EPOCHS:-14 5 4} BATCH=${BATCH:-3} EVALUATE=${EVALUATE:-last}
 export TRAIN_ARGS=${TRAIN_ARGS:---lr 2e-3 --class-weights computed --val-every 2}
 source trainer_files/common.sh
 read_arguments "Learns three toy domains with the method and by fine-tuning; results in $OUT." "$@"
 
 echo "== drawing the toy roads into $DATA"
 run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 96 --val 24 --height "$HEIGHT" --width "$WIDTH"
-for method in ours fine-tune; do
+for method in mdil fine-tune; do
     echo "== $method: $DOMAINS, one after another"
     learn_sequence "$method" --method "$method"
 done
 echo "== comparing"
-run "$PYTHON" -m mdil compare "ours=$OUT/ours" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"
+run "$PYTHON" -m mdil compare "mdil=$OUT/mdil" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"

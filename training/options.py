@@ -102,9 +102,9 @@ def method_options(parser):
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
     group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,
-                       help="the student's encoder drops out nothing (default: by method)")
+                       help="disable dropout in the student's encoder (default: by method)")
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
-                       help="the student's encoder drops out (default: by method)")
+                       help="use dropout in the student's encoder (default: by method)")
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)')
     group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: opts.json and metrics.jsonl."""
+"""What a run writes next to its checkpoints: opts.json and metrics.jsonl."""
 import json
 import platform
 import subprocess

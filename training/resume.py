@@ -16,14 +16,14 @@ from mdil.utils.files import locked
 from mdil.utils.output import say
 from mdil.utils.workers import STOPPING
 
-# Options that change no result, or only where the data lies; a change of the second kind is said.
+# Options that change no result, or only where the data lies; a change of the second kind is reported.
 HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data',
             'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'deterministic'}
 INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume
 
 
-# What a run's checkpoint holds beside what every checkpoint may: (test, what it has to be).
+# What a run's checkpoint holds besides what every checkpoint may: (test, what it has to be).
 PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'teacher': (lambda value: value is None or isinstance(value, dict), 'a dict or None'),
          'optimizer': (lambda value: isinstance(value, dict) and isinstance(value.get('state'), dict)
@@ -32,14 +32,14 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-# What an optimiser's groups hold in every version of torch, beside the rate.
+# What an optimiser's groups hold in every version of torch, besides the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
 
 def find(folder, names):
     """The content of the first readable checkpoint of `names` in `folder`, its name added as 'file'; None without any.
 
-    A damaged file is said, and the next name tried; UserError if all that exist are damaged.
+    A damaged file is reported, and the next name tried; UserError if all that exist are damaged.
     """
     check_places(folder, names)
     reasons = []
@@ -72,7 +72,7 @@ def check_run(content, path):
     wanted = {**PARTS, **checkpoint.KINDS}
     lacking = [name for name in wanted if not isinstance(content, dict) or name not in content]
     if lacking:
-        raise UserError(f'{path} is no checkpoint of a run of train.py: it has no {lacking[0]}')
+        raise UserError(f'{path} is not a checkpoint of a run of train.py: it has no {lacking[0]}')
     checkpoint.check_kinds(content, path, PARTS)
     checkpoint.check_content(content, path)
     options, names = content['options'], [entry['name'] for entry in content['domains']]
@@ -160,7 +160,7 @@ def check_scaler(saved, scaler):
     for name in own.keys() - {'scale', '_growth_tracker'}:
         check_equal(saved[name], own[name], name)
     if not (0 < saved['scale'] < math.inf and checkpoint.whole(saved['_growth_tracker'])):
-        raise ValueError(f'scaler: {saved["scale"]} is no scale')
+        raise ValueError(f'scaler: {saved["scale"]} is not a scale')
 
 
 def differences(saved, options):

@@ -184,7 +184,7 @@ class Run:
             raise ValueError(f'batch {state["batch"]} of {batches} in an epoch')
 
     def save(self, best=False):
-        """Writes the checkpoint, the one before it kept beside; with `best`, the best model too."""
+        """Writes the checkpoint, the one before it kept; with `best`, the best model too."""
         if not self.place.main:
             return
         state = self.state()

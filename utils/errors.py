@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line, exit status 2."""
+"""Errors that a user can fix: one line, exit status 2."""
 import sys
 import traceback
 
@@ -37,7 +37,7 @@ def advice(error):
 
 
 def run_main(main):
-    """Calls `main()` and turns errors that a user can mend into one line and exit status 2.
+    """Calls `main()` and turns errors that a user can fix into one line and exit status 2.
 
     Nothing is lost because something cannot be printed. Output that was lost is such an
     error in the end, unless its reader went away.

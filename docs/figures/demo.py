@@ -22,7 +22,8 @@ def load(folder):
     networks = {name: [load_network(read_checkpoint(step['state'])) for step in result['steps']]
                 for name, result in results.items()}
     protocol = results[METHODS[0]]['protocol']
-    return networks, [split_of(get_domain(name), folder / 'data', 'val', (protocol['height'], protocol['width']))
+    size = protocol['height'], protocol['width']
+    return networks, [split_of(get_domain(name), folder / 'data', 'val', size, protocol['resolution'])
                       for name in results[METHODS[0]]['domains']]
 
 
