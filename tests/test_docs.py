@@ -159,10 +159,11 @@ def test_the_readme_builds_a_model():
     assert names['logits'].shape == (1, 20, 16, 16)
 
 
-def test_the_domain_of_the_data_page(tmp_path):
-    text, = blocks(ROOT / 'docs/data.md', 'json')
-    (tmp_path / 'domain.json').write_text(text)
-    ours, builtin = get_domain('cambridge', {'cambridge': tmp_path}), get_domain('camvid')
-    assert (ours.classes, ours.colors) == (builtin.classes, builtin.colors)
-
-
+def test_the_declarations_of_the_data_page(tmp_path):
+    found = []
+    for text in blocks(ROOT / 'docs/data.md', 'json'):
+        (tmp_path / 'domain.json').write_text(text)
+        found.append(get_domain('cambridge', {'cambridge': tmp_path}))
+    camvid, (layout,) = get_domain('camvid'), found[2].layouts
+    assert (found[0].classes, found[0].colors) == (camvid.classes, camvid.colors)
+    assert layout.label_kinds[0].values == {0: 2, 1: 0, 7: 0, 26: 1} and set(found[3].layouts[0].lists) == {'train', 'val'}
