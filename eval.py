@@ -12,7 +12,7 @@ labels are resized to --width x --height, the published protocol, unless --resol
 from pathlib import Path
 
 from mdil.evaluation import metrics, pictures, tables
-from mdil.evaluation.evaluation import Evaluator, check_order
+from mdil.evaluation.evaluation import Evaluator, check_order, check_stated
 from mdil.models import METHODS, method_name
 from mdil.training import records
 from mdil.training.paper import REFUSED
@@ -155,6 +155,7 @@ def run(options, place):
     evaluator, steps = Evaluator(options, place), []
     networks, known = zip(*map(evaluator.load, options.state))
     check_order(options.state, known)
+    check_stated(options.domains, known[-1], options.state[-1], evaluator.paths)
     datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)

@@ -61,6 +61,12 @@ class Domain:
         """RGB of every class index, void (black) last."""
         return self.colors + ((0, 0, 0),)
 
+    @property
+    def entry(self):
+        """What a checkpoint says of it, in built-in types."""
+        return {'name': self.name, 'classes': self.num_classes, 'class_names': list(self.classes),
+                'colors': [list(color) for color in self.colors]}
+
 
 def train_ids(count, void=VOID_FILE_VALUE):
     """Values 0 to count-1 are the classes, `void` is void."""

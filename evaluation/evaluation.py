@@ -155,6 +155,15 @@ def load_network_and_domains(path, options, place):
     return checkpoint, model.to(place.device, memory_format=memory_format(place.device, options.precision)), domains
 
 
+def check_stated(names, domains, source, paths):
+    """UserError if `--domains` names others than the file `source` knows, which are `domains`."""
+    stated = [get_domain(name, paths).name for name in names or []]
+    known = [domain.name for domain in domains]
+    if stated and stated != known:
+        raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; leave it out, '
+                        'or name those')
+
+
 class Evaluator:
     """Networks meet data, as the options of eval.py say; a loader is made once for each domain."""
 

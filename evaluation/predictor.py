@@ -5,8 +5,9 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from mdil.evaluation.evaluation import load_network_and_domains, logits_of
+from mdil.evaluation.evaluation import check_stated, load_network_and_domains, logits_of
 from mdil.utils.errors import UserError
+from mdil.utils.parser import data_paths
 
 PUBLISHED_SIZE = 512, 1024      # height, width of files that do not say what they were trained at
 SIDE = 8                        # the network takes sides that are multiples of it
@@ -100,5 +101,6 @@ def trained_size(checkpoint):
 def load_predictor(options, place):
     """The Predictor of a checkpoint, as the options of predict.py say."""
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    check_stated(options.domains, domains, options.state, data_paths(options.data))
     size = None if options.native else options.size or trained_size(checkpoint)
     return Predictor(model, domains, size, place, options.precision)

@@ -77,9 +77,7 @@ def described(name, classes, paths):
         domain = get_domain(name, paths)
     except UserError:
         return {}
-    if domain.num_classes != classes:
-        return {}
-    return {'class_names': list(domain.classes), 'colors': [list(color) for color in domain.colors]}
+    return domain.entry if domain.num_classes == classes else {}
 
 
 def digests_of(branch):

@@ -191,10 +191,16 @@ def score(value):
 
 
 def named_classes(value):
-    """Whether it is the list of {name, classes} that says which domains a network knows."""
+    """Whether it is the list of {name, classes} that says which domains a network knows; with names of the classes or not."""
     return isinstance(value, list) and bool(value) and all(
         isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
-        and whole(entry.get('classes')) for entry in value)
+        and whole(entry.get('classes')) and class_names(entry) for entry in value)
+
+
+def class_names(entry):
+    """Whether the names of the classes in a domain's {name, classes, class_names} are as many as it says, or absent."""
+    names = entry.get('class_names', [''] * (entry['classes'] - 1))
+    return isinstance(names, list) and len(names) == entry['classes'] - 1 and all(isinstance(name, str) for name in names)
 
 
 def plain_options(value):
@@ -274,6 +280,16 @@ def check_known(checkpoint, domains):
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
                         f'{", ".join(map(str, counts))} classes')
+    for entry, domain in zip(checkpoint.content.get('domains', []) if checkpoint.domains else [], domains):
+        check_class_names(entry, domain, checkpoint.source)
+
+
+def check_class_names(entry, domain, source):
+    """UserError if the checkpoint `source` calls a class of a domain (its entry there) otherwise than `domain` does."""
+    for number, (stated, name) in enumerate(zip(entry.get('class_names', []), domain.classes)):
+        if stated != name:
+            raise UserError(f'{source} learnt {domain.name} with {stated!r} as class {number}, which is {name!r} here; '
+                            'give the class list that it was learnt with')
 
 
 def fitting_methods(found):

@@ -1,5 +1,7 @@
 """Images and labels as they come: handled right, or refused by name."""
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -84,9 +86,12 @@ def test_exif_rotation_is_not_applied_and_said_where_sizes_differ(folder, orient
         assert np.abs(pixels - np.asarray(Image.open(folder / 'train/x0.jpg').convert('RGB'))).max() == 0
 
 
+START = ['--domains', 'camvid', '--height', '16', '--num-epochs', '1', '--batch-size', '2', '--num-workers', '0', '--device',
+         'cpu']
+
+
 def learn(folder, savedir, *arguments):
-    train.main(['--data-root', str(folder.parent), '--savedir', str(savedir), '--domains', 'camvid', '--height', '16',
-                '--num-epochs', '1', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', *arguments])
+    train.main([*START, '--data-root', str(folder.parent), '--savedir', str(savedir), *arguments])
     return json.loads((savedir / 'metrics.jsonl').read_text())
 
 
@@ -150,6 +155,65 @@ def test_masks_of_0_and_255_are_refused_before_training(folder, tmp_path):
         {'name': name, 'color': [0, 0, 0]} for name in ('background', 'road')]}))
     with pytest.raises(UserError, match="own train: class 'road' occurs in no image.*255 is void"):
         learn(folder, tmp_path / 'a', '--domains', 'own', '--data', f'own={folder}')
+
+
+def stop_after_one_epoch(folder, savedir, *arguments):
+    """Begins a run of two epochs; returns a function that resumes it, in another folder if need be."""
+    real, count = train.train_epoch, [0]
+
+    def stopping(*given):
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'train_epoch', stopping)
+        with pytest.raises(KeyboardInterrupt):
+            learn(folder, savedir, '--num-epochs', '2', *arguments)
+    return lambda place=folder: train.main([*START, '--data-root', str(place.parent), '--savedir', str(savedir),
+                                            '--num-epochs', '2', '--resume', *arguments])
+
+
+def replace_labels(folder):
+    """By others of the same size in bytes, with the times of those there were."""
+    for path in (folder / 'trainannot').iterdir():
+        before = path.stat()
+        path.write_bytes((folder / 'trainannot' / ('x1.png' if path.name == 'x0.png' else 'x2.png')).read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rename_pair(folder):
+    for place in ('train', 'trainannot'):
+        (folder / place / 'x1.png').rename(folder / place / 'y.png')
+
+
+CHANGES = {'labels': (replace_labels, r'content of labels \(camvid train\)'),
+           'pairs': (rename_pair, r'which images and labels there are \(camvid train\)'),
+           'fewer': (lambda folder: (folder / 'val/x0.png').unlink(), r'which images and labels there are \(camvid val\)'),
+           'images': (lambda folder: Image.fromarray(RGB * 0).save(folder / 'train/x1.png'), 'sizes of image files')}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_other_data_than_the_stopped_run_had_is_refused_by_name(folder, tmp_path, name):
+    change, message = CHANGES[name]
+    resume = stop_after_one_epoch(folder, tmp_path / 'a', '--class-weights', 'none')
+    change(folder)
+    with pytest.raises(UserError, match=f'--resume: since the run in .* stopped.*{message}'):
+        resume()
+
+
+def test_other_weights_are_refused_and_moved_data_is_not(folder, tmp_path):
+    weights = tmp_path / 'weights.json'
+    weights.write_text(json.dumps({'camvid': [1] * 12}))
+    resume = stop_after_one_epoch(folder, tmp_path / 'a', '--class-weights', str(weights))
+    shutil.copytree(folder, tmp_path / 'elsewhere/camvid')      # with other times
+    weights.write_text(json.dumps({'camvid': [1] * 10 + [2] * 2}))
+    with pytest.raises(UserError, match=r'class weights \(camvid\)'):
+        resume()
+    weights.write_text(json.dumps({'camvid': [1] * 11 + [2]}))  # void's does not count
+    resume(tmp_path / 'elsewhere/camvid')
+    content = checkpoint.read(tmp_path / 'a/checkpoint.pth.tar')
+    assert content['epoch'] == 2 and content['domains'][0]['class_names'][:2] == ['sky', 'building']
 
 
 def test_nothing_but_bad_files_is_refused(folder, tmp_path):

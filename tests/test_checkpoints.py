@@ -1,4 +1,5 @@
 """Files: the published layouts in, the published layouts out, nothing unsafe, nothing silent."""
+import json
 import os
 import pickle
 from collections import OrderedDict
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mdil import eval as evaluation
 from mdil.datasets import get_domain
 from mdil.models import build_model, checkpoint, export
 from mdil.models.layouts import published_keys
@@ -122,6 +124,40 @@ def test_other_methods_and_other_domains_are_refused(tmp_path):
     torch.save({'weights': torch.zeros(3)}, tmp_path / 'other')
     with pytest.raises(UserError, match="no ERFNet in it; the first of its 1 tensors is 'weights'"):
         checkpoint.read_checkpoint(tmp_path / 'other')
+
+
+def own_domain(folder, *names):
+    """A user's own domain with classes of these names."""
+    folder.mkdir(exist_ok=True)
+    (folder / 'domain.json').write_text(json.dumps({'images': '{split}', 'labels': '{split}annot', 'classes': [
+        {'name': name, 'color': [0, 0, 0]} for name in names]}))
+    return get_domain('own', {'own': folder})
+
+
+def test_other_classes_of_the_same_number_are_refused_by_name(tmp_path):
+    learnt, other = own_domain(tmp_path / 'a', 'road', 'car'), own_domain(tmp_path / 'b', 'road', 'sky')
+    content = {'version': 1, 'state_dict': build_model([3]).state_dict(), 'domains': [learnt.entry], 'method': 'mdil'}
+    checkpoint.save(content, tmp_path / 'x')
+    checkpoint.check_known(checkpoint.read_checkpoint(tmp_path / 'x'), [learnt])
+    for act in (lambda: checkpoint.check_known(checkpoint.read_checkpoint(tmp_path / 'x'), [other]),
+                lambda: building.build_networks(options(tmp_path / 'x', [other, CS]), [other, CS]),
+                lambda: evaluation.main(['--state', str(tmp_path / 'x'), '--data', f'own={tmp_path / "b"}'])):
+        with pytest.raises(UserError, match="learnt own with 'car' as class 1, which is 'sky' here"):
+            act()
+    del content['domains'][0]['class_names']        # a file of before they were kept
+    checkpoint.save(content, tmp_path / 'x')
+    checkpoint.check_known(checkpoint.read_checkpoint(tmp_path / 'x'), [other])
+
+
+def test_domains_that_contradict_the_file_are_refused(tmp_path):
+    checkpoint.save({'version': 1, 'state_dict': build_model([20, 20]).state_dict(), 'method': 'mdil',
+                     'domains': [CS.entry, BDD.entry]}, tmp_path / 'x')
+    for names in (['BDD', 'CS'], ['CS'], ['CS', 'BDD', 'IDD'], ['CS', 'camvid']):
+        with pytest.raises(UserError, match='--domains .* contradicts .*x, which knows cityscapes BDD'):
+            evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--domains', *names])
+    with pytest.raises(UserError, match='no val images of cityscapes'):
+        evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--data-root', str(tmp_path), '--domains', 'city',
+                         'bdd100k'])
 
 
 class Attack:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
+from mdil.training.digest import plain_digests
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
 from mdil.utils.output import say
@@ -32,6 +33,7 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
+LATER = {'digests': (plain_digests, 'a dict of digests')}       # files of earlier versions lack it
 # What an optimiser's groups hold in every version of torch, besides the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
@@ -73,7 +75,7 @@ def check_run(content, path):
     lacking = [name for name in wanted if not isinstance(content, dict) or name not in content]
     if lacking:
         raise UserError(f'{path} is not a checkpoint of a run of train.py: it has no {lacking[0]}')
-    checkpoint.check_kinds(content, path, PARTS)
+    checkpoint.check_kinds(content, path, {**PARTS, **LATER})
     checkpoint.check_content(content, path)
     options, names = content['options'], [entry['name'] for entry in content['domains']]
     if (content['method'], names) != (options.get('method'), options.get('domains')):

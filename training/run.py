@@ -8,7 +8,7 @@ import torch
 
 from mdil.models import checkpoint
 from mdil.models.layouts import faults
-from mdil.training import building, resume
+from mdil.training import building, digest, resume
 from mdil.utils.errors import UserError
 from mdil.utils.files import remove_leftovers, same_file
 from mdil.utils.precision import wide_type
@@ -71,6 +71,9 @@ class Run:
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
         self.data = building.build_data(options, place)
+        self.digests = digest.digests(self.data) if place.main else {}
+        if saved and place.main:
+            digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
         build = building.rebuild_networks if saved else building.build_networks
         self.student, self.teacher, self.loaded = build(options, domains)
@@ -130,7 +133,7 @@ class Run:
             'version': checkpoint.VERSION, 'epoch': self.epoch, 'batch': self.batch,
             'totals': {name: value.item() for name, value in self.totals.items()} if self.batch else {},
             'state_dict': self.student.state_dict(),
-            'domains': [{'name': data.domain.name, 'classes': data.domain.num_classes} for data in self.data],
+            'domains': [data.domain.entry for data in self.data], 'digests': self.digests,
             'method': self.options.method, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
             'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),

@@ -1,0 +1,65 @@
+"""Digests of what a run learns from, kept in its checkpoints: what changed while it stood still is found and said."""
+import hashlib
+import os
+
+from tqdm import tqdm
+
+from mdil.datasets.judgement import content_digest
+from mdil.utils.errors import UserError
+from mdil.utils.workers import in_threads
+
+# What is compared -> how it is said.
+KINDS = {'pairs': 'which images and labels there are', 'images': 'sizes of image files', 'labels': 'content of labels',
+         'values': 'meaning of label values', 'weights': 'class weights'}
+
+
+def digests(data):
+    """{kind of KINDS: {domain and split: digest}} of a list of DomainData.
+
+    Names count below the domain's folder, so that data may move; times do not. Labels are
+    read whole, images are not.
+    """
+    found = {kind: {} for kind in KINDS}
+    for domain_data in data:
+        found['weights'][domain_data.domain.name] = digest_of(domain_data.class_weights.tolist())
+        for loader in (domain_data.train, domain_data.val):
+            if loader is not None:
+                for kind, digest in split_digests(loader.dataset).items():
+                    found[kind][f'{loader.dataset.domain.name} {loader.dataset.split}'] = digest
+    return found
+
+
+def split_digests(data):
+    """{kind: digest} of a SegmentationDataset."""
+    names = [os.fsencode(os.path.relpath(path, data.folder)) for pair in data.pairs for path in (pair.image, pair.label)]
+    bar = tqdm(data.pairs, desc=f'reading labels of {data.domain.name} {data.split}', unit='file', leave=False,
+               disable=None)
+    try:
+        labels = list(in_threads(content_digest, (pair.label for pair in bar), min(8, os.cpu_count() or 1)))
+        sizes = [os.path.getsize(pair.image) for pair in data.pairs]
+    except OSError as error:
+        raise UserError(f'{error.filename} cannot be read: {error.strerror}') from None
+    kinds = {id(pair.values): (sorted(pair.values.items()), pair.by_color) for pair in data.pairs}
+    return {'pairs': digest_of(names), 'images': digest_of(sizes), 'labels': digest_of(labels),
+            'values': digest_of(sorted(kinds.values()))}
+
+
+def digest_of(value):
+    """32 hexadecimal digits that change with `value`."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def plain_digests(value):
+    """Whether it is what `digests` returns."""
+    return isinstance(value, dict) and all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values())
+                                           for part in value.values())
+
+
+def check_unchanged(saved, now, folder):
+    """UserError if anything that both digests know has changed since the run in `folder` stopped."""
+    changed = [f'{words} ({", ".join(places)})' for kind, words in KINDS.items()
+               if (places := [place for place, digest in now[kind].items()
+                              if saved.get(kind, {}).get(place, digest) != digest])]
+    if changed:
+        raise UserError(f'--resume: since the run in {folder} stopped, other data has taken the place of its own: '
+                        f'{"; ".join(changed)}; put it back, or start anew in another --savedir')
