@@ -123,7 +123,7 @@ def validate(run):
 def validate_when_due(run, interrupt):
     """What `validate` returns, {} in an epoch without validation. Saves and exits on a signal."""
     epoch = run.epoch + 1
-    if epoch % run.options.val_every and epoch < run.options.num_epochs:
+    if epoch % run.options.val_every and epoch not in (1, run.options.num_epochs):
         return {}
     try:
         # Among several processes only the next batch tells whether all have had the signal.

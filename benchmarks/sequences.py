@@ -20,7 +20,7 @@ from mdil.datasets import SegmentationDataset, get_domain
 from mdil.models import METHODS, checkpoint, method_name
 from mdil.models.multi_domain import batch_norms_of
 from mdil.training import resume
-from mdil.training.options import parse_train, recipe_settings
+from mdil.training.options import RECIPES, parse_train
 from mdil.training.run import BEST, LATEST
 from mdil.utils.errors import UserError
 from mdil.utils.parser import data_paths
@@ -49,7 +49,7 @@ class Row:
 
 
 # Options of train.py that a row may set.
-LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *recipe_settings('corrected', 1)}
+LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *RECIPES['corrected']} - {'num_epochs'}
 RELEASED = 'mdil', ('--recipe', 'released')
 ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row(*RELEASED),
         'released-put-back': Row(*RELEASED, put_back=True)}

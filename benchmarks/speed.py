@@ -83,9 +83,9 @@ def settings(side, domains, options):
     """Options of train.py that a side runs with, as far as building asks for them."""
     recipe, fast = ('released', False) if side == PUBLISHED else ('corrected', True)
     return SimpleNamespace(
-        method='mdil', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6, num_epochs=150,
+        method='mdil', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6,
         no_dropout=False, precision=options.precision if fast else 'fp32', compile=fast and options.compile,
-        distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, domains))
+        distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
 
 
 def networks(domains, chosen):

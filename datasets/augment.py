@@ -1,4 +1,4 @@
-"""Augmentation as published: horizontal flip and a shift of up to 2 pixels either way.
+"""Augmentation: horizontal flip and a shift of up to 2 pixels either way, drawn as published.
 
 It works on uint8 tensors of any device and takes its random numbers from (seed, epoch,
 index), so neither the number of workers nor the device changes a result.
@@ -25,13 +25,17 @@ def draw(seed, epoch, index):
     return Draw(bool(random.random() < 0.5), int(right), int(down))
 
 
-def augment(image, label, drawn, void):
-    """Flips and shifts image (3, H, W) and label (H, W), uint8; uncovered pixels are 0 and `void`."""
+def augment(image, label, drawn, void, padding='void'):
+    """Flips and shifts image (3, H, W) and label (H, W), uint8; uncovered pixels are 0 and `void`.
+
+    padding: 'void'; or 'released', which labels the pixels that a shift to the left or up
+    uncovers, on the right and at the bottom, as class 0, as the published loops do.
+    """
     return (moved(image, drawn, torch.full_like(image, 0)),
-            moved(label, drawn, torch.full_like(label, void)))
+            moved(label, drawn, pad(torch.full_like(label, void), drawn, padding)))
 
 
-def augment_batch(images, labels, draws, void):
+def augment_batch(images, labels, draws, void, padding='void'):
     """Flips and shifts images (B, 3, H, W) and labels (B, H, W), uint8, on their device.
 
     draws: B Draws. The result is that of `augment` sample by sample. Samples are copied
@@ -40,8 +44,17 @@ def augment_batch(images, labels, draws, void):
     out_images, out_labels = torch.full_like(images, 0), torch.full_like(labels, void)
     for number, drawn in enumerate(draws):
         moved(images[number], drawn, out_images[number])
-        moved(labels[number], drawn, out_labels[number])
+        moved(labels[number], drawn, pad(out_labels[number], drawn, padding))
     return out_images, out_labels
+
+
+def pad(out, drawn, padding):
+    """Writes 0 where `padding` labels what is uncovered so into `out` (H, W), which is void; returns it."""
+    if padding == 'released':
+        height, width = out.shape
+        out[height + min(drawn.down, 0):] = 0
+        out[:, width + min(drawn.right, 0):] = 0
+    return out
 
 
 def moved(x, drawn, out):

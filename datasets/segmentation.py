@@ -199,13 +199,14 @@ class SegmentationDataset(Dataset):
     Indexed by (epoch, number); gives image (3, H, W) uint8, label (H, W) uint8 class
     indices (void = domain.void), and number; the image is that of index number % len.
     With `augmented`, flip and shift are drawn from (seed, epoch, number); without, that
-    is left to `augment_batch`, or not wanted. `stored` holds the resized pairs where
-    there is a cache (see datasets.cache), `counts` the pixels of each class of the labels
-    (C,) where they were counted.
+    is left to `augment_batch`, or not wanted. padding: as `augment` takes it. `stored`
+    holds the resized pairs where there is a cache (see datasets.cache), `counts` the pixels
+    of each class of the labels (C,) where they were counted.
     """
 
-    def __init__(self, domain, root, split, size, augmented=False, seed=0):
+    def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void'):
         self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
+        self.padding = padding
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split)
         report_unpaired(domain, split, found)
@@ -222,5 +223,6 @@ class SegmentationDataset(Dataset):
         epoch, number = key
         image, label = self.load(number % len(self))
         if self.augmented:
-            image, label = augment(image, label, draw(self.seed, epoch, number), self.domain.void)
+            image, label = augment(image, label, draw(self.seed, epoch, number), self.domain.void,
+                                   self.padding)
         return image, label, number

@@ -34,6 +34,11 @@ class Method:
     lonely: bool = False
     uses: tuple = ()
 
+    @property
+    def plain(self):
+        """Whether the encoder is a plain ERFNet's: a domain has nothing for itself but its decoder."""
+        return self.adapter is None and not self.domain_bn
+
     def trained(self, domains):
         """Those of the list `domains` that a step trains, whose last domain is the new one: that, or all of them."""
         return domains if self.joint else domains[-1:]
@@ -42,25 +47,28 @@ class Method:
 DISTILLED = CrossEntropy, Distillation
 # Options of the terms DISTILLED, and of a row like the paper's.
 DISTILLING = 'lambdac', 'temperature', 'distill_domains', 'distillation', 'teacher_mode', 'steps_per_batch', 'old_bn'
-PAPER = *DISTILLING, 'shared_lr', 'new_statistics', 'no_dropout'
+PAPER = *DISTILLING, 'shared_lr', 'new_decoder', 'new_statistics', 'no_dropout'
 
 METHODS = {
     'mdil': Method('the paper\'s method, parallel adapters, batch norms and a decoder per domain, distillation',
                    adapter='parallel', domain_bn=True, shared='slow', terms=DISTILLED, uses=PAPER),
     'adapters-only': Method('as mdil, shared weights frozen after the first domain, twice the rate, no dropout',
                             adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False,
-                            uses=('new_statistics', 'no_dropout')),
-    'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen', uses=('shared_lr', 'no_dropout')),
-    'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen'),
+                            uses=('new_decoder', 'new_statistics', 'no_dropout')),
+    'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen',
+                        uses=('shared_lr', 'new_decoder', 'no_dropout')),
+    'feature-extraction': Method('plain encoder frozen after the first domain, new decoder', shared='frozen',
+                                 uses=('frozen_encoder', 'new_decoder')),
     'lwf': Method('plain encoder learns on, held by distillation of the old decoders\' outputs',
-                  terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'no_dropout')),
+                  terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
     'series-adapters': Method('ablation: as mdil, adapters after the convolutions',
                               adapter='series', domain_bn=True, shared='slow', terms=DISTILLED, uses=PAPER),
     'domain-bn': Method('ablation: as mdil without adapters', domain_bn=True, shared='slow', terms=DISTILLED,
                         uses=PAPER),
     'adapters-shared-bn': Method('ablation: as mdil, batch norms shared by all domains', adapter='parallel',
-                                 shared='slow', terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'no_dropout')),
-    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True, uses=('no_dropout',)),
+                                 shared='slow', terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
+    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True,
+                         uses=('rounds', 'no_dropout')),
     'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
 }
 DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: what the published code and earlier files call them

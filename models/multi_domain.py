@@ -95,11 +95,12 @@ class MultiDomainNet(nn.Module):
         """The parameters that all domains use."""
         return [parameter for module in self.shared() for parameter in module.parameters()]
 
-    def add_domain(self, num_classes, statistics='copied', source=-1):
+    def add_domain(self, num_classes, statistics='copied', head='copied', source=-1):
         """Appends a domain whose branch copies that of the domain `source`, but for fresh output layers.
 
         statistics: 'copied', or 'fresh' to start the running statistics of the new branch,
-        its head's left out, at mean 0 and variance 1. Returns the index of the new domain.
+        its head's left out, at mean 0 and variance 1. head: 'copied', or 'fresh' to draw all of
+        the new head anew. Returns the index of the new domain.
         """
         # What the memo holds is taken for copied already.
         view = copy.deepcopy(self.views[source], {id(module): module for module in self.shared()})
@@ -107,6 +108,8 @@ class MultiDomainNet(nn.Module):
             parent, _, child = name.rpartition('.')
             setattr(view.get_submodule(parent), child, output_layer_like(view.get_submodule(name), num_classes))
         self.views.append(view)
+        if head == 'fresh':
+            redraw(view.get_submodule(name) for name in view.heads)
         if statistics == 'fresh':
             for module in self.branch(len(self.views) - 1):
                 if isinstance(module, _BatchNorm):
@@ -118,14 +121,15 @@ class MultiDomainNet(nn.Module):
         self.single(domain)     # IndexError unless there is one
         self.views = nn.ModuleList([view for number, view in enumerate(self.views) if number != domain])
 
-    def freeze(self, domains=(), shared=False, old_bn='frozen', dropout=True):
+    def freeze(self, domains=(), shared=False, old_bn='frozen', dropout=True, shared_mode='eval'):
         """Freezes the branches of `domains` and, if `shared`, the shared modules; everything else trains.
 
         Frozen covers batch-norm statistics and dropout: the modules stay in eval mode
         whatever `train()` says. `old_bn` loosens that for the branches of `domains`:
         'batch' normalises by batch statistics without keeping them, 'released' lets them
         run and overwrite the buffers, as the published loops do. dropout: whether there is
-        any in what trains.
+        any in what trains. shared_mode: 'train' lets the batch norms and dropout of frozen
+        shared modules act as in training, as published feature extraction does.
         """
         if old_bn not in OLD_BN:
             raise ValueError(f'old_bn {old_bn!r} is not one of {OLD_BN}')
@@ -137,7 +141,7 @@ class MultiDomainNet(nn.Module):
             parameter.requires_grad_(False)
         for norm in batch_norms_of(old):
             norm.track_running_stats = old_bn != 'batch'
-        frozen = (in_all if shared else set()) | (old if old_bn == 'frozen' else set())
+        frozen = (in_all if shared and shared_mode == 'eval' else set()) | (old if old_bn == 'frozen' else set())
         if not dropout:
             frozen |= {module for module in self.modules() if isinstance(module, _DropoutNd)}
         self.frozen_modules = tuple(frozen)

@@ -9,10 +9,11 @@ import torch
 
 from mdil import train
 
-losses, real_batch, real_finish = [], train.train_batch, train.finish_epoch
+losses, seeds, real_batch, real_finish = [], [], train.train_batch, train.finish_epoch
 
 
 def noting_batch(*arguments):
+    seeds.append(torch.initial_seed())
     result = real_batch(*arguments)
     losses.append(result['loss'].item())
     return result
@@ -20,7 +21,7 @@ def noting_batch(*arguments):
 
 def noting_finish(run, *arguments):
     real_finish(run, *arguments)
-    torch.save({'student': run.student.state_dict(), 'losses': losses},
+    torch.save({'student': run.student.state_dict(), 'losses': losses, 'seeds': seeds},
                Path(sys.argv[1]) / f'rank{run.place.rank}.pth')
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from mdil import eval as evaluation, train
+from mdil.evaluation.evaluation import evaluate as evaluate_split
 from mdil.models import METHODS, build_model
 from mdil.models import checkpoint
 from mdil.models.layouts import published_keys
-from mdil.training import resume
+from mdil.training import building, resume
+from mdil.training.options import parse_train
 from mdil.utils.errors import UserError, advice, run_main
+from mdil.utils.parallel import Place
 from tests.conftest import ROOT, run_script, wait_for
 from tests.fill import fill
 from tests.test_checkpoints import encoder_file, published_file
@@ -232,6 +235,14 @@ def test_bad_input_is_one_line_and_status_two(tmp_path):
         assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
 
 
+def validation_loss(toy, state):
+    """Loss of a checkpoint on the validation images of Cityscapes, by one process."""
+    place = Place(torch.device('cpu'))
+    data, = building.build_data(parse_train(['--domains', 'CS', '--savedir', 'x', '--data-root', str(toy), *SMALL]), place)
+    model = checkpoint.load_network(checkpoint.read_checkpoint(state))
+    return evaluate_split(model, 0, data.val, data.class_weights, place).loss
+
+
 def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_path):
     """torchrun with gloo: both ranks end with the same tensors, the confusion matrices add up exactly."""
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
@@ -244,7 +255,11 @@ def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_
         assert equal(*(rank['student'] for rank in ranks))
         # Each rank saw images of its own, so the losses before the average differ.
         assert ranks[0]['losses'] != ranks[1]['losses']
+        # Their dropout differs, too.
+        assert ranks[0]['seeds'][0] != ranks[1]['seeds'][0]
         assert equal(checkpoint.read(tmp_path / step / 'checkpoint.pth.tar')['state_dict'], ranks[0]['student'])
+    line = json.loads((tmp_path / '1/metrics.jsonl').read_text())
+    assert line['val']['cityscapes']['loss'] == pytest.approx(validation_loss(toy, state), rel=1e-6)
     run_script(*launch, 'eval.py', '--state', state, '--data-root', toy, '--json', tmp_path / 'two', '--height', '32',
                '--batch-size', '3', '--num-workers', '0', OMP_NUM_THREADS='1')
     two = json.loads((tmp_path / 'two').read_text())

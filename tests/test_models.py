@@ -79,6 +79,27 @@ def test_new_domain_copies_the_last_branch_but_for_the_output_layer():
     assert after['decoder.2.output_conv.weight'].shape == (16, 9, 2, 2)
 
 
+def test_a_new_output_layer_is_drawn_anew_for_as_many_classes_too():
+    """As from Cityscapes to BDD100K: the shapes would let it be copied."""
+    model = fill(build_model([5]))
+    model.add_domain(5)
+    old, new = (model.single(domain).decoder.output_conv for domain in (0, 1))
+    assert not torch.equal(old.weight, new.weight) and not torch.equal(old.bias, new.bias)
+
+
+def test_a_fresh_head_copies_nothing_of_the_last_one():
+    model = fill(build_model([5], 'fine-tune'))
+    model.add_domain(5, head='fresh')
+    old, new = (model.single(domain).decoder.state_dict() for domain in (0, 1))
+    assert not any(torch.equal(value, new[name]) for name, value in old.items() if not name.endswith('batches_tracked'))
+    assert all(model.single(0).encoder.layers[0] is view.encoder.layers[0] for view in model.views)
+
+
+def test_dropout_is_erfnets():
+    blocks = [layer for layer in build_model([3]).single(0).encoder.layers if hasattr(layer, 'dropout')]
+    assert [block.dropout.p for block in blocks] == [0.03] * 5 + [0.3] * 8
+
+
 @pytest.mark.parametrize('statistics', ['copied', 'fresh'])
 def test_statistics_of_a_new_domain(statistics):
     model = fill(build_model([5]))

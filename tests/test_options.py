@@ -32,18 +32,36 @@ def test_readme_commands(step):
         (0.1, 512, 1024, 150, 6)
 
 
+FT2 = '--state X --dataset-old CS --dataset-new BDD --num-classes-old 20 --num-classes-new 20'
+FT3 = '--state X --datasets cityscapes BDD IDD --num-classes 20 20 27 --current_task=2 --nb_tasks=3 --dataset-new=IDD'
+THREE = ['cityscapes', 'BDD', 'IDD']
+
+
 @pytest.mark.parametrize('text, method, domains', [
-    ('--state X --dataset-old CS --dataset-new BDD --num-classes-old 20 --num-classes-new 20 --finetune',
-     'fine-tune', ['cityscapes', 'BDD']),
+    (f'{FT2} --finetune', 'fine-tune', ['cityscapes', 'BDD']),
+    (f'{FT3} --finetune', 'fine-tune', THREE),
     ('--state X --dataset-old CS BDD --dataset-new IDD --num-classes-old 20 20 --num-classes-new 27 --finetune',
-     'fine-tune', ['cityscapes', 'BDD', 'IDD']),
-    ('--datasets CS BDD IDD --num-classes 20 20 27 --nb_tasks=3', 'multi-task', ['cityscapes', 'BDD', 'IDD']),
-    ('--decoder --pretrainedEncoder FILE --dataset IDD --num-classes 27', 'single-task', ['IDD'])])
+     'fine-tune', THREE),
+    (FT2, 'feature-extraction', ['cityscapes', 'BDD']), (FT3, 'feature-extraction', THREE),
+    ('--state X --dataset-old CS --dataset-new BDD', 'feature-extraction', ['cityscapes', 'BDD']),
+    (f'{FT3} --num-classes-old 20 20', 'mdil', THREE), (f'{FT3} --lambdac 0.1', 'mdil', THREE),
+    ('--state X --datasets CS BDD IDD --num-classes 20 20 27 --num-classes-old 20 20', 'mdil', THREE),
+    ('--datasets CS BDD IDD --num-classes 20 20 27 --nb_tasks=3', 'multi-task', THREE),
+    ('--datasets CS BDD IDD --num-classes 20 20 27 --nb_tasks=3 --current_task 0', 'multi-task', THREE),
+    ('--state E --dataset=CSIDD --datasets CS IDD --num-classes 20 27 --nb_tasks=2', 'multi-task', ['cityscapes', 'IDD']),
+    ('--decoder --pretrainedEncoder FILE --dataset IDD --num-classes 27', 'single-task', ['IDD']),
+    ('--decoder --pretrainedEncoder FILE', 'single-task', ['cityscapes']),
+    ('--state E --num-classes 20 --current_task=0', 'mdil', ['cityscapes'])])
 def test_published_bash_lists(text, method, domains):
     options = parse(f'--savedir S {text}')
     assert (options.method, options.domains) == (method, domains)
     if 'pretrainedEncoder' in text:
         assert options.state == 'FILE'
+
+
+def test_the_dataset_of_a_multi_task_list_names_the_run():
+    text = '--savedir S --dataset=CSIDD --datasets CS IDD'
+    assert parse(text).model_name_suffix == 'CSIDD' and parse(f'{text} --model-name-suffix MT').model_name_suffix == 'CSIDD-MT'
 
 
 @pytest.mark.parametrize('text, message', [
@@ -65,6 +83,8 @@ def test_published_bash_lists(text, method, domains):
     ('--savedir S --domains CS --batch-size 0', 'at least 1'),
     ('--savedir S --domains CS --nonsense', '--nonsense'),
     ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
+    ('--savedir S --datasets CS IDD --dlr=100', '--dlr: the published code reads it nowhere'),
+    ('--savedir S --datasets CS IDD --current_task 1 --num-classes 20 27', '--state is missing'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
@@ -77,10 +97,24 @@ def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():
     assert (two.old_bn, two.distillation, two.teacher_mode, two.steps_per_batch, two.new_statistics) == \
         ('released', 'released', 'eval', 1, 'fresh')
     assert (three.teacher_mode, three.steps_per_batch) == ('train', 2)
+    assert (two.val_every, three.val_every, three.num_epochs, three.label_padding) == (1, 10, 150, 'released')
     mixed = parse('--savedir S --domains CS BDD --state x --recipe released --old-bn frozen --no-published-metric')
     assert (mixed.old_bn, mixed.published_metric, mixed.distillation) == ('frozen', False, 'released')
     corrected = parse('--savedir S --domains CS BDD --state x --method mdil --teacher-mode train')
     assert (corrected.old_bn, corrected.teacher_mode, corrected.published_metric) == ('frozen', 'train', False)
+
+
+@pytest.mark.parametrize('method, domains, expected', [
+    ('mdil', 'CS IDD', ('copied', 'dropped', 'eval', 1, 150)), ('fine-tune', 'CS IDD', ('fresh', 'loaded', 'train', 1, 150)),
+    ('feature-extraction', 'CS BDD IDD', ('fresh', 'loaded', 'train', 10, 150)),
+    ('multi-task', 'CS IDD', ('fresh', 'loaded', 'train', 5, 150)),
+    ('single-task', 'IDD', ('fresh', 'loaded', 'train', 1, 200)), ('single-task', 'CS', ('fresh', 'loaded', 'train', 1, 150))])
+def test_the_released_recipe_is_that_of_the_methods_own_loop(method, domains, expected):
+    found = parse(f'--savedir S --domains {domains} --state x --method {method} --recipe released')
+    names = 'new_decoder', 'imagenet_bn', 'frozen_encoder', 'val_every', 'num_epochs'
+    assert tuple(getattr(found, name) for name in names) == expected and found.rounds == 'smallest'
+    plain = parse(f'--savedir S --domains {domains} --state x --method {method}')
+    assert tuple(getattr(plain, name) for name in names) == ('copied', 'loaded', 'eval', 1, 150)
 
 
 def test_the_default_method_is_the_papers_in_both_dialects_and_its_published_name_is_an_alias():
@@ -93,7 +127,7 @@ def test_the_default_method_is_the_papers_in_both_dialects_and_its_published_nam
     assert (paper.method, paper.lambdac, paper.shared_lr, paper.no_dropout) == ('mdil', 0.3, 5e-6, False)
 
 
-VALUES = {'no_dropout': '', 'distillation': 'kl', 'teacher_mode': 'eval', 'old_bn': 'frozen', 'new_statistics': 'copied'}
+VALUES = {'no_dropout': '', 'new_decoder': 'copied', 'frozen_encoder': 'eval', 'rounds': 'largest', 'distillation': 'kl', 'teacher_mode': 'eval', 'old_bn': 'frozen', 'new_statistics': 'copied'}
 OF_SOME = sorted({name for row in METHODS.values() for name in row.uses})
 
 

@@ -97,10 +97,10 @@ def released_run(entry):
     """What train.py builds for a step with the released recipe, weights by the rule, dropout 0."""
     classes = entry['classes']
     two = entry['optimizer_steps_per_batch'] == 2
-    settings = {**recipe_settings('released', len(classes)), 'steps_per_batch': 2 if two else 1,
+    settings = {**recipe_settings('released', [f'd{i}' for i in range(len(classes))]), 'steps_per_batch': 2 if two else 1,
                 'teacher_mode': 'train' if two else 'eval', 'lambdac': entry['lambda']}
     options = SimpleNamespace(domains=[f'd{i}' for i in range(len(classes))], method='ours', lr=5e-4, shared_lr=5e-6,
-                              precision='fp32', num_epochs=150, parallel='none', compile=False,
+                              precision='fp32', parallel='none', compile=False,
                               distill_domains=None, no_dropout=False, **settings)
     student = fill(build_model(classes[:-1]))
     teacher = copy.deepcopy(student)

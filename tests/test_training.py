@@ -24,7 +24,7 @@ def step_of(method, *arguments):
     torch.manual_seed(0)
     student = fill(build_model([8], method))
     teacher = copy.deepcopy(student) if plan_step(options).needs_teacher else None
-    student.add_domain(12, options.new_statistics)
+    student.add_domain(12, options.new_statistics, options.new_decoder)
     building.freeze(student, options)
     weights = torch.tensor([1.0] * 11 + [0.0])
     terms = building.build_terms(options)
@@ -93,6 +93,17 @@ def test_batch_statistics_without_update():
         assert not torch.allclose(run.student.train()(IMAGES, 0), run.student.eval()(IMAGES, 0))
 
 
+def test_published_feature_extraction_moves_the_encoders_statistics_and_drops_out():
+    """As --recipe released, or --frozen-encoder train alone: 87 buffers, those of 29 batch norms; no weight."""
+    for arguments in (('--recipe', 'released'), ('--frozen-encoder', 'train')):
+        run, before, after = step_of('feature-extraction', *arguments)
+        moved = changed(before, after) - branch_keys(run.student, 1)
+        assert len(moved) == 87 and all(key.startswith('encoder.') and '.bn' in key for key in moved)
+        assert all(key.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for key in moved)
+        with torch.no_grad():
+            assert not torch.equal(run.student.train()(IMAGES, 1), run.student.train()(IMAGES, 1))
+
+
 def test_new_branch_trains_with_dropout_and_the_old_one_without():
     run, _, _ = step_of('mdil')
     run.student.train()
@@ -154,6 +165,14 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     indices = [sorted(number % sizes[n] for one, batch in seen if one.index == n for number in batch[2].tolist())
                for n in (0, 1)]
     assert indices[1] == list(range(8)) and len(indices[0]) == 8 and set(indices[0]) == {0, 1, 2}
+
+
+def test_multi_task_rounds_are_the_published_number():
+    """2,975, 7,000 and 6,993 training images in batches of 6: 496 rounds, of which Cityscapes' last has 5 images."""
+    counts = 2975, 7000, 6993
+    of = lambda rounds: [building.epoch_samples(SimpleNamespace(rounds=rounds, batch_size=6), count, counts)
+                         for count in counts]
+    assert of('smallest') == [2975, 2976, 2976] and of('largest') == [7000] * 3
 
 
 def test_schedule_is_the_published_polynomial():

@@ -55,13 +55,13 @@ def build_data(options, place):
     """The DomainData of every domain; old ones have a validation loader where their data is at hand."""
     domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
     train_sets = {index: dataset(options, domains[index], 'train') for index in plan_step(options).trained}
-    most = max(len(data) for data in train_sets.values())
+    sizes = [len(data) for data in train_sets.values()]
     found = []
     for index, domain in enumerate(domains):
         if index in train_sets:
             counts = counts_of(train_sets[index], options)
             data = DomainData(index, domain, training_weights(domain, options.data_root, options.class_weights, counts))
-            data.train = train_loader(options, place, train_sets[index], most)
+            data.train = train_loader(options, place, train_sets[index], sizes)
         else:
             data = DomainData(index, domain, plain_weights(domain))
         data.val = val_loader(options, place, domain, required=index in train_sets)
@@ -92,6 +92,18 @@ def judge_data(data, place):
                         f'{shared[0]}'), file=sys.stderr)
 
 
+def epoch_samples(options, size, sizes):
+    """Images of an epoch from a training set of `size` images, one of sets of `sizes` that are learnt in turn.
+
+    With `--rounds largest` the smaller sets begin again, so that every image is seen; with
+    `smallest` every set gives as many batches as the smallest has.
+    """
+    if options.rounds == 'largest':
+        return max(sizes)
+    rounds = -(-min(sizes) // options.batch_size)
+    return min(size, rounds * options.batch_size)
+
+
 def plain_weights(domain):
     """Equal cross-entropy weights (C,), void 0, for validation without the training labels."""
     return torch.tensor([1.0] * len(domain.classes) + [0.0])
@@ -100,7 +112,8 @@ def plain_weights(domain):
 def dataset(options, domain, split):
     """The split of a domain as the options want it: without bad files, from the cache."""
     data = SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
-                               augmented=split == 'train' and options.augment == 'workers', seed=options.seed)
+                               augmented=split == 'train' and options.augment == 'workers', seed=options.seed,
+                               padding=options.label_padding)
     if options.skip_bad_files:
         leave_out_bad_files(data, max(1, options.num_workers))
     return cached(data, options.cache) if options.cache else data
@@ -113,7 +126,7 @@ def on_device(data, batch, seed, epoch, place):
     if data.train.dataset.augmented:
         return images, labels
     draws = [draw(seed, epoch, sample) for sample in samples.tolist()]
-    return augment_batch(images, labels, draws, data.domain.void)
+    return augment_batch(images, labels, draws, data.domain.void, data.train.dataset.padding)
 
 
 def leave_out_bad_files(data, workers):
@@ -130,9 +143,11 @@ def leave_out_bad_files(data, workers):
                         f'{problems[0].message}'), file=sys.stderr)
 
 
-def train_loader(options, place, data, samples):
+def train_loader(options, place, data, sizes):
+    """Loader over the training set `data`, one of sets of `sizes` images."""
     if options.batch_size % place.world:
         raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes')
+    samples = epoch_samples(options, len(data), sizes)
     batches = TrainBatches(len(data), options.batch_size, options.seed, samples, options.limit_batches,
                            place.rank, place.world)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
@@ -173,8 +188,9 @@ def build_networks(options, domains):
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
-    student.add_domain(counts[-1], options.new_statistics)
-    return student, teacher, report(checkpoint, known, 2)
+    view = student.single(student.add_domain(counts[-1], options.new_statistics, options.new_decoder))
+    drawn = view.heads if options.new_decoder == 'fresh' else view.output_layers
+    return student, teacher, report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
 
 
 def rebuild_networks(options, domains):
@@ -197,7 +213,7 @@ def synchronised(student, options, place):
 def freeze(student, options):
     """Freezes what the step's plan says."""
     plan = plan_step(options)
-    student.freeze(plan.frozen, plan.shared_frozen, options.old_bn, dropout=not options.no_dropout)
+    student.freeze(plan.frozen, plan.shared_frozen, options.old_bn, not options.no_dropout, options.frozen_encoder)
 
 
 def parameter_groups(student, options):

@@ -9,7 +9,7 @@ import os
 import torch
 
 from mdil.datasets.domains import get_domain
-from mdil.models.methods import DEFAULT, METHODS, Method, method_name
+from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import pick_device, tell
@@ -18,22 +18,32 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
 from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
-DISTILLING = {'lambdac': 0.1, 'temperature': 1.0}       # of both recipes
+LAMBDA, TEMPERATURE = 0.1, 1.0
+# The options that `--recipe` stands for: a value, or a function of the method's row and the domains' names
+# that gives it. docs/methods.md says why the published loops' are others.
+RECIPES = {
+    'corrected': {
+        'lambdac': LAMBDA, 'temperature': TEMPERATURE, 'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval',
+        'steps_per_batch': 1, 'frozen_encoder': 'eval', 'new_decoder': 'copied', 'new_statistics': 'copied',
+        'imagenet_bn': 'loaded', 'label_padding': 'void', 'rounds': 'largest', 'num_epochs': 150, 'val_every': 1,
+        'published_metric': False},
+    # The published loop of two domains and that of three differ in the teacher's mode and in optimiser steps.
+    'released': {
+        'lambdac': LAMBDA, 'temperature': TEMPERATURE, 'old_bn': 'released', 'distillation': 'released',
+        'teacher_mode': lambda row, domains: 'train' if len(domains) > 2 else 'eval',
+        'steps_per_batch': lambda row, domains: 2 if len(domains) > 2 else 1,
+        'frozen_encoder': lambda row, domains: 'train' if row.plain else 'eval',
+        'new_decoder': lambda row, domains: 'fresh' if row.plain else 'copied', 'new_statistics': 'fresh',
+        'imagenet_bn': lambda row, domains: 'loaded' if row.plain else 'dropped', 'label_padding': 'released',
+        'rounds': 'smallest', 'num_epochs': lambda row, domains: 200 if row.lonely and domains == ['IDD'] else 150,
+        'val_every': lambda row, domains: 5 if row.joint else 10 if len(domains) > 2 else 1,
+        'published_metric': True}}
 
 
-def recipe_settings(recipe, domains):
-    """The options that `--recipe` stands for, in a step that ends with `domains` domains.
-
-    'released' is what the published loops do: the two-domain loop and the
-    three-domain loop differ in teacher mode and in optimiser steps.
-    """
-    if recipe == 'corrected':
-        return {**DISTILLING, 'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval', 'steps_per_batch': 1,
-                'new_statistics': 'copied', 'imagenet_bn': 'loaded', 'published_metric': False}
-    two_steps = domains > 2
-    return {**DISTILLING, 'old_bn': 'released', 'distillation': 'released',
-            'teacher_mode': 'train' if two_steps else 'eval', 'steps_per_batch': 2 if two_steps else 1,
-            'new_statistics': 'fresh', 'imagenet_bn': 'dropped', 'published_metric': True}
+def recipe_settings(recipe, domains, method=DEFAULT):
+    """{option: value} that a recipe stands for in a step of `method` that ends with the domains of these names."""
+    row = get_method(method)
+    return {option: value(row, list(domains)) if callable(value) else value for option, value in RECIPES[recipe].items()}
 
 
 def train_parser():
@@ -55,14 +65,14 @@ def train_parser():
         help='cross-entropy weights: published (computed where there are none), computed, none, or a JSON file')
     method_options(parser)
     group = parser.add_argument_group('training')
-    group.add_argument('--num-epochs', type=positive, default=150, help='epochs')
+    group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
     group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
                        help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
     size_options(group)
     group.add_argument('--seed', type=natural, default=0, help='seed of weights, order, augmentation, dropout')
-    group.add_argument('--val-every', type=positive, default=1, metavar='N',
-                       help='validate every N epochs (and after the last)')
+    group.add_argument('--val-every', type=positive, metavar='N',
+                       help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
     kept = group.add_mutually_exclusive_group()
     kept.add_argument('--resume', action='store_true', help='go on from the checkpoint in --savedir')
@@ -91,12 +101,12 @@ def train_parser():
 def method_options(parser):
     """Adds the recipe and each difference between the recipes."""
     group = parser.add_argument_group('recipe', 'what is not given is set by --recipe')
-    group.add_argument('--recipe', choices=('corrected', 'released'), default='corrected',
+    group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
                        help='corrected, or the published loops to rounding')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
-                       help=f'weight of the distillation term (default: {DISTILLING["lambdac"]})')
+                       help=f'weight of the distillation term (default: {LAMBDA})')
     group.add_argument('--temperature', type=rate, metavar='T',
-                       help=f'temperature of --distillation kl (default: {DISTILLING["temperature"]})')
+                       help=f'temperature of --distillation kl (default: {TEMPERATURE})')
     group.add_argument('--distill-domains', type=positive, metavar='K',
                        help='old domains, drawn anew for each batch, that are distilled (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
@@ -111,10 +121,18 @@ def method_options(parser):
     group.add_argument('--teacher-mode', choices=('eval', 'train'), help='mode of the frozen previous model')
     group.add_argument('--steps-per-batch', type=int, choices=(1, 2),
                        help='one step on the sum, or one on each term')
+    group.add_argument('--frozen-encoder', choices=('eval', 'train'),
+                       help='mode of a frozen plain encoder: eval, or train (its running statistics move, it drops out)')
+    group.add_argument('--new-decoder', choices=('copied', 'fresh'),
+                       help="weights that the new domain's decoder starts from: the last one's, or random")
     group.add_argument('--new-statistics', choices=('copied', 'fresh'),
                        help="running statistics that the new domain's encoder branch starts from")
     group.add_argument('--imagenet-bn', choices=('loaded', 'dropped'),
                        help="whether the ImageNet encoder's batch norms are taken over")
+    group.add_argument('--label-padding', choices=('void', 'released'),
+                       help='labels of pixels that a shift uncovers: void, or class 0 on the right and below as published')
+    group.add_argument('--rounds', choices=('largest', 'smallest'),
+                       help='batches of each domain in an epoch of several at once: as many as the largest or smallest has')
     group.add_argument('--published-metric', action=argparse.BooleanOptionalAction,
                        help='absent classes count 0 in the mIoU')
 
@@ -132,7 +150,7 @@ def parse_train(argv=None):
     check_uses(options)
     check_domains(options)
     complete_fast(options)
-    for name, value in recipe_settings(options.recipe, len(options.domains)).items():
+    for name, value in recipe_settings(options.recipe, options.domains, options.method).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     complete_method(options)

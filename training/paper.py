@@ -6,20 +6,21 @@ from mdil.datasets.domains import domain_names, get_domain
 from mdil.utils.errors import UserError
 from mdil.utils.parser import data_paths, natural, positive, show
 
+JOINT = 'multi-task'
 # Options of the published scripts that have no counterpart here, and why.
 REFUSED = {
     '--cuda': '--device decides', '--model': '--method decides', '--steps-loss': 'the loss is shown as it changes',
     '--steps-plot': 'curves get a point each epoch', '--epochs-save': 'the latest, the one before and the best are kept',
     '--iouTrain': 'training mIoU is not computed', '--iouVal': 'validation mIoU is always computed',
     '--visualize': '--port sends curves to visdom', '--model-old': '--state names the previous model',
-    '--subset': 'eval.py --split names the split'}
+    '--subset': 'eval.py --split names the split', '--dlr': 'the published code reads it nowhere; --lr is the rate'}
 
 
 def paper_options(parser):
     """Adds the published scripts' options."""
     group = parser.add_argument_group("the paper's options", 'translated to the native ones above')
     many = {'nargs': '+', 'metavar': 'NAME'}
-    group.add_argument('--dataset', metavar='NAME', help='the domain to learn')
+    group.add_argument('--dataset', metavar='NAME', help='the domain to learn; of a multi-task list, a name for the run')
     group.add_argument('--dataset-new', '--dataset_new', metavar='NAME', help='the domain to learn')
     group.add_argument('--dataset-old', '--dataset_old', help='the domains known', **many)
     group.add_argument('--datasets', help='all domains, in order', **many)
@@ -39,8 +40,12 @@ def translate_paper(options):
     paper = {name: options.__dict__.pop(name) for name in (
         'dataset', 'dataset_new', 'dataset_old', 'datasets', 'num_classes', 'num_classes_old',
         'num_classes_new', 'current_task', 'nb_tasks', 'finetune', 'decoder', 'pretrainedEncoder')}
+    method = options.method = paper_method(paper, options)
+    if method == JOINT and paper['dataset']:
+        options.model_name_suffix = '-'.join(filter(None, (paper.pop('dataset'), options.model_name_suffix)))
+    if method == JOINT and paper['current_task'] == 0:
+        paper['current_task'] = None        # its default in that list
     options.domains = paper_domains(paper, options.domains)
-    options.method = paper_method(paper, options.method, options.domains)
     if paper['pretrainedEncoder']:
         if options.state and options.state != paper['pretrainedEncoder']:
             raise UserError('--state and --pretrainedEncoder name two files; give one')
@@ -65,9 +70,11 @@ def canonical(names):
 def paper_domains(paper, domains):
     """All domains in order, from the paper's options and --domains."""
     one = lambda name: canonical([name])[0] if name else None
-    new = agree('domain options', {'--dataset': one(paper['dataset']), '--dataset-new': one(paper['dataset_new'])})
+    new = agree('domain options', {'--dataset': one(paper.get('dataset')), '--dataset-new': one(paper['dataset_new'])})
     old = canonical(paper['dataset_old'])
     listed = agree('domain options', {'--domains': canonical(domains), '--datasets': canonical(paper['datasets'])})
+    if listed is None and not new and not old and (paper['decoder'] or paper['current_task'] == 0):
+        return ['cityscapes']       # the default of the published lists
     if listed is None:
         return (old or []) + [new] if new else None
     if new and listed[-1] != new:
@@ -77,22 +84,31 @@ def paper_domains(paper, domains):
     return listed
 
 
-def paper_method(paper, method, domains):
-    """The method: --finetune, and the multi-task and single-task argument lists, by their shape; else None.
+def paper_method(paper, options):
+    """The method: --method, else that of the published argument list of this shape; None where no shape tells.
 
-    The published multi-task list names all of --datasets without a new one or a
-    --current-task; the single-task list has --decoder and one domain. Others mean the default.
+    - Lists of the paper's method have --num-classes-old in later steps.
+    - Fine-tuning lists name --dataset-old and --dataset-new; from step 3 on --datasets and
+      a new one or a task number, without --num-classes-old. Without --finetune they
+      train nothing but the new decoder. Only lists of the paper's method know --lambdac.
+    - The multi-task list names all --datasets; its --dataset is a name for the run.
+    - The single-task list has --decoder and one domain.
     """
-    implied = None
-    if paper['finetune']:
-        implied = 'fine-tune'
-    elif paper['datasets'] and paper['current_task'] is None and not (paper['dataset'] or paper['dataset_new']):
-        implied = 'multi-task'
-    elif paper['decoder'] and paper['current_task'] is None and domains and len(domains) == 1:
-        implied = 'single-task'
-    if paper['finetune'] and method not in (None, 'fine-tune'):
-        raise UserError(f'--finetune and --method {method} contradict')
-    return method or implied
+    if paper['finetune'] and options.method not in (None, 'fine-tune'):
+        raise UserError(f'--finetune and --method {options.method} contradict')
+    given = {name for name, value in paper.items() if value}
+    later = given & {'dataset_new', 'dataset_old', 'current_task', 'num_classes_old', 'num_classes_new'}
+    second = {'dataset_old', 'dataset_new'} <= given and not given & {'num_classes', 'current_task', 'nb_tasks'}
+    third = {'datasets', 'num_classes'} <= given and given & {'dataset_new', 'current_task'}
+    if options.method or paper['finetune']:
+        return options.method or 'fine-tune'
+    if options.lambdac is None and (second or third and 'num_classes_old' not in given):
+        return 'feature-extraction'
+    if 'datasets' in given and not later:
+        return JOINT
+    if paper['decoder'] and not later and paper['current_task'] is None and len(options.domains or ['one']) == 1:
+        return 'single-task'
+    return None
 
 
 def check_counts(paper, options):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
 from mdil.training.digest import plain_digests
+from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
 from mdil.utils.output import say
@@ -168,11 +169,12 @@ def check_scaler(saved, scaler):
 def differences(saved, options):
     """(list of 'option: was A, is B' that forbid going on, list of those worth saying)."""
     refused, said = [], []
-    now = vars(options)
+    now, unnamed = vars(options), RECIPES['corrected']
     for name in sorted(now.keys() | saved.keys()):
         before, value = saved.get(name), now.get(name)
         before = method_name(before) if name == 'method' else before
-        later = name not in saved and not value     # an option that came with a later version, left at its default
+        # An option that came with a later version, and does what was done before it.
+        later = name not in saved and (not value or value == unnamed.get(name))
         if name in HARMLESS or before == value or later:
             continue
         line = f'--{name.replace("_", "-")} was {before}, is {value}'
