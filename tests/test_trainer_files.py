@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mdil.eval import eval_parser
 from mdil.training.options import parse_train
 from tests.conftest import ROOT
 
@@ -53,6 +54,43 @@ def test_ablations_name_one_difference_each():
     differing = {name: {key for key in ('old_bn', 'distillation', 'teacher_mode', 'steps_per_batch', 'new_statistics')
                         if getattr(option, key) != getattr(base, key)} for name, option in last.items()}
     assert sorted(map(len, differing.values())) == [1] * 5 and len(set(map(str, differing.values()))) == 5
+
+
+def evaluations(text):
+    """Argument lists of the eval.py commands in a dry run's output."""
+    lists = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith('+ ')]
+    return [eval_parser().parse_args(words[2:]) for words in lists if words[1:2] == ['eval.py']]
+
+
+@pytest.mark.parametrize('name', ['mdil', 'single_task', 'multi_task'])
+def test_select_says_which_epoch_counts(name):
+    for setting, file in (('best', 'model_best.pth.tar'), ('last', 'checkpoint.pth.tar')):
+        text = script(name, '--dry-run', f'SELECT={setting}')
+        assert {state.split('/')[-1] for found in evaluations(text) for state in found.state} == {file}
+        later = [option.state for option in map(parse_train, commands(text)) if option.state]
+        assert {state.split('/')[-1] for state in later} <= {file}
+        assert bool(later) == (name == 'mdil')
+
+
+@pytest.mark.parametrize('arguments, published', [
+    ((), False), (('--recipe', 'released'), True), (('RECIPE=released',), True), (('--recipe=corrected',), False),
+    (('TRAIN_ARGS=--recipe released',), True), (('TRAIN_ARGS=--recipe released --no-published-metric',), False),
+    (('--recipe', 'released', 'METRIC=plain'), False), (('METRIC=published',), True)])
+def test_the_released_recipe_is_evaluated_by_the_published_metric(arguments, published):
+    text = script('mdil', '--dry-run', *arguments)
+    assert {found.published_metric for found in evaluations(text)} == {published}
+    recipe = 'released' if 'released' in ' '.join(arguments) else 'corrected'
+    assert {option.recipe for option in map(parse_train, commands(text))} == {recipe}
+
+
+def test_epochs_are_those_of_train_py_unless_set():
+    text = script('single_task', '--dry-run', '--recipe', 'released')
+    assert [option.num_epochs for option in map(parse_train, commands(text))] == [150, 150, 200]
+
+
+@pytest.mark.parametrize('argument', ['SELECT=first', 'METRIC=x', 'RECIPE=x', '--recipe'])
+def test_settings_that_are_none_of_their_words_are_refused(argument):
+    assert ' is not ' in script('mdil', argument, expect=2)
 
 
 def test_the_earlier_name_runs_the_same_commands():

@@ -12,6 +12,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
 cd "$here"
 source trainer_files/common.sh
+METRIC=${METRIC:-plain}         # of all rows, so that they can be compared
 METHODS=${METHODS:-feature-extraction lwf adapters-only series-adapters domain-bn adapters-shared-bn}
 RECIPES=${RECIPES-released:--recipe released;released-frozen-bn:--recipe released --old-bn frozen;\
 released-kl:--recipe released --distillation kl;released-one-step:--recipe released --steps-per-batch 1;\

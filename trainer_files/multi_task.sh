@@ -12,6 +12,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 cd "$here"
 source trainer_files/common.sh
 read_arguments "Learns all DOMAINS at once (multi-task); results in OUT/multi-task." "$@"
+set_metric
 # shellcheck disable=SC2086
 run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${ENCODER:+--state "$ENCODER"}
-evaluate_states "$OUT/multi-task/results.json" "$OUT/multi-task/all/model_best.pth.tar"
+evaluate_states "$OUT/multi-task/results.json" "$(state_of "$OUT/multi-task/all")"

@@ -12,10 +12,11 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 cd "$here"
 source trainer_files/common.sh
 read_arguments "Learns each of DOMAINS alone (single-task); results in OUT/single-task." "$@"
+set_metric
 step=0
 for domain in $DOMAINS; do
     step=$((step + 1))
     run_train "$OUT/single-task/$domain" "$(epochs_of $step)" --method single-task --domains "$domain" \
         ${ENCODER:+--state "$ENCODER"}
-    evaluate_states "$OUT/single-task/$domain/results.json" "$OUT/single-task/$domain/model_best.pth.tar"
+    evaluate_states "$OUT/single-task/$domain/results.json" "$(state_of "$OUT/single-task/$domain")"
 done
