@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,10 @@ from mdil.evaluation.evaluation import evaluate
 from mdil.training import building, records, resume
 from mdil.training.options import parse_train
 from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
-from mdil.training.step_loss import optimizer_steps
+from mdil.training.step_loss import mean_over_batch, optimizer_steps
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.graphs import Graphed
 from mdil.utils.parallel import broadcast_buffers, reduced, session
-from mdil.utils.precision import wide_type
-
-
-class NotFinite(ArithmeticError):
-    """The loss is NaN or infinite; no weight has been touched."""
 
 
 def train_batch(run, images, labels, domain):
@@ -37,7 +34,8 @@ def train_batch(run, images, labels, domain):
     loss = sum of weight * term, by default ce + lambda * kd: the cross-entropy of the new
     domain, and the distances to the teacher in the branches of the old domains. One step on
     the loss, or one on each of its terms. images (B, 3, H, W) uint8, labels (B, H, W)
-    uint8; raises NotFinite.
+    uint8, on the device, which nothing here waits for. Where the loss is not finite, no
+    weight is touched.
     """
     values = {term.name: 0.0 for term in run.terms}
     for parts in optimizer_steps(run):
@@ -45,15 +43,15 @@ def train_batch(run, images, labels, domain):
         learns = False
         for number, (term, part, factor) in enumerate(parts, 1):
             with reduced(run.step_loss, last=number == len(parts)):
-                value = factor * run.step_loss(images, labels, domain, term.name, part).mean()
+                value, whole = mean_over_batch(run.step_loss(images, labels, domain, term.name, part), run.place)
                 if value.requires_grad:
-                    run.scaler.scale(term.weight * value).backward()
+                    run.scaler.scale(term.weight * factor * value).backward()
                     learns = True
-            values[term.name] = values[term.name] + value.detach()
+            values[term.name] = values[term.name] + factor * whole
         loss = sum(term.weight * values[term.name] for term in run.terms)
-        if not torch.isfinite(loss):
-            raise NotFinite(loss.item())
         if learns:
+            if run.optimizer.defaults['fused']:       # where this is 1, it changes nothing
+                run.optimizer.found_inf = (~torch.isfinite(loss)).float()
             run.scaler.step(run.optimizer)
             run.scaler.update()
     return {'loss': loss, **{name: torch.as_tensor(value) for name, value in values.items()}}
@@ -69,28 +67,23 @@ def batches(run):
 def train_epoch(run, interrupt):
     """The rest of the epoch; returns images per second. Saves and exits on a signal."""
     run.start_epoch()
+    step = partial(train_batch, run)
+    if run.options.cuda_graphs:
+        step = Graphed(step)
     images_seen, start = 0, time.perf_counter()
     bar = tqdm(total=len(run.trained) * len(run.trained[0].train), initial=run.batch, unit='batch', leave=False,
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
     with bar:
         for data, batch in batches(run):
             images, labels = building.on_device(data, batch, run.options.seed, run.epoch + 1, run.place)
-            try:
-                losses = train_batch(run, images, labels, data.index)
-            except NotFinite as error:
-                pairs = data.train.dataset.pairs
-                files = ', '.join(str(pairs[sample % len(pairs)].image) for sample in batch[2].tolist())
-                raise UserError(f'the loss is {error} in epoch {run.epoch + 1}; no weight was touched and the last '
-                                f'checkpoint is kept. Try a lower --lr or --precision fp32. Batch: {files}') from None
-            run.totals = {name: run.totals.get(name, 0) + value.to(wide_type(value.device))
-                          for name, value in losses.items()}
-            run.batch += 1
+            losses = step(images, labels, data.index)
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
-            if not bar.disable:
-                shown = ', '.join(f'{name} {value.item():.3f}' for name, value in losses.items())
+            if run.last and not bar.disable:        # of the batch before: a GPU is at work on this one
+                shown = ', '.join(f'{name} {value.item():.3f}' for name, value in run.last.losses.items())
                 bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
+            run.add(losses, data, batch)
             if interrupt.stop(run.place):
                 save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()

@@ -85,7 +85,7 @@ def settings(side, domains, options):
     return SimpleNamespace(
         method='mdil', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6,
         no_dropout=False, precision=options.precision if fast else 'fp32', compile=fast and options.compile,
-        distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
+        cuda_graphs=False, distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
 
 
 def networks(domains, chosen):
@@ -308,7 +308,7 @@ def costs_of(what, options):
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
     old = range(min(domains - 1, options.distill_domains or domains - 1))
     parts = [('ce', None), *(('kd', domain) for domain in old)]
-    return traffic(lambda: [loss(images, labels, domains - 1, *part).backward() for part in parts])
+    return traffic(lambda: [loss(images, labels, domains - 1, *part)[0, 0].backward() for part in parts])
 
 
 def show_floor(options, top):

@@ -59,12 +59,6 @@ def cross_entropy_parts(logits, labels, weights):
     return SumOverImages.apply(logits, each), weights[labels].sum()
 
 
-def cross_entropy(logits, labels, weights):
-    """Weighted mean cross-entropy (see `cross_entropy_parts`); 0 where all labels are void."""
-    total, mass = cross_entropy_parts(logits, labels, weights)
-    return total / (mass + (mass == 0))
-
-
 def kl_per_pixel(student, teacher, temperature=1.0):
     """T^2 times the mean over pixels of KL(teacher || student) at temperature T.
 

@@ -23,7 +23,7 @@ Progress bar, metrics.jsonl, dashboard and report then show 'l2sp' by themselves
 import torch
 from torch import nn
 
-from mdil.losses import DISTILLATIONS, cross_entropy
+from mdil.losses import DISTILLATIONS, cross_entropy_parts
 
 
 class LossTerm(nn.Module):
@@ -59,7 +59,11 @@ class LossTerm(nn.Module):
         return [(None, 1.0)]
 
     def forward(self, step, images, labels, domain, part):
-        """A part of the term, a 0-d tensor.
+        """A part of the term: a 0-d tensor, which is a mean over the images, or a pair of them (total, mass).
+
+        Several devices see a slice of the batch each. The term is the sum of their totals
+        over the sum of their masses, so that it is the one of the whole batch; the mass of a
+        mean over images is their number.
 
         step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
         images: (B, 3, H, W) floats in [0, 1]; labels: (B, H, W) uint8 of the domain index `domain`.
@@ -73,7 +77,7 @@ class CrossEntropy(LossTerm):
     name = 'ce'
 
     def forward(self, step, images, labels, domain, part):
-        return cross_entropy(step.student(images, domain), labels.long(), step.class_weights(domain))
+        return cross_entropy_parts(step.student(images, domain), labels.long(), step.class_weights(domain))
 
 
 class Distillation(LossTerm):

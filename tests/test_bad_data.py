@@ -10,7 +10,7 @@ from PIL import Image
 from mdil import train
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.datasets.segmentation import FAST, decode_png
-from mdil.losses import cross_entropy
+from mdil.losses import cross_entropy_parts
 from mdil.models import checkpoint
 from mdil.utils.errors import UserError
 
@@ -247,8 +247,9 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(fold
     factors = iter([1.0] * 2)       # one finite epoch of two batches
 
     def infinite(*arguments):
-        return cross_entropy(*arguments) * next(factors, float('inf'))
-    monkeypatch.setattr('mdil.losses.terms.cross_entropy', infinite)
+        total, mass = cross_entropy_parts(*arguments)
+        return total * next(factors, float('inf')), mass
+    monkeypatch.setattr('mdil.losses.terms.cross_entropy_parts', infinite)
     with pytest.raises(UserError, match='the loss is inf in epoch 2; no weight was touched.*x[0-2].png, .*x[0-2].png'):
         learn(folder, tmp_path / 'a', '--class-weights', 'none', '--num-epochs', '2')
     assert checkpoint.read(tmp_path / 'a/checkpoint.pth.tar')['epoch'] == 1

@@ -536,7 +536,7 @@ def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path, older, l
     place = SimpleNamespace(main=True)
 
     def run(epoch):
-        return SimpleNamespace(place=place, folder=tmp_path / str(count), sound=True,
+        return SimpleNamespace(place=place, folder=tmp_path / str(count), sound=True, check_last=lambda: None,
                                state=lambda: {'epoch': epoch, 'weights': torch.full((99,), float(epoch))})
 
     def dying():

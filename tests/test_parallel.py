@@ -7,13 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mdil import train
 from mdil.benchmarks import speed
 from mdil.models.erfnet import Downsampler
 from mdil.training.options import parse_train
 from mdil.training.run import Run
+from mdil.training.step_loss import mean_over_batch
 from mdil.utils import parallel, precision
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
+from tests.fill import inputs
+from tests.test_speed import OPTIONS, distance, gradients_of, step_of
 
 
 @pytest.fixture
@@ -153,3 +157,64 @@ def test_downsampling_stays_in_the_precision_of_its_convolution():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert Downsampler(3, 16)(torch.rand(2, 3, 16, 32)).dtype == torch.bfloat16
     assert Downsampler(3, 16)(torch.rand(2, 3, 16, 32)).dtype == torch.float32
+
+
+def whole_batch():
+    """(images, labels) of two images, one of them nearly all void."""
+    images, labels = inputs(5, 2, 32, 64, 6)
+    labels[0, 1:] = 5
+    return images, labels.to(torch.uint8)
+
+
+def steady_step():
+    """A StepLoss of a third domain whose batch norms do not look at the batch."""
+    return step_of().eval()
+
+
+def batch_of(loss, place, images, labels):
+    """(losses, {name: gradient}) of a batch as training takes it, at rate 0."""
+    inside = getattr(loss, 'module', loss)
+    learning = [p for p in inside.student.parameters() if p.requires_grad]
+    run = SimpleNamespace(place=place, step_loss=loss, terms=list(inside.terms.values()), teacher=inside.teacher,
+                          options=OPTIONS, optimizer=torch.optim.Adam(learning, lr=0.0, fused=True),
+                          scaler=torch.amp.GradScaler('cpu', enabled=False))
+    losses = train.train_batch(run, images, labels, 2)
+    return {name: value.item() for name, value in losses.items()}, gradients_of(inside)
+
+
+@pytest.mark.parametrize('term', [('ce',), ('kd', 0)])
+def test_replicas_give_the_loss_of_the_whole_batch(term):
+    """As DataParallel gathers them; the mean of their own means is another loss."""
+    loss, place, (images, labels) = steady_step(), Place(torch.device('cpu')), whole_batch()
+    parts = [loss(images[index:index + 1], labels[index:index + 1], 2, *term) for index in range(2)]
+    results = []
+    for part in (loss(images, labels, 2, *term), torch.cat(parts)):
+        value, shown = mean_over_batch(part, place)
+        value.backward()
+        results.append((shown.item(), gradients_of(loss)))
+        loss.zero_grad()
+    (want, exact), (got, gradients) = results
+    assert got == pytest.approx(want, rel=1e-5)
+    assert distance(gradients, exact) < 1e-5 * distance(exact, dict.fromkeys(exact, torch.tensor(0.0)))
+    apart = torch.stack([total / mass for total, mass in torch.cat(parts)]).mean().item()
+    assert term == ('kd', 0) or abs(apart - want) > 0.05 * want
+
+
+def one_rank(rank, folder):
+    """A process of `test_processes_give_the_loss_and_gradient_of_the_whole_batch`."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    place = Place(torch.device('cpu'), rank, 2)
+    images, labels = (tensor[rank:rank + 1] for tensor in whole_batch())
+    found = batch_of(parallel.wrap(steady_step(), place, 'auto'), place, images, labels)
+    torch.save(found, f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), 2)
+    want, exact = batch_of(steady_step(), Place(torch.device('cpu')), *whole_batch())
+    length = distance(exact, dict.fromkeys(exact, torch.tensor(0.0)))
+    for rank in range(2):
+        losses, gradients = torch.load(tmp_path / f'{rank}.pth')
+        assert losses == pytest.approx(want, rel=1e-5) and distance(gradients, exact) < 1e-5 * length

@@ -100,7 +100,7 @@ def released_run(entry):
     settings = {**recipe_settings('released', [f'd{i}' for i in range(len(classes))]), 'steps_per_batch': 2 if two else 1,
                 'teacher_mode': 'train' if two else 'eval', 'lambdac': entry['lambda']}
     options = SimpleNamespace(domains=[f'd{i}' for i in range(len(classes))], method='ours', lr=5e-4, shared_lr=5e-6,
-                              precision='fp32', parallel='none', compile=False,
+                              precision='fp32', parallel='none', compile=False, cuda_graphs=False,
                               distill_domains=None, no_dropout=False, **settings)
     student = fill(build_model(classes[:-1]))
     teacher = copy.deepcopy(student)
@@ -116,7 +116,7 @@ def released_run(entry):
     building.freeze(student, options)
     place = Place(torch.device('cpu'))
     terms = building.build_terms(options)
-    run = SimpleNamespace(options=options, student=student, teacher=teacher, terms=terms,
+    run = SimpleNamespace(options=options, place=place, student=student, teacher=teacher, terms=terms,
                           step_loss=building.build_step_loss(student, teacher, [weights] * len(classes), terms, options,
                                                              place),
                           scaler=torch.amp.GradScaler('cpu', enabled=False))

@@ -12,22 +12,24 @@ import torch.nn.functional as F
 from mdil import losses, train
 from mdil.benchmarks import speed
 from mdil.evaluation.metrics import confusion, mean_iou
-from mdil.losses import cross_entropy, kl_per_pixel
+from mdil.losses import kl_per_pixel
 from mdil.losses.terms import CrossEntropy, Distillation, sample_old_domains
 from mdil.models import build_model, erfnet
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.run import like_their_weights
-from mdil.training.step_loss import StepLoss
+from mdil.training.step_loss import StepLoss, mean_over_batch
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from mdil.utils.precision import without_bf16
 from tests.conftest import needs_bf16
 from tests.fill import fill, inputs
+from tests.test_losses import cross_entropy
 
 IMAGES, LABELS = inputs(5, 2, 32, 64, 6)
 OPTIONS = SimpleNamespace(lambdac=0.7, temperature=2.0, distillation='kl', distill_domains=None, steps_per_batch=1)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.0])
+PLACE = Place(torch.device('cpu'))
 
 
 def plain_conv_bn(bn, conv, x, *more):
@@ -38,9 +40,18 @@ def plain_cross_entropy(logits, labels, weights):
     return F.cross_entropy(logits.float(), labels, weights)
 
 
+def plain_parts(*arguments):
+    return plain_cross_entropy(*arguments), torch.tensor(1.0)
+
+
 def plain_kl(student, teacher, temperature):
     log_p, log_q = ((x.float() / temperature).log_softmax(1).movedim(1, -1).flatten(0, 2) for x in (student, teacher))
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
+
+
+def value_of(loss, *arguments):
+    """A part of the loss of the batch."""
+    return mean_over_batch(loss(IMAGES, LABELS, *arguments), PLACE)[0]
 
 
 def step_of(precision='fp32', old=2):
@@ -62,24 +73,24 @@ def measured(loss, sample=None):
     """(loss parts, {name: gradient}) of one batch as the training takes it, at rate 0."""
     learning = [p for p in loss.student.parameters() if p.requires_grad]
     loss.terms['kd'].sample = sample
-    run = SimpleNamespace(step_loss=loss, terms=list(loss.terms.values()), teacher=loss.teacher, options=OPTIONS,
-                          optimizer=torch.optim.SGD(learning, lr=0.0), scaler=torch.amp.GradScaler('cpu', enabled=False))
+    run = SimpleNamespace(place=PLACE, step_loss=loss, terms=list(loss.terms.values()), teacher=loss.teacher, options=OPTIONS,
+                          optimizer=torch.optim.Adam(learning, lr=0.0, fused=True), scaler=torch.amp.GradScaler('cpu', enabled=False))
     parts = train.train_batch(run, IMAGES, LABELS, len(loss.student.views) - 1)
     return {name: value.item() for name, value in parts.items()}, gradients_of(loss)
 
 
 def gradients_of(loss):
-    return {name: p.grad.clone() for name, p in loss.student.named_parameters() if p.requires_grad}
+    return {name: p.grad.clone() for name, p in loss.student.named_parameters() if p.grad is not None}
 
 
 def plainly(monkeypatch, precision):
     """(loss parts, gradients) of the plain formulas, all terms in one graph."""
     with monkeypatch.context() as patch:
         patch.setattr(erfnet, 'conv_bn', plain_conv_bn)
-        patch.setattr('mdil.losses.terms.cross_entropy', plain_cross_entropy)
+        patch.setattr('mdil.losses.terms.cross_entropy_parts', plain_parts)
         step_loss = step_of(precision).to(memory_format=torch.contiguous_format)
         step_loss.terms['kd'].distance = plain_kl
-        ce, kd = step_loss(IMAGES, LABELS, 2), sum(step_loss(IMAGES, LABELS, 2, 'kd', old) for old in (1, 0))
+        ce, kd = value_of(step_loss, 2), sum(value_of(step_loss, 2, 'kd', old) for old in (1, 0))
         loss = ce + 0.7 * kd
         loss.backward()
         return {'loss': loss.item(), 'ce': ce.item(), 'kd': kd.item()}, gradients_of(step_loss)
@@ -169,7 +180,7 @@ def test_a_draw_of_old_domains_is_unbiased():
     """The mean over all draws of K of n is the sum over all n, the variance n^2 (1/K - 1/n) S^2."""
     loss, n = step_of(old=3), 3
     with torch.no_grad():
-        distances = [loss(IMAGES, LABELS, 3, 'kd', old).item() for old in range(n)]
+        distances = [value_of(loss, 3, 'kd', old).item() for old in range(n)]
     for k in (1, 2):
         _, scale = sample_old_domains(n, k)
         draws = [scale * sum(draw) for draw in itertools.combinations(distances, k)]
@@ -196,9 +207,9 @@ def test_a_batch_with_drawn_domains_takes_their_distance_times_the_scale():
     torch.manual_seed(0)
     parts, gradients = measured(loss, sample=1)
     with torch.no_grad():
-        assert parts['kd'] == pytest.approx(scale * loss(IMAGES, LABELS, 3, 'kd', old).item(), rel=1e-5)
+        assert parts['kd'] == pytest.approx(scale * value_of(loss, 3, 'kd', old).item(), rel=1e-5)
     loss.student.zero_grad()
-    (loss(IMAGES, LABELS, 3) + 0.7 * scale * loss(IMAGES, LABELS, 3, 'kd', old)).backward()
+    (value_of(loss, 3) + 0.7 * scale * value_of(loss, 3, 'kd', old)).backward()
     for name, gradient in gradients_of(loss).items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
 

@@ -27,6 +27,8 @@ from mdil.utils.parser import data_paths
 from mdil.utils.precision import memory_format
 from mdil.utils.workers import in_parallel
 
+FUSED = 'cpu', 'cuda', 'mps', 'xpu'      # devices on which Adam is one kernel
+
 
 @dataclass
 class DomainData:
@@ -249,12 +251,14 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
     wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
+    if options.cuda_graphs and (place.device.type != 'cuda' or isinstance(wrapped, nn.DataParallel)):
+        raise UserError('--cuda-graphs needs one GPU; use --device cuda:0, or leave it out')
     return wrapped
 
 
 def build_optimizer(student, options):
     """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
     optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
-                                 fused=next(student.parameters()).device.type in ('cpu', 'cuda'))
+                                 fused=next(student.parameters()).device.type in FUSED, capturable=options.cuda_graphs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / options.num_epochs) ** 0.9)
     return optimizer, schedule

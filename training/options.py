@@ -81,6 +81,8 @@ def train_parser():
                        help='write checkpoints within epochs too, M minutes apart')
     group = machine_options(parser)
     group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
+    group.add_argument('--cuda-graphs', action='store_true',
+                       help='record a batch and replay it as one launch, on one GPU (the processor no longer limits it)')
     group.add_argument('--fast', action='store_true',
                        help='the same as --augment device, --precision bf16 where the device is fast in it, and on a GPU '
                             '--compile')
@@ -150,6 +152,7 @@ def parse_train(argv=None):
     check_uses(options)
     check_domains(options)
     complete_fast(options)
+    check_graphs(options)
     for name, value in recipe_settings(options.recipe, options.domains, options.method).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -196,6 +199,14 @@ def complete_fast(options):
         # DataParallel, which several GPUs get without torchrun, cannot be compiled.
         alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
         options.compile |= options.device != 'cpu' and torch.cuda.is_available() and alone
+
+
+def check_graphs(options):
+    """Refuses what cannot be recorded as a CUDA graph."""
+    for name, given in (('--precision fp16', options.precision == 'fp16'), ('--device cpu', options.device == 'cpu'),
+                        ('--distill-domains', options.distill_domains), ('torchrun', 'RANK' in os.environ)):
+        if options.cuda_graphs and given:
+            raise UserError(f'--cuda-graphs does not go with {name}; leave out one of them')
 
 
 def check_domains(options):

@@ -3,6 +3,7 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -56,11 +57,23 @@ def seed_dropout(*numbers):
     torch.manual_seed(hash(numbers) % 2 ** 63)
 
 
+class Batch(NamedTuple):
+    """A batch that was trained on: its losses on the device, and which pairs it was of."""
+    losses: dict
+    pairs: tuple
+    samples: torch.Tensor
+
+    @property
+    def files(self):
+        """Paths of its images."""
+        return [str(self.pairs[sample % len(self.pairs)].image) for sample in self.samples.tolist()]
+
+
 class Run:
     """Everything that a training step consists of.
 
     epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. sound: whether the file at LATEST is worth keeping.
+    the loss parts over those batches. last: the Batch whose loss nobody has looked at yet. sound: whether the file at LATEST is worth keeping.
     saved: the checkpoint to go on from, as `resume.find` gives it, or None.
     """
 
@@ -87,6 +100,7 @@ class Run:
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
         self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
+        self.last = None
         self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:
             self.restore(saved)
@@ -118,8 +132,24 @@ class Run:
             seed_dropout(self.options.seed, self.epoch + 1, self.place.rank)
         self.step_loss.train()
 
+    def add(self, losses, data, batch):
+        """Counts a batch of `data` with what `train_batch` gave; checks the one before, which a GPU has done by now."""
+        losses = {name: value.to(wide_type(value.device)) for name, value in losses.items()}
+        self.check_last()
+        self.totals = {name: self.totals.get(name, 0) + value for name, value in losses.items()}
+        self.batch, self.last = self.batch + 1, Batch(losses, data.train.dataset.pairs, batch[2])
+
+    def check_last(self):
+        """Waits for the last batch; UserError that names its files if its loss is not finite."""
+        last, self.last = self.last, None
+        if last and not torch.isfinite(last.losses['loss']):
+            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; no weight was touched '
+                            'and the last checkpoint is kept. Try a lower --lr or --precision fp32. Batch: '
+                            + ', '.join(last.files))
+
     def end_epoch(self):
         """Counts the epoch as finished; returns its mean losses."""
+        self.check_last()
         means = {name: value.item() / self.batch for name, value in self.totals.items()}
         self.epoch, self.batch = self.epoch + 1, 0
         with warnings.catch_warnings():     # a run that was stopped in the validation takes no step before this
@@ -148,6 +178,8 @@ class Run:
                 self.teacher.load_state_dict(state['teacher'])
             self.optimizer.load_state_dict(state['optimizer'])
             like_their_weights(self.optimizer)
+            for group in self.optimizer.param_groups:
+                group['capturable'] = self.options.cuda_graphs
             self.schedule.load_state_dict(resume.checked_schedule(state, self.schedule))
             if state['scaler']:
                 self.scaler.load_state_dict(state['scaler'])
@@ -188,6 +220,7 @@ class Run:
 
     def save(self, best=False):
         """Writes the checkpoint, the one before it kept; with `best`, the best model too."""
+        self.check_last()
         if not self.place.main:
             return
         state = self.state()

@@ -2,6 +2,7 @@
 import torch
 from torch import nn
 
+from mdil.utils.parallel import summed
 from mdil.utils.precision import autocast, memory_format, to_float
 
 
@@ -38,7 +39,7 @@ class StepLoss(nn.Module):
         return self
 
     def forward(self, images, labels, domain, term='ce', part=None):
-        """A part of the loss term called `term`, a 0-d tensor.
+        """A part of the loss term called `term` as [[total, mass]], see `LossTerm.forward` and `mean_over_batch`.
 
         images: (B, 3, H, W) uint8, or float in [0, 1]; labels: (B, H, W) uint8 of the domain
         index `domain`; part: as `LossTerm.parts` gives it.
@@ -49,7 +50,24 @@ class StepLoss(nn.Module):
 
     def part(self, images, labels, domain, term, part):
         """What `forward` returns, of float images in their memory format."""
-        return self.terms[term](self, images, labels, domain, part)
+        value = self.terms[term](self, images, labels, domain, part)
+        if isinstance(value, torch.Tensor):
+            mass = torch.full_like(value, len(images))
+            value = value * mass, mass
+        return torch.stack(value)[None]
+
+
+def mean_over_batch(parts, place):
+    """(0-d tensor to differentiate here, value over the whole batch) of what replicas gave.
+
+    parts: (replicas of this process, 2), totals and masses. The value is the sum of all
+    totals over the sum of all masses, of every process, and 0 where nothing has mass. DDP
+    averages the gradients of processes: the first is scaled so that this gives the value's.
+    """
+    total, mass = parts.sum(0)
+    whole, mass = summed(torch.stack([total.detach(), mass.detach()]), place)
+    mass = mass + (mass == 0)
+    return total * place.world / mass, whole / mass
 
 
 def optimizer_steps(run):

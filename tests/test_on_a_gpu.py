@@ -1,0 +1,157 @@
+"""What a machine without a GPU can show of running on one: no tensor on the wrong device, nothing that waits for the device.
+
+Fake tensors claim to be on a GPU and compute nothing; meta tensors do so with gradients, and
+have no value that `.item()` or `if` could ask for.
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from mdil import train
+from mdil.datasets.augment import augment_batch, draw
+from mdil.evaluation.evaluation import logits_of
+from mdil.models import METHODS, build_model
+from mdil.training import building
+from mdil.training.options import parse_train
+from mdil.training.plan import plan_step
+from mdil.training.run import like_their_weights
+from mdil.utils.errors import UserError
+from mdil.utils.graphs import EAGER, Graphed
+from mdil.utils.parallel import Place
+
+PRECISIONS = 'fp32', 'bf16', 'fp16'
+
+
+def run_on(device, method, *arguments):
+    """A run of the method's last step on a device, without data."""
+    row = METHODS[method]
+    names = ['cityscapes', 'idd-lite', 'camvid'][:1 if row.lonely else 3]
+    options = parse_train(['--domains', *names, '--savedir', 'x', '--method', method, *arguments,
+                           *([] if row.lonely or row.joint else ['--state', 'x'])])
+    counts, place = [20, 8, 12][:len(names)], Place(torch.device(device))
+    student, teacher = build_model(counts, method), None
+    if plan_step(options).needs_teacher:
+        teacher = build_model(counts[:-1], method)
+    building.freeze(student, options)
+    terms = building.build_terms(options)
+    step_loss = building.build_step_loss(student, teacher, [torch.ones(count) for count in counts], terms, options, place)
+    return SimpleNamespace(options=options, place=place, student=student, teacher=teacher, terms=terms,
+                           step_loss=step_loss.train(), domain=len(names) - 1)
+
+
+def batch_on(device):
+    return (torch.zeros(2, 3, 32, 64, dtype=torch.uint8, device=device),
+            torch.zeros(2, 32, 64, dtype=torch.uint8, device=device))
+
+
+@pytest.mark.parametrize('arguments', [(), ('--recipe', 'released')], ids=['corrected', 'released'])
+def test_a_batch_trains_without_waiting_for_the_device(arguments):
+    run = run_on('meta', 'mdil', *arguments)
+    steps = []
+    run.optimizer = SimpleNamespace(defaults={'fused': True}, zero_grad=lambda set_to_none: None, step=lambda: steps.append(1))
+    run.scaler = torch.amp.GradScaler('cuda', enabled=False)
+    losses = train.train_batch(run, *batch_on('meta'), run.domain)
+    assert losses.keys() == {'loss', 'ce', 'kd'} and {loss.device.type for loss in losses.values()} == {'meta'}
+    assert len(steps) == run.options.steps_per_batch and run.optimizer.found_inf.device.type == 'meta'
+    assert all(p.grad.device.type == 'meta' for p in run.student.branch_parameters(run.domain))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A context in which tensors are fake and may be on 'cuda', autocast included."""
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def to_fake_gpu(module):
+    """The module, each of its tensors replaced by a fake one on the GPU; within the context of `fake_gpu`."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device='cuda')
+                    tensors[name] = nn.Parameter(moved, tensor.requires_grad) if tensors is part._parameters else moved
+    return module
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_computes_its_loss_on_the_device(method, precision, fake_gpu):
+    run = run_on('cpu', method, '--precision', precision)
+    with fake_gpu:
+        to_fake_gpu(run.step_loss)
+        for term in run.terms:
+            for part, _ in term.parts(run):
+                value = run.step_loss(*batch_on('cuda'), run.domain, term.name, part)
+                assert value.device.type == 'cuda' and value.dtype == torch.float32 and value.shape == (1, 2)
+
+
+def test_the_optimiser_goes_on_from_a_state_that_was_saved(fake_gpu):
+    run = run_on('cpu', 'mdil')
+    with fake_gpu:
+        to_fake_gpu(run.student)
+        first, second = (building.build_optimizer(run.student, run.options)[0] for _ in range(2))
+        for parameter in run.student.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        first.found_inf = torch.zeros((), device='cuda')
+        first.step()
+        saved = first.state_dict()
+        for moments in saved['state'].values():
+            moments.update({name: value.cpu() for name, value in moments.items()})
+        second.load_state_dict(saved)
+        like_their_weights(second)
+        second.step()
+        assert {value.device.type for moments in second.state.values() for value in moments.values()} == {'cuda'}
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_augmentation_and_answers_are_on_the_device(precision, fake_gpu):
+    model, place = build_model([20]).eval(), Place(torch.device('cuda'))
+    with fake_gpu:
+        images, labels = augment_batch(*batch_on('cuda'), [draw(0, 1, sample) for sample in range(2)], 19)
+        with torch.inference_mode():
+            logits = logits_of(to_fake_gpu(model), 0, images, place, precision)
+        assert {tensor.device.type for tensor in (labels, logits, logits.argmax(1))} == {'cuda'}
+
+
+@pytest.mark.parametrize('given', [['--precision', 'fp16'], ['--device', 'cpu'], ['--distill-domains', '1']])
+def test_what_cannot_be_recorded_is_refused(given):
+    with pytest.raises(UserError, match='--cuda-graphs does not go with ' + ' '.join(given[:1])):
+        parse_train(['--domains', 'cityscapes', '--savedir', 'x', '--method', 'mdil', '--cuda-graphs', *given])
+
+
+class Recorder:
+    """Stands for CUDA's streams and graphs; counts the replays."""
+
+    def __init__(self, monkeypatch):
+        self.replays = 0
+        for name in ('Stream', 'graph_pool_handle', 'CUDAGraph', 'stream', 'current_stream', 'synchronize', 'graph'):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **__: self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def wait_stream(self, other):
+        pass
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_recording_starts_with_the_third_call_of_each_form(monkeypatch):
+    cuda, calls = Recorder(monkeypatch), []
+    graphed = Graphed(lambda images, domain: calls.append(images) or images + domain)
+    for number in range(5):
+        graphed(torch.full((2,), float(number)), 1)
+    assert len(calls) == EAGER + 1 and cuda.replays == 3
+    assert calls[-1].tolist() == [4, 4]     # the recording's own input has the newest values
+    graphed(torch.zeros(3), 1)
+    graphed(torch.zeros(2), 0)
+    assert len(calls) == EAGER + 3 and cuda.replays == 3
