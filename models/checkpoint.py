@@ -9,12 +9,12 @@ import itertools
 import math
 import os
 import pickletools
+import struct
 import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mdil.datasets.domains import domain_names
@@ -25,19 +25,38 @@ from mdil.utils.files import write_atomically
 
 VERSION = 1
 
-# What old files hold besides tensors: numpy scalars such as best_acc, under either module name.
-NUMPY_SCALARS = [(np.float64(0).__reduce__()[0], name)
-                 for name in ('numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar')]
-NUMPY_SCALARS += [np.dtype, type(np.dtype('f8')), type(np.dtype('f4')), type(np.dtype('i8'))]
 # All that a file of tensors has to name. torch allows more, such as functions that fill any amount of memory.
 NAMES = {'collections.OrderedDict', 'torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2',
          'torch._utils._rebuild_parameter', 'torch.Size', 'numpy.core.multiarray.scalar',
          'numpy._core.multiarray.scalar', 'numpy.dtype', '_codecs.encode'}
 NAMES |= {f'torch.{kind}Storage' for kind in ('Float', 'Double', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char',
                                               'Byte', 'Bool')}
+# Type of a numpy scalar -> how struct reads it.
+NUMBERS = {'f8': 'd', 'f4': 'f', 'f2': 'e', 'i8': 'q', 'i4': 'i', 'i2': 'h', 'i1': 'b', 'u1': 'B', 'b1': '?'}
+# Under which names files of others hold their network.
+STATES = 'state_dict', 'model_state_dict', 'model', 'net', 'network'
+SHORT = 64      # characters of the bytes that files of protocol 2 write as text
 ARCHIVE, PICKLE = b'PK\x03\x04', b'\x80'      # how files of either format begin
 OLD_PICKLES = 5         # a file in the old format: five pickles, then the numbers
+ENCODE = '_codecs.encode'
 DEEPEST, MOST = 8, 10 ** 5      # levels of nesting and objects, more than any checkpoint has
+
+
+class NumberType:
+    """Stands for numpy.dtype in old files, which hold numpy scalars such as best_acc beside tensors."""
+
+    def __init__(self, code, *_):
+        if code not in NUMBERS:
+            raise ValueError(f'a scalar of type {str(code)[:20]!r}')
+        self.form = NUMBERS[code]
+
+    def __setstate__(self, state):
+        self.form = ('>' if state[1] == '>' else '<') + self.form
+
+
+def number(kind, content):
+    """The number in `content`, bytes of a NumberType: what numpy's scalar would be, which takes any size."""
+    return struct.unpack(kind.form, content)[0]
 
 
 class Refused(Exception):
@@ -93,7 +112,8 @@ def read_from(file):
         if unknown:
             raise Refused(f'it is not a plain file of tensors (it names {min(unknown)[:100]!r}, which could run code)')
     file.seek(0)
-    with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+    stand_ins = [(NumberType, 'numpy.dtype'), *((number, name) for name in NAMES if name.endswith('multiarray.scalar'))]
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter('ignore')     # torch's remarks on odd pickles
         content = torch.load(file, map_location='cpu', weights_only=True)
     if head != ARCHIVE and file.tell() != size:
@@ -114,6 +134,9 @@ def checked_pickles(file, size):
             raise zipfile.BadZipFile(f'its entries claim {total} bytes, the file has {size}')
         if len(set(archive.namelist())) < len(entries) or archive.comment:
             raise zipfile.BadZipFile('it has a comment or two entries of one name, which torch.save never writes')
+        # Two archives one after the other: the end of the file describes the second, torch reads the first.
+        if min((entry.header_offset for entry in entries), default=0):
+            raise zipfile.BadZipFile('something precedes its first entry; are these two files in one?')
         broken = archive.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f'{broken} does not match its checksum')
@@ -121,32 +144,40 @@ def checked_pickles(file, size):
 
 
 def named_in(pickled):
-    """Names of the globals in a pickle (bytes, or a file at its start), without running any of it."""
+    """Names of the globals in a pickle (bytes, or a file at its start), without running any of it.
+
+    Refused where _codecs.encode, which makes bytes of text, is not given a short text.
+    """
     strings, memo, last = ['', ''], {}, None
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in ('GLOBAL', 'INST'):
-            yield argument.replace(' ', '.')
-        elif opcode.name == 'STACK_GLOBAL':
-            yield '.'.join(strings[-2:])
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT'):
+            memo[argument] = last
         elif opcode.name == 'MEMOIZE':
             memo[len(memo)] = last
-        elif opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT'):
-            memo[argument] = last
-        last = memo.get(argument) if opcode.name in ('GET', 'BINGET', 'LONG_BINGET') else argument
-        if isinstance(last, str) and opcode.name != 'GLOBAL':
-            strings = [strings[-1], last]
+        elif opcode.name != 'MARK':
+            given = memo.get(argument) if opcode.name in ('GET', 'BINGET', 'LONG_BINGET') else argument
+            if isinstance(last, Name) and last == ENCODE and not (isinstance(given, str) and len(given) <= SHORT):
+                raise Refused(f'it gives {ENCODE} more than a short text')
+            if opcode.name in ('GLOBAL', 'INST'):
+                given = Name(argument.replace(' ', '.'))
+            elif opcode.name == 'STACK_GLOBAL':
+                given = Name('.'.join(strings[-2:]))
+            elif isinstance(given, str) and not isinstance(given, Name):
+                strings = [strings[-1], given]
+            if isinstance(given, Name):
+                yield given
+            last = given
+
+
+class Name(str):
+    """The name of a global, not a text of the file."""
 
 
 def check_plain(content, size):
-    """Refused unless a file of `size` bytes can hold `content`: dense tensors on the CPU, not larger than it."""
-    held = 0
+    """Refused unless a file of `size` bytes can hold each tensor in `content`; several may share their numbers."""
     for name, value in leaves(content):
-        if isinstance(value, torch.Tensor):
-            if value.layout is not torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_nested:
-                raise Refused(f'{name} is not a plain tensor')
-            held += value.numel() * value.element_size()
-    if held > size:
-        raise Refused(f'its tensors claim {held} bytes, the file has {size}')
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+            raise Refused(f'its tensors claim {value.numel() * value.element_size()} bytes ({name}), the file has {size}')
 
 
 def leaves(content):
@@ -236,10 +267,11 @@ def read_checkpoint(path):
     content = read(path)
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
-    state = content.get('state_dict', content)
+    name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
+    state = content.get(name, content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)
                                               for key, value in state.items()):
-        raise UserError(f'{path}: its state_dict is not a dict of tensors')
+        raise UserError(f'{path}: its {name} is not a dict of tensors')
     if state is not content:
         check_content(content, path)
     found = recognise(state, path)

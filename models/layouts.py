@@ -14,6 +14,9 @@ from mdil.utils.errors import UserError
 PLAIN_NORMS = (
     (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.{}.'),
     (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.{}.'))
+# What torch's wrappers and other code put before or into names: DataParallel, torch.compile, attributes.
+WRAPPED = re.compile(r'(?:^|(?<=\.))(?:module|_orig_mod)\.')
+HELD_AS = re.compile(r'^(?:(?:model|net|network)\.)+')
 IGNORED = re.compile(r'^(classifier\.|features\.extralayer|encoder\.output_conv\.)')
 PLAIN_DECODER = re.compile(r'^decoder\.(layers|output_conv)\.')
 NAMED_DECODER = re.compile(r'^decoder_(old|old[0-9]{1,3}|new)\.')
@@ -27,7 +30,7 @@ class Found:
 
     num_classes: of each domain, [] for an encoder alone. adapter: as `ERFNet`'s.
     batch_norms: how many the encoder has per layer. kind: in words.
-    renamed, ignored: file keys that were renamed (beyond `module.`) or not used.
+    renamed, ignored: file keys that were renamed (beyond wrappers such as `module.`) or not used.
     """
     state: dict
     num_classes: list
@@ -55,7 +58,7 @@ def file_key(key, owner=None, domain=0):
 
 def native_keys(state):
     """Renames the keys of any known layout: (native state, number renamed, keys ignored)."""
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    state = {HELD_AS.sub('', WRAPPED.sub('', key)): value for key, value in state.items()}
     named = {match.group(1) for match in map(NAMED_DECODER.match, state) if match}
     # old, or old1, old2, ... in order; new comes last.
     order = sorted(named, key=lambda name: (name == 'new', int(name[3:] or 1) if name != 'new' else 0))

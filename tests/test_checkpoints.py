@@ -59,6 +59,36 @@ def test_published_files_load(tmp_path, layout, form):
             assert torch.equal(loaded(images, domain), model(images, domain))
 
 
+FOREIGN = {'model': lambda state: {'model': state, 'epoch': 'last'}, 'model_state_dict': lambda state: {'model_state_dict': state},
+           'name and network': lambda state: {'model': 'erfnet', 'network': state}, 'net': lambda state: {'net': state},
+           'twice': lambda state: {'state_dict': state, 'ema': state, 'model': state}}
+WRAPPERS = {'compiled': '_orig_mod.{}', 'twice parallel': 'module.module.{}', 'compiled and parallel': 'module._orig_mod.{}',
+            'parallel and compiled': '_orig_mod.module.{}', 'an attribute': 'model.{}', 'all': 'model.module._orig_mod.{}'}
+
+
+@pytest.mark.parametrize('form', [*FOREIGN, *WRAPPERS, 'a compiled part'])
+def test_files_of_others_load(tmp_path, form):
+    model = fill(build_model([4, 5]))
+    state = {WRAPPERS.get(form, '{}').format(key): value for key, value in model.state_dict().items()}
+    if form == 'a compiled part':
+        state = {key.replace('encoder.', 'encoder._orig_mod.'): value for key, value in state.items()}
+    torch.save(FOREIGN.get(form, lambda state: {'state_dict': state})(state), tmp_path / 'x')
+    loaded = checkpoint.load_network(checkpoint.read_checkpoint(tmp_path / 'x')).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def test_two_files_in_one_are_refused(tmp_path):
+    """The end of the file describes the second, torch loads the first."""
+    for name, value in (('a', 1.0), ('b', 2.0)):
+        torch.save({'state_dict': {'x': torch.full((9,), value)}}, tmp_path / 'one')
+        (tmp_path / 'one').rename(tmp_path / name)
+    glued = tmp_path / 'glued'
+    glued.write_bytes((tmp_path / 'a').read_bytes() + (tmp_path / 'b').read_bytes())
+    assert torch.load(glued, weights_only=True)['state_dict']['x'][0] == 1
+    with pytest.raises(UserError, match='two files in one'):
+        checkpoint.read(glued)
+
+
 def test_best_acc_may_be_a_tensor_or_a_numpy_scalar(tmp_path):
     state = build_model([4]).state_dict()
     for best in (np.float64(3), np.float32(3), torch.tensor(3.0), 3.0):

@@ -315,6 +315,13 @@ BOMBS = {'compressed': (lambda: archive({'archive/data.pkl': b'\x80\x02}.', 'arc
                                    'tensors claim 4000000000000 bytes'),
          'old format, 40 GB claimed': (old_and_claimed, 'damaged'),
          'old format without numbers': (old_without_numbers, 'it ends after'),
+         'numpy type that says 1 GB': (lambda: archived(b'\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x0b\0\0\0'
+                                                         b'V1000000000\x85R\x85R.'), "a scalar of type 'V1000000000'"),
+         'bytes of a long text': (lambda: archived(b'\x80\x02c_codecs\nencode\nX\xe8\x03\0\0' + b'a' * 1000
+                                                    + b'X\x06\0\0\0latin1\x86R.'), 'more than a short text'),
+         'bytes of a text known before': (lambda: archived(
+             b'\x80\x02X\xe8\x03\0\0' + b'a' * 1000 + b'X\x06\0\0\0latin1\x86q\0c_codecs\nencode\nh\0R.'),
+             'more than a short text'),
          'wide lists': (lambda: archived(wide(2)), 'not a plain dict'),
          'deep lists': (lambda: archived(b'\x80\x02' + b']' * 10 ** 5 + b'a' * (10 ** 5 - 1) + b'.'),
                         'nested too deep'),
