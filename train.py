@@ -103,7 +103,7 @@ def validate(run):
     broadcast_buffers(run.student, run.place)
     results = {}
     for data in run.data:
-        if data.val:
+        if data.val is not None:    # its length is 0 on a rank without images
             score = evaluate(run.student, data.index, data.val, data.class_weights, run.place,
                              run.options.precision, data.domain.name)
             if not score.matrix[:-1].any():

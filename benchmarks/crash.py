@@ -35,7 +35,7 @@ from mdil.training.records import environment, read_metrics
 from mdil.training.run import BEST, LATEST, PREVIOUS
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import write_json
-from mdil.utils.parser import Parser, natural, positive
+from mdil.utils.parser import Parser, positive, seed_number
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, EPOCHS, BATCH = 12, 3, 2
@@ -385,7 +385,7 @@ def report(tally, tried):
 def main(arguments=None):
     parser = Parser(prog='python -m benchmarks.crash', description='Kills training runs and damages their files.')
     parser.add_argument('--kills', type=positive, default=50, help='kills in all')
-    parser.add_argument('--seed', type=natural, default=0, help='seed of the moments')
+    parser.add_argument('--seed', type=seed_number, default=0, help='seed of the moments')
     parser.add_argument('--json', metavar='FILE', help='write all figures')
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

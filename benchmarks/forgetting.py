@@ -31,8 +31,8 @@ from mdil.training.plan import plan_step
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json, write_text
 from mdil.utils.parallel import pick_device, session
-from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
-                               rate, size_options)
+from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, positive,
+                               rate, seed_number, size_options)
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
@@ -257,7 +257,7 @@ def forgetting_parser():
                             'methods, and released with one difference each switched off)')
     group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."',
                        help='orders of domains (default: "{}" and "{}")'.format(*ORDERS))
-    group.add_argument('--seeds', nargs='+', type=natural, default=[0, 1, 2], metavar='N', help='seeds')
+    group.add_argument('--seeds', nargs='+', type=seed_number, default=[0, 1, 2], metavar='N', help='seeds')
     group.add_argument('--steps', type=positive, metavar='N', help='stop after step N')
     group.add_argument('--which', choices=tuple(FILES), default='latest',
                        help='state of a step that is evaluated and gone on from: the latest, or the best on its domain')

@@ -1,11 +1,15 @@
 """Batches: which samples, in which order, on which rank."""
+import contextlib
 import os
+import shutil
 from functools import partial
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.utils.errors import UserError
 from mdil.utils.workers import become_loader
 
 ORDER = 1       # distinguishes the order's random numbers from the augmentation's
@@ -50,6 +54,7 @@ class EvalBatches:
     """Batch sampler: every image once, split over the ranks without padding."""
 
     def __init__(self, count, batch_size, rank=0, world=1, limit=None):
+        self.batch_size = batch_size * world
         indices = list(range(count))[:limit and limit * batch_size][rank::world]
         self.batches = [[(0, index) for index in indices[start:start + batch_size]]
                         for start in range(0, len(indices), batch_size)]
@@ -61,12 +66,26 @@ class EvalBatches:
         return iter(self.batches)
 
 
+def check_shared_memory(dataset, batch_size, workers, folder='/dev/shm'):
+    """UserError if what loader processes may have waiting does not fit in the shared memory: they would hang."""
+    height, width = dataset.size
+    needed = (2 * workers + 2) * batch_size * 4 * height * width
+    with contextlib.suppress(FileNotFoundError):        # where there is none, they pass it another way
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(f'{folder} has {free / 2 ** 20:.1f} MiB free, but {workers} loader processes need '
+                            f'{needed / 2 ** 20:.1f} MiB of shared memory; enlarge it (docker run --shm-size=8g), or '
+                            'lower --num-workers (0: no such processes)')
+
+
 def make_loader(dataset, batches, workers, pin, collate=None):
     """DataLoader over `batches`; workers live as long as the loader. collate: what makes a batch (None: torch's).
 
     It has a generator of its own: the default would draw from the global one, which
     dropout uses, each time a loop over it starts.
     """
+    if workers and isinstance(dataset, SegmentationDataset):
+        check_shared_memory(dataset, batches.batch_size, workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       persistent_workers=workers > 0, generator=torch.Generator(), collate_fn=collate,
                       worker_init_fn=partial(become_loader, os.getpid()))

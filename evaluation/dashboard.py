@@ -11,8 +11,12 @@ import logging
 import math
 import re
 import sys
+import threading
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -138,6 +142,27 @@ def environment_name(options):
     return re.sub(r'[^\w.-]+', '-', name)
 
 
+def is_local(server):
+    """Whether the address is one of this machine."""
+    return urlsplit(server if '//' in server else f'//{server}').hostname in ('localhost', '127.0.0.1', '::1')
+
+
+def within(seconds, function):
+    """What `function()` returns or raises; TimeoutError after `seconds`, though it go on in a thread."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError:
+        raise TimeoutError(f'no whole answer within {seconds} seconds') from None
+
+
 def connect(options):
     """A visdom client that raises OSError where the server does not answer in time."""
     import visdom
@@ -145,7 +170,9 @@ def connect(options):
 
     class Client(visdom.Visdom):
         def _handle_post(self, url, data=None):
-            answer = self.session.post(url, data=data or {}, timeout=TIMEOUT)
+            if is_local(options.server):
+                self.session.trust_env = False      # a proxy for the internet does not know this machine
+            answer = within(TIMEOUT, partial(self.session.post, url, data=data or {}, timeout=TIMEOUT))
             answer.raise_for_status()
             return answer.text
 
@@ -225,7 +252,7 @@ class Dashboard:
     def draw_pictures(self, run):
         """A few validation images of every domain with truth and prediction."""
         for data in run.data:
-            if data.val:
+            if data.val is not None:
                 pixels = validation_pictures(run, data)
                 size = {'width': pixels.shape[1] + 2, 'height': pixels.shape[0] + TITLE_BAR}
                 self.vis.image(pixels.transpose(2, 0, 1), win=f'pictures of {data.domain.name}',

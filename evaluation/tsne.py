@@ -24,7 +24,7 @@ from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import write_atomically, write_json
 from mdil.utils.parallel import pick_device
-from mdil.utils.parser import Parser, data_options, data_paths, natural, positive, side
+from mdil.utils.parser import Parser, data_options, data_paths, positive, seed_number, side
 
 HEIGHT = 512        # of images where the checkpoint does not say how it was trained
 
@@ -62,7 +62,7 @@ def tsne_parser():
     group.add_argument('--images', type=positive, default=1, help='how many images, those with the most classes')
     group.add_argument('--points', type=positive, default=80, help='pixels of each class at most')
     group.add_argument('--perplexity', type=float, default=30.0, help='neighbours that t-SNE keeps near')
-    group.add_argument('--seed', type=natural, default=0, help='seed of the pixels and of t-SNE')
+    group.add_argument('--seed', type=seed_number, default=0, help='seed of the pixels and of t-SNE')
     group.add_argument('--device', default='auto', help='device that computes the features')
     data_options(parser)
     parser.add_argument('--out', required=True, metavar='FILE', help='the files less their endings')
@@ -155,7 +155,7 @@ def features_at(model, number, dataset, pixels, device):
 def embed(before, after, perplexity, seed):
     """Coordinates (N, 2) of features (N, D) before and after, from one t-SNE of both."""
     from sklearn.manifold import TSNE
-    both = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(np.concatenate([before, after]))
+    both = TSNE(perplexity=perplexity, init='pca', random_state=seed % 2 ** 32).fit_transform(np.concatenate([before, after]))
     return both[:len(before)], both[len(before):]
 
 

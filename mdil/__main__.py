@@ -20,6 +20,7 @@ TOOLS = {
     'describe': ('mdil.evaluation.describe', 'print the model card of a checkpoint'),
     'branches': ('mdil.evaluation.branches', 'take domains out of checkpoints as files and put them together'),
     'export': ('mdil.models.export', 'write a checkpoint in the published key layout'),
+    'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on a GPU of its own'),
 }
 
 

@@ -199,6 +199,14 @@ def leaves(content):
         raise Refused('its dicts are nested too deep')
 
 
+def not_finite(content):
+    """Yields the names of tensors in a run's checkpoint that hold NaN or infinity."""
+    for part in ('state_dict', 'teacher', 'optimizer'):
+        for name, value in leaves(content[part]):
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                yield f'{part}.{name}'
+
+
 def entry_name(name, key):
     """Name of the entry `key` of the dict called `name`, fit for one line."""
     if not (isinstance(key, int) or isinstance(key, str) and key.isprintable() and len(key) <= 200):

@@ -544,7 +544,8 @@ def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path, older, l
 
     def run(epoch):
         return SimpleNamespace(place=place, folder=tmp_path / str(count), sound=True, check_last=lambda: None,
-                               state=lambda: {'epoch': epoch, 'weights': torch.full((99,), float(epoch))})
+                               state=lambda: {'epoch': epoch, 'state_dict': {'weights': torch.full((99,), float(epoch))},
+                                              'teacher': None, 'optimizer': {}})
 
     def dying():
         if not links:

@@ -148,8 +148,14 @@ def leave_out_bad_files(data, workers):
 def train_loader(options, place, data, sizes):
     """Loader over the training set `data`, one of sets of `sizes` images."""
     if options.batch_size % place.world:
-        raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes')
+        fewer = options.batch_size // place.world * place.world
+        raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes; use '
+                        + (f'{fewer} or ' if fewer else '') + f'{fewer + place.world}')
     samples = epoch_samples(options, len(data), sizes)
+    last = -(-(samples % options.batch_size) // place.world)
+    if last * options.height * options.width == 64:
+        raise UserError(f'the last batch of an epoch has one image of 8x8, which leaves batch norms one value; enlarge '
+                        f'--height or --width, or choose a --batch-size that {samples} images do not exceed by one')
     batches = TrainBatches(len(data), options.batch_size, options.seed, samples, options.limit_batches,
                            place.rank, place.world)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')

@@ -14,7 +14,7 @@ from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import pick_device, tell
 from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
-                               rate, size_options)
+                               rate, seed_number, size_options)
 from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
@@ -70,7 +70,7 @@ def train_parser():
     group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
                        help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
     size_options(group)
-    group.add_argument('--seed', type=natural, default=0, help='seed of weights, order, augmentation, dropout')
+    group.add_argument('--seed', type=seed_number, default=0, help='seed of weights, order, augmentation, dropout')
     group.add_argument('--val-every', type=positive, metavar='N',
                        help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
@@ -221,5 +221,5 @@ def check_domains(options):
                         'checkpoint that knows the latter')
     if options.batch_size * options.height * options.width == 64:
         raise UserError('--batch-size 1 with --height 8 and --width 8 leaves batch norms one value; enlarge one of them')
-    if options.temperature == 0:
-        raise UserError('--temperature must be above 0')
+    if options.temperature is not None and not 1e-6 <= options.temperature <= 1e6:
+        raise UserError(f'--temperature {options.temperature}: a value from 1e-6 to 1e6 is expected')

@@ -54,18 +54,30 @@ def write_options(folder, options, place, class_weights):
 
 def append_metrics(folder, line):
     """Adds a line to metrics.jsonl."""
-    with open(Path(folder) / 'metrics.jsonl', 'a') as file:
-        file.write(json.dumps(line) + '\n')
+    path = Path(folder) / 'metrics.jsonl'
+    try:
+        with open(path, 'a') as file:
+            file.write(json.dumps(line) + '\n')
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}; --resume goes on from the last checkpoint') from None
 
 
 def read_metrics(folder):
     """The lines of metrics.jsonl, [] if there is none; a last line cut short by a crash is left out."""
     path, lines = Path(folder) / 'metrics.jsonl', []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    try:
+        texts = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its epochs are lost to curves') from None
+    for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
-        except ValueError:
-            break
+            if not isinstance(lines[-1]['epoch'], int):
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            if number < len(texts):
+                raise UserError(f'{path}: line {number} is none of a run; move the file away, or mend it') from None
+            del lines[number - 1:]
     return lines
 
 

@@ -87,10 +87,8 @@ def check_run(content, path):
         raise UserError(f'{path}: its scaler is not that of its --precision')
     if content['scheduler'].get('last_epoch') != content['epoch']:
         raise UserError(f'{path}: its epoch {content["epoch"]} is not that of its scheduler')
-    for part in ('state_dict', 'teacher', 'optimizer'):
-        for name, value in checkpoint.leaves(content[part]):
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                raise UserError(f'{path}: {part}.{name} holds values that are not finite')
+    for name in checkpoint.not_finite(content):
+        raise UserError(f'{path}: {name} holds values that are not finite')
 
 
 def check_alike(saved, own, name):

@@ -115,7 +115,7 @@ class Run:
     @property
     def trained(self):
         """DomainData of the domains that this step trains."""
-        return [data for data in self.data if data.train]
+        return [data for data in self.data if data.train is not None]
 
     @property
     def loss_names(self):
@@ -224,6 +224,10 @@ class Run:
         if not self.place.main:
             return
         state = self.state()
+        unsound = next(checkpoint.not_finite(state), None)
+        if unsound:
+            raise UserError(f'{unsound} is not finite after {self.epoch} epochs and {self.batch} batches; nothing was '
+                            'saved, the last checkpoint is kept. Try a lower --lr or --precision fp32')
         if best:
             checkpoint.save(state, self.folder / BEST)
         # A damaged file must not take the place of the copy that this run went on from.

@@ -1,14 +1,24 @@
 """Errors that a user can fix: one line, exit status 2."""
+import contextlib
+import os
 import sys
 import traceback
+from pathlib import Path
 
 from mdil.utils.output import lenient_output
 
-# What other libraries raise, known by type name or text -> what to do about it.
+# What other libraries raise, known by type name or text -> what to do about it. The first that fits counts.
+RESUME = '--resume goes on from the last checkpoint'
+NO_MEMORY = f'the memory of this machine is full; lower --num-workers, --batch-size or --height; {RESUME}'
 ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
-                              '--resume goes on from the last checkpoint',
-          'DataLoader worker': 'a loader process died (out of memory, or killed); lower --num-workers; --resume goes '
-                               'on from the last checkpoint'}
+                              f'{RESUME}',
+          'shared memory': 'the shared memory (/dev/shm) that loader processes use is too small; enlarge it (docker run '
+                           f'--shm-size=8g), or use --num-workers 0; {RESUME}',
+          'Too many open files': f'too many files are open; allow more (ulimit -n), or lower --num-workers; {RESUME}',
+          'ancdata': f'too many files are open; allow more (ulimit -n), or lower --num-workers; {RESUME}',
+          'allocate memory': NO_MEMORY, 'MemoryError': NO_MEMORY,
+          'DataLoader worker': f'a loader process died (out of memory, or killed); lower --num-workers; {RESUME}',
+          'gloo/transport': f'another process of this run has ended; see what it said; {RESUME}'}
 
 
 # Packages that only some tools need: import name -> what to install.
@@ -69,9 +79,22 @@ def exit_by(main):
         if package is None:
             raise
         line = f'{package} is missing: pip install {package}'
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:
         line = advice(error)
         if line is None:
             raise
-    print(f'error: {line}', file=sys.stderr)
+    if first_to_fail():
+        print(f'error: {line}', file=sys.stderr)
     sys.exit(2)
+
+
+def first_to_fail():
+    """Whether no other of the processes that torchrun started on this machine has failed, and said why."""
+    report = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if report:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            try:        # in a folder of these processes, which torchrun removes
+                (Path(report).parents[1] / 'failed').touch(exist_ok=False)
+            except FileExistsError:
+                return False
+    return True

@@ -1,6 +1,7 @@
 """One process or several, one device or several."""
 import contextlib
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -36,6 +37,7 @@ def session(device, parallel='auto', precision='fp32'):
     the precision.
     """
     torch.backends.cudnn.benchmark = True       # images are all of one size
+    allow_open_files()
     launched = launcher()
     if parallel == 'ddp' and launched is None:
         raise UserError('--parallel ddp needs a launcher: torchrun --nproc_per_node N train.py ...')
@@ -57,6 +59,15 @@ def session(device, parallel='auto', precision='fp32'):
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def allow_open_files():
+    """Lets this process open more files if it may: loaders pass tensors as files."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 ** 16 if most == resource.RLIM_INFINITY else min(2 ** 16, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """What command lines have in common: parser, types, options about data, size and machine."""
 import argparse
+import os
+import re
+import sys
 from pathlib import Path
 
 from mdil.utils.errors import UserError
@@ -27,10 +30,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **keywords)
         self.refused = refused or {}
 
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([home_in(text) for text in (sys.argv[1:] if args is None else args)], namespace)
+
     def error(self, message):
         reasons = '; '.join(f'{option}: {reason}' for option, reason in self.refused.items()
                             if f' {option} ' in f'{message} '.replace('=', ' '))
         raise UserError(f'{message} ({reasons or "--help lists the options"})')
+
+
+def home_in(text):
+    """An argument with the home folder for `~`, which shells leave as it is after `--option=`."""
+    return re.sub(r'(^|=)(~[\w.-]*)(?=/|$)', lambda found: found[1] + os.path.expanduser(found[2]), text)
 
 
 def show(value):
@@ -39,18 +50,24 @@ def show(value):
 
 
 def positive(text):
-    """argparse type: an int of at least 1."""
+    """argparse type: an int from 1 to 2^31 - 1."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    if not 1 <= value < 2 ** 31:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1' if value < 1 else f'{text} is too large')
     return value
 
 
 def natural(text):
-    """argparse type: an int of at least 0."""
+    """argparse type: an int from 0 to 2^31 - 1."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'{text} is negative')
+    return value if value == 0 else positive(text)
+
+
+def seed_number(text):
+    """argparse type: an int from 0 to 2^63 - 1, what all generators of random numbers take."""
+    value = int(text)
+    if not 0 <= value < 2 ** 63:
+        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 2^63 - 1')
     return value
 
 
