@@ -4,6 +4,7 @@
     python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --json result.json --latex table.tex
     python eval.py --state STEP3 --data-root DATA --resolution native --cross-heads --common-classes
     python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --save-panels forgetting.png
+    python eval.py --state STEP3 --data-root DATA --domain auto
 
 One checkpoint gives mIoU, pixel accuracy and the IoU of every class for each domain; several
 give the step x domain matrix with forgetting and transfer. Void pixels never count. Images and
@@ -12,8 +13,10 @@ labels are resized to --width x --height, the published protocol, unless --resol
 from pathlib import Path
 
 from mdil.evaluation import metrics, pictures, tables
+from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.evaluation import Evaluator, check_order, check_stated
 from mdil.models import METHODS, method_name
+from mdil.models.identify import identifier_of
 from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.utils.errors import UserError, run_main
@@ -41,6 +44,8 @@ def eval_parser():
     group.add_argument('--cross-heads', action='store_true',
                        help='also every head of the last checkpoint on every domain of its classes (with '
                             '--common-classes: on all)')
+    group.add_argument('--domain', choices=('auto',),
+                       help='auto: also with the branch that is told from each image, by the last checkpoint')
     group.add_argument('--split', default='val', help='split of the data sets')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
@@ -153,9 +158,10 @@ def draw_panels(options, networks, known, datasets, chosen, place):
 def run(options, place):
     """Evaluates all checkpoints, makes the pictures; returns what --json writes."""
     evaluator, steps = Evaluator(options, place), []
-    networks, known = zip(*map(evaluator.load, options.state))
+    networks, known, contents = zip(*map(evaluator.load_with_content, options.state))
     check_order(options.state, known)
     check_stated(options.domains, known[-1], options.state[-1], evaluator.paths)
+    identifier = identifier_of(contents[-1], known[-1], options.state[-1]) if options.domain == 'auto' else None
     datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
@@ -169,6 +175,8 @@ def run(options, place):
         results['common_summary'] = summarise(entries, single, common=True)
     if options.cross_heads:
         results['cross_heads'] = evaluator.cross_heads(networks[-1], known[-1], scores)
+    if identifier:
+        results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
     if options.save_panels and place.main:
         draw_panels(options, networks, known, datasets, chosen, place)
     protocol = {name: getattr(options, name) for name in PROTOCOL}

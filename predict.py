@@ -1,12 +1,15 @@
 """Segments images: one, a folder of them, a list or a video.
 
-    python predict.py --state runs/3/model_best.pth.tar --domain IDD --input photos --out answers
-    python predict.py --state CKPT --domain cityscapes --input a.jpg list.txt drive.mp4 --out answers --save labels overlay
+    python predict.py --state runs/3/model_best.pth.tar --input photos --out answers
+    python predict.py --state CKPT --domain IDD --input a.jpg list.txt drive.mp4 --out answers --save labels overlay
     python predict.py --state CKPT --domain cityscapes --input leftImg8bit/test --out upload --label-ids files
+    python predict.py --state CKPT --advise photos --data-root DATA
 
 Every image gets `answers/<its path below the input, less the suffix>.png`: class indices, of the
-image's own size. Void is never an answer. What exists is skipped, so a run that was stopped goes
-on where it ended.
+image's own size. Void is never an answer. Which domain's branch answers is told from each image;
+--domain names one instead. What exists is skipped, so a run that was stopped goes on where it
+ended. --advise writes nothing but says which branch fits images of a new place, how well it is
+expected to do there, and whether a new branch is worth training.
 """
 import json
 import sys
@@ -15,15 +18,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from mdil.evaluation import pictures
-from mdil.evaluation.inputs import KINDS, Item, find_sources, items_of
+from mdil.evaluation.advise import advise, sentences
+from mdil.evaluation.inputs import KINDS, Item, find_sources, items_of, upright
 from mdil.evaluation.predictor import Prepared, load_predictor
-from mdil.models import METHODS
+from mdil.models import METHODS, method_name
+from mdil.models.identify import Sequence, appearance, looks_of
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_writable, write_json, written_through
+from mdil.utils.files import check_new, check_writable, write_json, written_through
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, data_options, machine_options, positive, side
 from mdil.utils.workers import in_threads
@@ -37,14 +43,22 @@ def predict_parser():
     parser = Parser(prog='predict.py', description='Segments images with a checkpoint.')
     group = parser.add_argument_group('what is segmented')
     group.add_argument('--state', required=True, metavar='FILE', help='a checkpoint of this code or a published one')
-    group.add_argument('--input', nargs='+', required=True, metavar='PATH', help=KINDS)
-    group.add_argument('--domain', metavar='NAME', help='domain whose branch answers')
+    group.add_argument('--input', nargs='+', metavar='PATH', help=KINDS)
+    group.add_argument('--advise', metavar='FOLDER',
+                       help='instead of --input: say which branch fits these images, with what mIoU, and whether a new '
+                            'one is worth training')
+    group.add_argument('--domain', metavar='NAME|auto',
+                       help='domain whose branch answers, or auto: told from each image (default: auto, where the file '
+                            'knows several)')
+    group.add_argument('--sequence', action='store_true',
+                       help='the images of each folder are frames of one drive, in order: the domain is told from all '
+                            'of them so far (videos: always)')
     group.add_argument('--native', action='store_true',
                        help="images keep their own size (default: they are resized to the size of the training)")
     group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: that of the training)')
     group.add_argument('--width', type=side, help='image width, a multiple of 8 (default: twice the height)')
     group = parser.add_argument_group('results')
-    group.add_argument('--out', required=True, metavar='DIR', help='folder to write to')
+    group.add_argument('--out', metavar='DIR', help='folder to write to')
     group.add_argument('--save', nargs='+', choices=tuple(ENDINGS), default=['labels'], metavar='WHAT',
                        help='any of ' + ', '.join(ENDINGS))
     group.add_argument('--label-ids', choices=('train', 'files'), default='train',
@@ -53,7 +67,7 @@ def predict_parser():
     group.add_argument('--overwrite', action='store_true', help='predict again what exists')
     group = parser.add_argument_group('files that do not say what they hold')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains of a published file, in order')
-    group.add_argument('--method', choices=tuple(METHODS), help='method of a published file whose keys fit several')
+    group.add_argument('--method', type=method_name, choices=tuple(METHODS), help='method of a published file whose keys fit several')
     data_options(parser)
     group = machine_options(parser)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
@@ -61,23 +75,37 @@ def predict_parser():
 
 
 def check_options(options):
-    """Completes the size; refuses what cannot be written or does not fit together."""
+    """Completes the size; refuses what does not fit together."""
+    if options.advise and (options.input or options.out or options.native or options.domain):
+        raise UserError('--advise FOLDER segments nothing; leave out --input, --out, --native and --domain')
+    if not options.advise and not (options.input and options.out):
+        raise UserError('say what to segment and where to write it: --input PATH --out DIR')
     if options.native and (options.height or options.width):
         raise UserError('--native keeps the size of the images, --height and --width change it; leave one of them out')
     if options.width and not options.height:
         raise UserError('--width is given without --height')
+    if options.sequence and options.domain not in (None, 'auto'):
+        raise UserError(f'--sequence is for --domain auto; --domain {options.domain} asks no image')
     options.size = options.height and (options.height, options.width or 2 * options.height)
-    check_writable('--out', options.out, folder=True)
-    if options.json:
+
+
+def check_places(options):
+    """Refuses places that cannot be written to."""
+    if options.advise and options.json:
+        check_new('--json', options.json, options.overwrite)
+    elif options.json:
         check_writable('--json', options.json)
+    if options.out:
+        check_writable('--out', options.out, folder=True)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An Item with its image, or the error that it could not be read for."""
+    """An Item with its image and, where the domain is told from it, its look, or the error it could not be read for."""
     item: Item
     image: Image.Image = None
     prepared: Prepared = None
+    look: torch.Tensor = None
     error: UserError = None
 
 
@@ -87,7 +115,7 @@ def load(item, predictor):
         image = item.load()
     except UserError as error:
         return Loaded(item, error=error)
-    return Loaded(item, image, predictor.prepare(image))
+    return Loaded(item, image, predictor.prepare(image), appearance(image) if predictor.identifier else None)
 
 
 def targets(options, name):
@@ -172,33 +200,49 @@ def save(options, loaded, prediction):
 
 def record(prediction):
     """What --json holds of an image."""
-    return {'domain': prediction.domain.name, 'domains': {prediction.domain.name: 1.0},
+    choice = prediction.choice
+    return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'domains': choice.probabilities,
             'confidence': prediction.confidence.mean().item(), 'classes': prediction.shares}
 
 
-def chosen_domain(options, predictor):
-    """Index of the domain whose branch answers."""
-    if options.domain:
-        return predictor.index(options.domain)
-    if len(predictor.domains) > 1:
-        raise UserError(f'{options.state} knows {", ".join(d.name for d in predictor.domains)}; choose with --domain')
-    return 0
+class Chooser:
+    """Which branch answers for each image: the named domain's, the only one, or the one that fits the image."""
+
+    def __init__(self, options, predictor):
+        self.predictor, self.sequence = predictor, options.sequence
+        name = predictor.domains[0].name if options.domain in (None, 'auto') else options.domain
+        self.stated, self.sequences = None if predictor.identifier else predictor.stated(name), {}
+
+    def __call__(self, batch):
+        """The Choices for a list of Loaded."""
+        if self.stated:
+            return [self.stated] * len(batch)
+        return [choice for loaded in batch for choice in self.predictor.choices(self.guess(loaded))]
+
+    def guess(self, loaded):
+        """The Guess about one image, counting what came before in its sequence."""
+        known, item, look = self.predictor.identifier, loaded.item, loaded.look[None]
+        if not item.video and not self.sequence:
+            return known.guess(look)
+        place = item.video or Path(item.key).parent
+        return self.sequences.setdefault(place, Sequence(known)).guess(look)
 
 
 def predict_all(options, predictor, sources, records):
-    """Predicts what is missing and adds it to `records`; returns (number of images, errors of those left out)."""
-    index, count, errors = chosen_domain(options, predictor), 0, []
+    """Predicts what is missing and adds it to `records`; returns (images, those like no known domain, errors)."""
+    choose, count, unknown, errors = Chooser(options, predictor), 0, 0, []
     items = tqdm(wanted(options, sources, records), unit='image', disable=None,
                  total=None if any(source.is_video for source in sources) else len(sources))
     for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers), options.batch_size):
         errors += [loaded.error for loaded in batch if loaded.error]
         batch = [loaded for loaded in batch if not loaded.error]
-        predictions = predictor.predict_prepared([loaded.prepared for loaded in batch], [index] * len(batch))
-        for loaded, prediction in zip(batch, predictions):
+        for loaded, prediction in zip(batch, predictor.predict_prepared([loaded.prepared for loaded in batch],
+                                                                        choose(batch))):
             save(options, loaded, prediction)
             records[loaded.item.key] = record(prediction)
+            unknown += prediction.choice.unknown
         count += len(batch)
-    return count, errors
+    return count, unknown, errors
 
 
 def run(options, place):
@@ -208,20 +252,35 @@ def run(options, place):
     records = read_records(options)
     predictor = load_predictor(options, place)
     try:
-        count, errors = predict_all(options, predictor, sources, records)
+        count, unknown, errors = predict_all(options, predictor, sources, records)
     finally:
         if options.json:
             write_json(options.json, records)
-    print(f'{options.out}: {count} images predicted', file=sys.stderr)
+    odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
+    print(f'{options.out}: {count} images predicted{odd}', file=sys.stderr)
     if errors:
         raise UserError(f'{len(errors)} images were left out, e.g. {errors[0]}')
+
+
+def run_advice(options, place):
+    """Says what there is to say about the images of --advise; --json gets the same."""
+    sources = [source for source in find_sources([options.advise]) if not source.is_video]
+    options.domain = 'auto'
+    predictor = load_predictor(options, place)
+    looks = looks_of([source.path for source in sources], options.num_workers, 'the look of the images')
+    prepare = partial(map, lambda number: predictor.prepare(upright(sources[number].path)))
+    found = advise(predictor, looks, prepare, options.data_root)
+    if options.json:
+        write_json(options.json, found)
+    print(*sentences(found, len(sources)), sep='\n')
 
 
 def main(argv=None):
     options = predict_parser().parse_args(argv)
     check_options(options)
+    check_places(options)
     with session(options.device, precision=options.precision) as place:
-        run(options, place)
+        (run_advice if options.advise else run)(options, place)
 
 
 if __name__ == '__main__':

@@ -173,11 +173,15 @@ class Evaluator:
 
     def load(self, path):
         """(network on the device, its Domain objects) of a checkpoint."""
-        _, model, domains = load_network_and_domains(path, self.options, self.place)
+        return self.load_with_content(path)[:2]
+
+    def load_with_content(self, path):
+        """(network on the device, its Domain objects, content of the file) of a checkpoint."""
+        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place)
         if self.options.common_classes:
             for domain in domains:
                 common.to_common(domain)
-        return model, domains
+        return model, domains, checkpoint.content
 
     def domain(self, name):
         """The Domain called `name`."""
@@ -193,10 +197,14 @@ class Evaluator:
         options = self.options
         data = split_of(common.with_finer_labels(domain) if options.common_classes else domain, options.data_root,
                         options.split, (options.height, options.width), options.resolution)
+        return self.loader_over(data)
+
+    def loader_over(self, data):
+        """A loader over a data set, this rank's share of it."""
+        options = self.options
         batches = EvalBatches(len(data), options.batch_size, self.place.rank, self.place.world, options.limit_batches)
-        pin = self.place.device.type == 'cuda'
         collate = None if options.resolution == 'published' else keep_labels
-        return make_loader(data, batches, options.num_workers, pin, collate)
+        return make_loader(data, batches, options.num_workers, self.place.device.type == 'cuda', collate)
 
     def score(self, model, number, domain, watch=None):
         """The Score of the model's domain `number`, which is `domain`."""

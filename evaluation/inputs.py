@@ -39,7 +39,7 @@ class Item:
     video: Path = None
 
 
-def find_sources(inputs, out):
+def find_sources(inputs, out=None):
     """The Sources of the paths `inputs`, in order; of a folder without what lies in the folder `out` within it."""
     found = [source for path in map(Path, inputs) for source in sources_of(path, out)]
     if not found:
@@ -69,7 +69,7 @@ def named(path, folder):
 
 def files_below(folder, out):
     """Images and videos below a folder, sorted; hidden files and folders, and the folder `out`, are left out."""
-    found, out = [], os.path.abspath(out)
+    found, out = [], out and os.path.abspath(out)
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders
                       if not name.startswith('.') and os.path.abspath(os.path.join(place, name)) != out]

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from mdil.evaluation.evaluation import check_stated, load_network_and_domains, logits_of
+from mdil.models.identify import appearance, identifier_of
 from mdil.utils.errors import UserError
 from mdil.utils.parser import data_paths
 
@@ -21,14 +22,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The index of the branch that answers for an image, {domain: probability}, and whether the image is like none."""
+    index: int
+    probabilities: dict
+    unknown: bool = False
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the network says of an image of H x W pixels, on the CPU.
 
-    domain: the Domain whose branch was asked. labels: its class indices (H, W) uint8, never void.
-    confidence: (H, W) float32, the probability in [0, 1] of each pixel's answer among the
-    classes that are not void.
+    domain: the Domain whose branch was asked, by `choice`. labels: its class indices (H, W)
+    uint8, never void. confidence: (H, W) float32, the probability in [0, 1] of each pixel's
+    answer among the classes that are not void.
     """
     domain: object
+    choice: Choice
     labels: torch.Tensor
     confidence: torch.Tensor
 
@@ -42,12 +52,13 @@ class Prediction:
 class Predictor:
     """A network, the Domains of its branches and the size (height, width) that its images are resized to.
 
-    size None: images keep their size, but for sides that are no multiples of 8.
+    size None: images keep their size, but for sides that are no multiples of 8. identifier: the
+    models.identify.Identifier that tells the domain of an image, or None.
     """
 
-    def __init__(self, model, domains, size, place, precision='fp32'):
+    def __init__(self, model, domains, size, place, precision='fp32', identifier=None):
         self.model, self.domains, self.size = model.eval(), domains, size
-        self.place, self.precision = place, precision
+        self.place, self.precision, self.identifier = place, precision, identifier
 
     def index(self, name):
         """Index of the domain called `name`, or by an alias; UserError if the network does not know it."""
@@ -62,33 +73,47 @@ class Predictor:
         resized = image.resize((width, height), resample=2)     # bilinear, as in training
         return Prepared(torch.from_numpy(np.array(resized).transpose(2, 0, 1).copy()), image.size[::-1])
 
-    def predict(self, images, domain):
-        """The Predictions of PIL images in RGB, of any sizes, by the branch of `domain` (an index or a name)."""
-        index = self.index(domain) if isinstance(domain, str) else domain
-        return self.predict_prepared([self.prepare(image) for image in images], [index] * len(images))
+    def stated(self, name):
+        """The Choice of the domain called `name`."""
+        index = self.index(name)
+        return Choice(index, {self.domains[index].name: 1.0})
+
+    def choices(self, guess):
+        """The Choices that a models.identify.Guess stands for, one for each of its images."""
+        names = [domain.name for domain in self.domains]
+        return [Choice(index, dict(zip(names, probabilities)), unknown) for index, probabilities, unknown
+                in zip(guess.domain.tolist(), guess.probabilities.tolist(), guess.unknown.tolist())]
+
+    def predict(self, images, domain='auto'):
+        """The Predictions of PIL images in RGB, of any sizes, by the branch called `domain` or the one that fits each."""
+        if domain == 'auto':
+            choices = self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
+        else:
+            choices = [self.stated(domain)] * len(images)
+        return self.predict_prepared([self.prepare(image) for image in images], choices)
 
     @torch.inference_mode()
-    def predict_prepared(self, images, indices):
-        """The Predictions of Prepared images, each by the branch of the domain index next to it."""
-        groups = {}
-        for number, (image, index) in enumerate(zip(images, indices)):
-            groups.setdefault((image.pixels.shape, index), []).append(number)
-        found = {}
+    def predict_prepared(self, images, choices):
+        """The Predictions of Prepared images, each by the branch of the Choice next to it."""
+        groups, found = {}, {}
+        for number, (image, choice) in enumerate(zip(images, choices)):
+            groups.setdefault((image.pixels.shape, choice.index), []).append(number)
         for (_, index), numbers in groups.items():
             batch = torch.stack([images[number].pixels for number in numbers])
             logits = logits_of(self.model, index, batch, self.place, self.precision)
             for number, own in zip(numbers, logits):
-                found[number] = self.answer(own, images[number].size, self.domains[index])
+                found[number] = self.answer(own, images[number].size, choices[number])
         return [found[number] for number in range(len(images))]
 
-    def answer(self, logits, size, domain):
-        """The Prediction of logits (C, h, w) of `domain`, void their last class, for an image of `size` (H, W)."""
+    def answer(self, logits, size, choice):
+        """The Prediction of the chosen branch's logits (C, h, w), void their last class, for an image of `size` (H, W)."""
+        domain = self.domains[choice.index]
         logits = logits[None, :domain.void].float()
         if logits.shape[2:] != size:
             logits = interpolate(logits, size, mode='bilinear', align_corners=False)
         best, labels = logits[0].max(dim=0)
         confidence = (best - logits[0].logsumexp(dim=0)).exp()
-        return Prediction(domain, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu())
+        return Prediction(domain, choice, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu())
 
 
 def trained_size(checkpoint):
@@ -103,4 +128,6 @@ def load_predictor(options, place):
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
     check_stated(options.domains, domains, options.state, data_paths(options.data))
     size = None if options.native else options.size or trained_size(checkpoint)
-    return Predictor(model, domains, size, place, options.precision)
+    auto = options.domain == 'auto' or options.domain is None and len(domains) > 1
+    identifier = identifier_of(checkpoint.content, domains, options.state) if auto else None
+    return Predictor(model, domains, size, place, options.precision, identifier)

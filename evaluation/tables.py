@@ -256,7 +256,21 @@ def result_tables(results, per_class):
             table.title, table.key = f'{table.title} in the {COMMON}', f'{table.key}-common'
         if per_class:
             common.append(class_rows(f'IoU of the {COMMON}', 'classes-common', in_space(steps[-1], True)))
-    return tables + common, classes
+    auto = [auto_table(results)] if 'auto' in results else []
+    return tables + common + auto, classes
+
+
+def auto_table(results):
+    """The Table of --domain auto: mIoU with the own branch and with the chosen one, and which ones were chosen."""
+    auto, names = results['auto'], list(results['auto']['matrix'])
+    rows = [[name, number(results['domains'][name]['miou']), number(auto['domains'][name]['miou']),
+             *(str(auto['matrix'][name][other]) for other in names), str(auto['unknown'][name])] for name in names]
+    seconds = auto['seconds']
+    note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Looking at them, reading included, '
+            f'took {seconds["identify"]:.1f} s, segmenting them {seconds["segment"]:.1f} s. Unknown ones are segmented by '
+            'the branch that is chosen; classes count by their names.')
+    return Table('The branch told from each image (--domain auto), and images by chosen branch', 'auto',
+                 ['domain', 'own mIoU', 'auto mIoU', *names, 'unknown'], [rows], (note,))
 
 
 def entry_rows(step, head, domain, entry):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import domain_names
+from mdil.models.identify import are_statistics
 from mdil.models.layouts import Found, check_fit, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, method_name
 from mdil.utils.errors import UserError
@@ -260,6 +261,7 @@ KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number 
          'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
          'domains': (named_classes, 'a list of {name, classes}'),
          'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)),
+         'domain_statistics': (are_statistics, 'what models.identify gives of each domain'),
          'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
 
 
@@ -289,7 +291,7 @@ def read_checkpoint(path):
 def check_content(content, path):
     """UserError if an entry other than the state_dict is not of its kind; of foreign files, if it is one that is used."""
     if 'version' not in content:
-        check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method')})
+        check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method', 'domain_statistics')})
         return
     check_kinds(content, path, KINDS)
     if not 1 <= content['version'] <= VERSION:

@@ -105,7 +105,7 @@ def options(path, domains, **changes):
 @pytest.mark.parametrize('taken', ['loaded', 'dropped'])
 def test_imagenet_encoder_starts_step_one(tmp_path, taken):
     path = encoder_file(tmp_path / 'encoder.pth.tar')
-    student, teacher, lines = building.build_networks(options(path, [CS], imagenet_bn=taken), [CS])
+    student, teacher, lines, _ = building.build_networks(options(path, [CS], imagenet_bn=taken), [CS])
     assert teacher is None and len(lines.splitlines()) == 3 and 'classifier' in lines
     source = fill(build_model([20], 'single-task')).state_dict()
     for name, value in student.state_dict().items():
@@ -115,7 +115,7 @@ def test_imagenet_encoder_starts_step_one(tmp_path, taken):
 
 def test_imagenet_encoder_starts_multi_task_with_shared_batch_norms(tmp_path):
     path = encoder_file(tmp_path / 'encoder.pth.tar')
-    student, _, lines = building.build_networks(options(path, [CS, IDD], method='multi-task'), [CS, IDD])
+    student, _, lines, _ = building.build_networks(options(path, [CS, IDD], method='multi-task'), [CS, IDD])
     assert '268 tensors loaded' in lines or 'tensors loaded' in lines
     assert student.num_classes == [20, 27]
 
@@ -123,7 +123,7 @@ def test_imagenet_encoder_starts_multi_task_with_shared_batch_norms(tmp_path):
 def test_step_two_from_a_published_file_has_its_teacher(tmp_path):
     model = fill(build_model([20, 20]))
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
-    student, teacher, lines = building.build_networks(options(path, [CS, BDD, IDD]), [CS, BDD, IDD])
+    student, teacher, lines, _ = building.build_networks(options(path, [CS, BDD, IDD]), [CS, BDD, IDD])
     assert student.num_classes == [20, 20, 27] and teacher.num_classes == [20, 20]
     assert len(lines.splitlines()) == 3 and 'left fresh: 2' in lines
 

@@ -14,6 +14,7 @@ from mdil.datasets.pairs import find_split
 from mdil.evaluation.predictor import PUBLISHED_SIZE, Predictor, trained_size
 from mdil.models import build_model, checkpoint
 from mdil.models.checkpoint import Checkpoint
+from mdil.models.identify import Sequence, appearance, statistics_of
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import Place
 from tests.test_eval import COUNTS
@@ -38,6 +39,28 @@ def state(model, tmp_path_factory):
                      'domains': [{'name': name, 'classes': COUNTS[name]} for name in NAMES],
                      'options': {'num_epochs': 1, 'height': SIZE[0], 'width': SIZE[1]}}, path)
     return path
+
+
+@pytest.fixture(scope='module')
+def knowing(state, toy, tmp_path_factory):
+    """The same checkpoint with the statistics of its domains' training images, toy roads."""
+    content = checkpoint.read(state)
+    content['domain_statistics'] = {name: statistics_of([pair.image for pair in find_split(
+        get_domain(name), toy, 'train').pairs], 0, name) for name in NAMES}
+    path = tmp_path_factory.mktemp('knowing') / 'two.pth'
+    checkpoint.save(content, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def mixed(toy, tmp_path_factory):
+    """A folder of validation images of both domains, called by their domain, and their domains."""
+    folder, truth = tmp_path_factory.mktemp('mixed'), {}
+    for name in NAMES:
+        for number, pair in enumerate(find_split(get_domain(name), toy, 'val').pairs):
+            truth[folder / f'{name}-{number}.png'] = name
+            Image.open(pair.image).save(folder / f'{name}-{number}.png')
+    return folder, truth
 
 
 @pytest.fixture
@@ -108,6 +131,59 @@ def test_void_is_never_an_answer(photos):
     prediction, = predictor.predict([image], 'CS')
     assert prediction.labels.max() < 19 and 0 < prediction.confidence.min() and prediction.confidence.max() <= 1
     assert sum(prediction.shares.values()) == pytest.approx(1)
+
+
+def test_the_branch_that_answers_is_told_from_the_image(model, knowing, mixed, tmp_path):
+    folder, truth = mixed
+    run(knowing, tmp_path / 'out', '--input', folder, '--json', tmp_path / 'r.json', '--batch-size', 5)
+    records = json.loads((tmp_path / 'r.json').read_text())
+    assert {path: records[str(path)]['domain'] for path in truth} == truth
+    for path, name in truth.items():
+        assert np.array_equal(pixels(tmp_path / f'out/{path.stem}.png'), expected(model, NAMES.index(name), path)[0])
+        entry = records[str(path)]['domains']
+        assert list(entry) == NAMES and max(entry, key=entry.get) == name and sum(entry.values()) == pytest.approx(1)
+
+
+def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, mixed, tmp_path, capsys):
+    content = checkpoint.read(knowing)
+    content['domain_statistics']['IDD']['threshold'] = 1e-9
+    checkpoint.save(content, tmp_path / 'strict.pth')
+    run(tmp_path / 'strict.pth', tmp_path / 'out', '--input', mixed[0], '--json', tmp_path / 'r.json')
+    found = {Path(path): entry['domain'] for path, entry in json.loads((tmp_path / 'r.json').read_text()).items()}
+    assert found == {path: 'unknown' if name == 'IDD' else name for path, name in mixed[1].items()}
+    assert len(list((tmp_path / 'out').iterdir())) == 8
+    assert '8 images predicted, 4 of them like no domain that the network knows' in capsys.readouterr().err
+
+
+def test_the_frames_of_a_sequence_are_judged_together(knowing, mixed, tmp_path):
+    """After three frames of one domain a single one of the other does not change the branch."""
+    known = predict.load_predictor(predict.predict_parser().parse_args(
+        ['--state', str(knowing), '--input', 'x', '--out', 'y', '--native']), CPU).identifier
+    names = ['cityscapes'] * 4 + ['IDD']
+    looks = [appearance(Image.open(mixed[0] / f'{name}-{number}.png')) for number, name in enumerate(names[:4])]
+    looks.append(appearance(Image.open(mixed[0] / 'IDD-0.png')))
+    sequence = Sequence(known)
+    streamed = [sequence.guess(look[None]) for look in looks]
+    together = Sequence(known).guess(torch.stack(looks))
+    for part in ('probabilities', 'novelty'):
+        assert torch.allclose(torch.cat([getattr(guess, part) for guess in streamed]), getattr(together, part))
+    scores = known.measures(torch.stack(looks))[0].mean(dim=0)
+    assert torch.allclose(together.probabilities[-1], torch.softmax(scores, dim=0))
+    folder = tmp_path / 'drive'
+    folder.mkdir()
+    for number, name in enumerate(names):
+        Image.open(mixed[0] / f'{name}-{number % 4}.png').save(folder / f'{number}.png')
+    run(knowing, tmp_path / 'out', '--input', folder, '--json', tmp_path / 'r.json', '--sequence')
+    last = list(json.loads((tmp_path / 'r.json').read_text()).values())[-1]
+    assert last['domains']['cityscapes'] == pytest.approx(together.probabilities[-1, 0].item())
+
+
+def test_auto_needs_statistics_and_says_how_to_add_them(state, photos, tmp_path):
+    for arguments in ([], ['--domain', 'auto']):
+        with pytest.raises(UserError, match='cityscapes, IDD look like.*python -m mdil identify'):
+            run(state, tmp_path / 'out', '--input', photos, *arguments)
+    with pytest.raises(UserError, match='--sequence is for --domain auto'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS', '--sequence')
 
 
 def test_native_size_differs_from_the_trained_one_by_less_than_a_block(model, state, photos, tmp_path):

@@ -19,6 +19,7 @@ from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
+from mdil.models.identify import statistics_of
 from mdil.training.plan import plan_step
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, printable
@@ -176,7 +177,7 @@ def val_loader(options, place, domain, required):
 
 
 def build_networks(options, domains):
-    """(student, teacher or None, lines about what was loaded) for the step's Domain objects."""
+    """(student, teacher or None, lines about what was loaded, {old domain: its statistics}) for the step's Domain objects."""
     plan = plan_step(options)
     counts = [domain.num_classes for domain in domains]
     if not plan.from_previous:
@@ -187,7 +188,7 @@ def build_networks(options, domains):
                 raise UserError(f'{options.state} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
                                 'domain of --domains: it starts from an encoder, or without --state')
             lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
-        return student, None, lines
+        return student, None, lines, {}
     checkpoint = read_checkpoint(options.state)
     if not checkpoint.found.num_classes:
         raise UserError(f'{options.state} holds an encoder alone; learning {domains[-1].name} after '
@@ -198,14 +199,26 @@ def build_networks(options, domains):
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
     view = student.single(student.add_domain(counts[-1], options.new_statistics, options.new_decoder))
     drawn = view.heads if options.new_decoder == 'fresh' else view.output_layers
-    return student, teacher, report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
+    lines = report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
+    return student, teacher, lines, checkpoint.content.get('domain_statistics', {})
 
 
 def rebuild_networks(options, domains):
     """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
     counts = [domain.num_classes for domain in domains]
     teacher = build_model(counts[:-1], options.method) if plan_step(options).needs_teacher else None
-    return build_model(counts, options.method), teacher, f'resumed in {options.savedir}'
+    return build_model(counts, options.method), teacher, f'resumed in {options.savedir}', {}
+
+
+def with_trained(known, data, options, place):
+    """{domain: statistics of its images, see models.identify}: those of `known` and of the domains that are trained.
+
+    Only the main process, which saves them, looks at the images.
+    """
+    found = {entry.domain.name: statistics_of([pair.image for pair in entry.train.dataset.pairs], options.num_workers,
+                                              f'the look of {entry.domain.name}')
+             for entry in data if place.main and entry.train and entry.domain.name not in known}
+    return {**known, **found}
 
 
 def synchronised(student, options, place):

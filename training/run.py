@@ -89,7 +89,9 @@ class Run:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
         build = building.rebuild_networks if saved else building.build_networks
-        self.student, self.teacher, self.loaded = build(options, domains)
+        self.student, self.teacher, self.loaded, known = build(options, domains)
+        known = saved.get('domain_statistics', {}) if saved else known
+        self.domain_statistics = building.with_trained(known, self.data, options, place)
         if options.sync_bn:
             self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)
@@ -164,6 +166,7 @@ class Run:
             'totals': {name: value.item() for name, value in self.totals.items()} if self.batch else {},
             'state_dict': self.student.state_dict(),
             'domains': [data.domain.entry for data in self.data], 'digests': self.digests,
+            'domain_statistics': self.domain_statistics,
             'method': self.options.method, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
             'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),

@@ -1,0 +1,150 @@
+"""predict.py --advise: which branch fits unlabelled images of a new place, how well, and whether a new one is worth it.
+
+The expected mIoU comes from the network's own confidence. Were its probabilities true, the IoU of
+a class would follow from them alone: of the pixels that get the class, their summed probability is
+expected to be right, and the sum over all pixels is how many there are. On images of the known
+domain this trusted IoU is too high; the ratio by which it is, measured on validation images with
+labels, corrects it. The ratio's spread over parts of those images gives the error.
+"""
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from mdil.datasets import SegmentationDataset
+from mdil.evaluation import metrics
+from mdil.evaluation.evaluation import logits_of
+from mdil.utils.errors import UserError
+
+PART = 8            # images of a part, over which the ratio of true to trusted mIoU is measured
+MOST = 64           # images that are segmented, of the folder and of the validation images, at most
+WORTH = 0.5         # share of unknown images above which a new branch is worth training
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over pixels, by class (C,): right ones by the network's probabilities, answers, and pixels there are."""
+    right: torch.Tensor
+    answers: torch.Tensor
+    pixels: torch.Tensor
+
+    def __add__(self, other):
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in ('right', 'answers', 'pixels')))
+
+    @property
+    def trusted_miou(self):
+        """Mean IoU in percent, were all probabilities true; classes that get no pixel are left out."""
+        union = self.answers + self.pixels - self.right
+        return 100 * (self.right / union)[self.answers > 0].mean().item()
+
+
+def counts_of(logits, translation=None, classes=None):
+    """(Counts, answers (B, H, W)) of logits (B, C, H, W), void their last class; void is no answer.
+
+    translation: index in another label space of `classes` classes for each class; then the
+    Counts are of that space, in which answers are, too.
+    """
+    probabilities = logits[:, :-1].float().softmax(dim=1)
+    if translation is not None:
+        folded = torch.zeros(len(logits), classes, *logits.shape[2:], device=logits.device)
+        probabilities = folded.index_add_(1, torch.tensor(translation, device=logits.device), probabilities)
+    best, answers = probabilities.max(dim=1)
+    size = probabilities.shape[1]
+    right = torch.zeros(size, device=logits.device).index_add_(0, answers.flatten(), best.flatten())
+    return Counts(right.double().cpu(), torch.bincount(answers.flatten(), minlength=size).double().cpu(),
+                  probabilities.sum(dim=(0, 2, 3)).double().cpu()), answers
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """mIoU in percent of a branch on its validation images, and the mean ratio to the trusted one with its spread."""
+    miou: float
+    ratio: float
+    spread: float
+
+    def expected(self, counts):
+        """(mIoU in percent, its error) that Counts of other images lead to expect."""
+        return self.ratio * counts.trusted_miou, self.spread * counts.trusted_miou
+
+
+def spaced(items, count):
+    """At most `count` of a sequence, evenly spread."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+@torch.inference_mode()
+def calibrate(predictor, index, dataset):
+    """The Calibration of the branch `index` on a SegmentationDataset, images and labels at the network's size."""
+    domain, parts = predictor.domains[index], []
+    numbers = spaced(range(len(dataset)), MOST)
+    bar = tqdm(range(0, len(numbers), PART), desc=f'validation images of {domain.name}', leave=False, disable=None)
+    for start in bar:
+        images, labels = map(torch.stack, zip(*(dataset.load(number) for number in numbers[start:start + PART])))
+        logits = logits_of(predictor.model, index, images, predictor.place, predictor.precision)
+        counts, answers = counts_of(logits)
+        parts.append((counts, metrics.confusion(answers.cpu(), labels, domain.num_classes)))
+    return calibration(parts)
+
+
+def calibration(parts):
+    """The Calibration of parts [(Counts, confusion matrix)]; its error is the ratio's deviation from part to part."""
+    matrix, counts = sum(matrix for _, matrix in parts), parts[0][0]
+    for more, _ in parts[1:]:
+        counts = counts + more
+    ratios = torch.tensor([metrics.mean_iou(matrix) / counts.trusted_miou for counts, matrix in parts])
+    spread = ratios.std().item() if len(parts) > 1 else float('nan')
+    return Calibration(metrics.mean_iou(matrix), metrics.mean_iou(matrix) / counts.trusted_miou, spread)
+
+
+@torch.inference_mode()
+def trusted(predictor, index, prepared):
+    """The Counts of the branch `index` on Prepared images, one after another."""
+    total = None
+    for image in tqdm(prepared, desc='segmenting', unit='image', leave=False, disable=None):
+        counts, _ = counts_of(logits_of(predictor.model, index, image.pixels[None], predictor.place, predictor.precision))
+        total = counts if total is None else total + counts
+    return total
+
+
+def validation_set(predictor, index, root):
+    """The validation images of a branch at the network's size, or None, with the reason, where they are not at hand."""
+    try:
+        return SegmentationDataset(predictor.domains[index], root, 'val', predictor.size), None
+    except UserError as error:
+        return None, str(error)
+
+
+def advise(predictor, looks, prepare, root):
+    """What is to be said about images of one place.
+
+    looks: (N, FEATURES). prepare: called with a list of at most MOST of their indices, gives
+    Prepared images. root: --data-root. Returns {'domain', 'domains': {name: share of the images},
+    'unknown': share, 'expected_miou', 'error', 'own_miou', 'why_not', 'worth'}, None where not known.
+    """
+    guess = predictor.identifier.guess(looks)
+    shares = torch.bincount(guess.domain, minlength=len(predictor.domains)).double() / len(looks)
+    index, unknown = int(shares.argmax()), guess.unknown.double().mean().item()
+    found = {'domain': predictor.domains[index].name, 'unknown': unknown, 'worth': unknown > WORTH,
+             'domains': {domain.name: share for domain, share in zip(predictor.domains, shares.tolist())},
+             'expected_miou': None, 'error': None, 'own_miou': None}
+    dataset, found['why_not'] = validation_set(predictor, index, root)
+    if dataset:
+        known = calibrate(predictor, index, dataset)
+        expected, error = known.expected(trusted(predictor, index, prepare(spaced(range(len(looks)), MOST))))
+        found |= {'expected_miou': expected, 'error': error, 'own_miou': known.miou}
+    return found
+
+
+def sentences(found, images):
+    """The advice as lines of text."""
+    yield f'{images} images; the branch that fits best: {found["domain"]}'
+    yield 'images by branch: ' + ', '.join(f'{name} {100 * share:.0f} %' for name, share in found['domains'].items())
+    yield f'{100 * found["unknown"]:.0f} % are like no domain that the network knows'
+    if found['expected_miou'] is None:
+        yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
+    else:
+        yield (f'expected mIoU of that branch: {found["expected_miou"]:.1f} +- {found["error"]:.1f} (on its own validation '
+               f'images {found["own_miou"]:.1f})')
+    yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
+           'no new branch is needed: most images are like those that this one was trained on')

@@ -1,0 +1,63 @@
+"""eval.py --domain auto: the branch that answers is told from each image; how often rightly, and what that costs."""
+import copy
+import time
+
+import torch
+
+from mdil.evaluation import metrics
+from mdil.evaluation.evaluation import cross_confusion
+from mdil.models.identify import looks_of
+
+
+def evaluate_auto(evaluator, identifier, model, domains):
+    """What is told from the images of all domains, as `--json` has it under 'auto'.
+
+    {'accuracy': percent of images whose own branch is chosen, 'matrix': {truth: {chosen: images}},
+    'unknown': {truth: images called unknown}, 'domains': {truth: {'miou'}}, 'seconds': {'identify', 'segment'}}.
+    An image that is called unknown is segmented by the branch that is chosen for it all the same.
+    """
+    result = {'matrix': {}, 'unknown': {}, 'domains': {}, 'seconds': {'identify': 0.0, 'segment': 0.0}}
+    for domain in domains:
+        start = time.perf_counter()
+        guess = guess_of(evaluator, identifier, domain)
+        middle = time.perf_counter()
+        matrix = confusion_of(evaluator, model, domains, domain, guess.domain)
+        result['seconds']['segment'] += time.perf_counter() - middle
+        result['seconds']['identify'] += middle - start
+        result['matrix'][domain.name] = {other.name: int((guess.domain == index).sum())
+                                         for index, other in enumerate(domains)}
+        result['unknown'][domain.name] = int(guess.unknown.sum())
+        result['domains'][domain.name] = {'miou': metrics.mean_iou(matrix, evaluator.options.published_metric)}
+    right = sum(row[name] for name, row in result['matrix'].items())
+    images = sum(sum(row.values()) for row in result['matrix'].values())
+    return {'accuracy': 100 * right / images, **result}
+
+
+def guess_of(evaluator, identifier, domain):
+    """The Guess about the images of a domain that are evaluated, in order."""
+    options, pairs = evaluator.options, evaluator.loader(domain).dataset.pairs
+    count = options.limit_batches and options.limit_batches * options.batch_size
+    return identifier.guess(looks_of([pair.image for pair in pairs[:count]], options.num_workers,
+                                     f'the look of {domain.name}'))
+
+
+def confusion_of(evaluator, model, domains, domain, chosen):
+    """Confusion matrix (C, C) of a domain whose image i is segmented by the branch of index chosen[i]."""
+    total = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64)
+    for index, branch in enumerate(domains):
+        indices = torch.nonzero(chosen == index).flatten().tolist()
+        if not indices:
+            continue
+        part = copy.copy(evaluator.loader(domain).dataset)
+        part.pairs = tuple(part.pairs[number] for number in indices)
+        matrix = cross_confusion(model, index, evaluator.loader_over(part), branch.num_classes, evaluator.truths(domain),
+                                 evaluator.place, evaluator.options.precision, f'{branch.name} on {domain.name}')
+        rows = [min(row, domain.void) for row in range(len(matrix))]
+        total += metrics.fold(matrix, rows, translation(branch, domain))
+    return total
+
+
+def translation(branch, domain):
+    """Index in `domain` of each class of `branch`, by name; void for one that it does not have."""
+    return [domain.classes.index(name) if name in domain.classes else domain.void for name in branch.classes] + [
+        domain.void]

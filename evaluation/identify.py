@@ -1,0 +1,82 @@
+"""Adds to a checkpoint what `--domain auto` needs: how the images of each domain look.
+
+    python -m mdil identify published.pth.tar --domains cityscapes BDD --data-root DATA --out known.pth.tar
+    python -m mdil identify old.pth.tar --images cityscapes=photos/aachen IDD=photos/hyderabad --out known.pth.tar
+
+train.py adds it for every domain that it learns, so this is for older and published files. It
+takes some kilobytes for each domain and holds no image.
+"""
+from pathlib import Path
+
+from mdil.datasets import get_domain
+from mdil.datasets.pairs import find_split
+from mdil.evaluation.inputs import files_below
+from mdil.models import METHODS, branches, checkpoint, method_name
+from mdil.models.identify import FEWEST, statistics_of
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_new
+from mdil.utils.parser import Parser, data_options, data_paths, natural
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m mdil identify',
+                    description='Adds to a checkpoint how the training images of its domains look.')
+    parser.add_argument('state', metavar='CKPT', help='a checkpoint, published ones too')
+    parser.add_argument('--out', required=True, metavar='FILE', help='the file to write')
+    parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')
+    parser.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER',
+                        help='training images of a domain (default: those below --data-root)')
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help='its domains in order (published files do not name them)')
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                        help='method of a published file, where its keys fit several')
+    parser.add_argument('--num-workers', type=natural, default=2, help='threads that read images')
+    data_options(parser)
+    return parser.parse_args(argv)
+
+
+def images_of(name, folders, options):
+    """Paths of the training images of a domain, in order; UserError if there are none."""
+    if name not in folders:
+        return [pair.image for pair in find_split(get_domain(name, data_paths(options.data)), options.data_root,
+                                                  'train').pairs]
+    found = files_below(folders[name], options.out) if folders[name].is_dir() else []
+    if not found:
+        raise UserError(f'--images {name}={folders[name]}: no images there')
+    return found
+
+
+def folders_of(options, known):
+    """{domain: Path} of --images."""
+    folders = {}
+    for item in options.images:
+        name, equals, folder = item.partition('=')
+        if not (name and equals and folder):
+            raise UserError(f'--images {item!r} is not NAME=FOLDER')
+        folders[known.names[known.index(name)]] = Path(folder)
+    return folders
+
+
+def with_statistics(options):
+    """The content of the file to write."""
+    known = branches.Known(options.state, options.domains, options.method, data_paths(options.data))
+    folders, content = folders_of(options, known), known.checkpoint.content
+    found = dict(content.get('domain_statistics', {}))
+    for name in known.names:
+        if name in folders or name not in found:
+            found[name] = statistics_of(images_of(name, folders, options), options.num_workers, f'the look of {name}')
+            rare = f'; fewer than {FEWEST}: none will be called unknown' if found[name]['count'] < FEWEST else ''
+            print(f'{name}: {found[name]["count"]} images{rare}')
+    # A file of this code keeps all that it holds, such as what a run goes on from.
+    return {**(content if 'version' in content else known.content()), 'domain_statistics': found}
+
+
+def main(argv=None):
+    options = parse(argv)
+    check_new('--out', options.out, options.overwrite, [options.state])
+    checkpoint.save(with_statistics(options), options.out)
+    print(f'{options.out}: written')
+
+
+if __name__ == '__main__':
+    run_main(main)

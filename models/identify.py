@@ -1,0 +1,195 @@
+"""Which domain an image is of, told from the image alone, or that it is like none of them.
+
+The look of an image is FEATURES numbers: colour, how much neighbouring pixels differ at four
+scales, and noise. They do not depend on the network, so what is known of an old domain stays true
+when the network learns on. Of each domain a checkpoint holds their mean and covariance over its
+training images and a threshold: 7 kB and no image.
+
+The domain is the linear discriminant's choice. An image is unknown if it lies further from the
+mean of that domain than all but 1 % of the domain's training images do, each measured with
+statistics of the others.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from mdil.datasets.segmentation import open_image
+from mdil.utils.errors import UserError
+from mdil.utils.workers import in_threads
+
+SIZE = 320, 160         # width, height that images are looked at
+SCALES = 4
+QUANTILES = 0.2, 0.5, 0.8, 0.95
+FEATURES = 6 + 6 * SCALES + 3 * len(QUANTILES)
+FLOOR = 1e-3            # keeps logarithms of flat images finite
+SHRINKAGE = 0.02        # of covariances, towards their diagonal
+TRIMMED = 3             # directions in which an image may be as odd as it likes
+FOLDS, FALSE_ALARMS = 8, 0.01
+FEWEST, MOST = 50, 1000     # training images without which no threshold is set; that are looked at
+ENTRIES = {'count': (), 'mean': (FEATURES,), 'covariance': (FEATURES, FEATURES), 'threshold': ()}
+
+
+def appearance(image):
+    """The look of a PIL image in RGB: float64 (FEATURES,)."""
+    red, green, blue = torch.from_numpy(np.array(image.resize(SIZE, Image.BILINEAR))).permute(2, 0, 1).float() / 255
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    channels = torch.stack([luma, blue - luma, red - luma])
+    parts = [channels.mean(dim=(1, 2)), torch.log(channels.std(dim=(1, 2)) + FLOOR), noise(channels)]
+    for _ in range(SCALES):
+        parts.append(torch.log((channels[:, :, 1:] - channels[:, :, :-1]).abs().mean(dim=(1, 2)) + FLOOR / 10))
+        parts.append(torch.log((channels[:, 1:] - channels[:, :-1]).abs().mean(dim=(1, 2)) + FLOOR / 10))
+        channels = F.avg_pool2d(channels, 2)
+    return torch.cat(parts).double()
+
+
+def noise(channels):
+    """Logarithms of quantiles of what smooth shading and straight edges leave of channels (C, H, W): (C * quantiles,)."""
+    rows = channels[:, 2:] - 2 * channels[:, 1:-1] + channels[:, :-2]
+    rest = (rows[:, :, 2:] - 2 * rows[:, :, 1:-1] + rows[:, :, :-2]).abs().flatten(1).numpy()
+    places = [round(quantile * (rest.shape[1] - 1)) for quantile in QUANTILES]
+    found = np.partition(rest, places, axis=1)[:, places]       # a whole sort takes ten times as long
+    return torch.log(torch.from_numpy(found) + FLOOR).flatten()
+
+
+class OneDomain:
+    """The look of one domain's images: a Gaussian, from looks (N, FEATURES) or from its mean and covariance."""
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = mean, shrunk(covariance)
+        values, axes = torch.linalg.eigh(self.covariance)
+        self.whitening = axes / values.sqrt()
+
+    @classmethod
+    def of(cls, looks):
+        return cls(looks.mean(dim=0), covariance(looks))
+
+    def distance(self, looks):
+        """How far looks (N, FEATURES) are from the mean, squared, without the TRIMMED oddest directions: (N,)."""
+        squares = ((looks - self.mean) @ self.whitening).square()
+        return squares.sort(dim=1).values[:, :-TRIMMED].sum(dim=1)
+
+
+def covariance(looks):
+    """Covariance (FEATURES, FEATURES) of looks (N, FEATURES); of a single one 0."""
+    centred = looks - looks.mean(dim=0)
+    return centred.T @ centred / max(1, len(looks) - 1)
+
+
+def shrunk(matrix):
+    """A covariance moved towards its diagonal, which makes it regular."""
+    diagonal = torch.diag(matrix.diagonal())
+    ridge = 1e-5 * matrix.diagonal().mean().clamp(min=FLOOR) * torch.eye(len(matrix), dtype=matrix.dtype)
+    return (1 - SHRINKAGE) * matrix + SHRINKAGE * diagonal + ridge
+
+
+def statistics(looks):
+    """What a checkpoint holds of a domain, from the looks (N, FEATURES) of its training images in order.
+
+    The threshold is infinite, so that no image is unknown, for fewer than FEWEST images.
+    """
+    threshold = float('inf')
+    if len(looks) >= FEWEST:
+        # Neighbours may be frames of one drive, so whole stretches are held out.
+        fold = torch.arange(len(looks)) * FOLDS // len(looks)
+        held_out = [OneDomain.of(looks[fold != number]).distance(looks[fold == number]) for number in range(FOLDS)]
+        threshold = torch.cat(held_out).quantile(1 - FALSE_ALARMS).item()
+    return {'count': len(looks), 'mean': looks.mean(dim=0).float(), 'covariance': covariance(looks).float(),
+            'threshold': threshold}
+
+
+def looks_of(paths, threads, title):
+    """The looks (N, FEATURES) of image files, with progress on standard error; UserError for one that cannot be read."""
+    found = in_threads(lambda path: appearance(open_image(path)), paths, threads)
+    return torch.stack(list(tqdm(found, total=len(paths), desc=title, unit='image', leave=False, disable=None)))
+
+
+def statistics_of(paths, threads, title):
+    """The `statistics` of training images at `paths`, in order; of more than MOST, every so many."""
+    count = min(len(paths), MOST)
+    return statistics(looks_of([paths[number * len(paths) // count] for number in range(count)], threads, title))
+
+
+def are_statistics(value):
+    """Whether it is a dict {domain: what `statistics` gives}."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and entry.keys() == ENTRIES.keys() and all(
+            fits(entry[name], shape) for name, shape in ENTRIES.items()) for entry in value.values())
+
+
+def fits(part, shape):
+    """Whether it is a number above 0 (shape ()), or a finite tensor of that shape."""
+    if not shape:
+        return isinstance(part, (int, float)) and not isinstance(part, bool) and part > 0
+    return isinstance(part, torch.Tensor) and part.shape == shape and bool(part.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Of N images: probabilities (N, domains) that sum to 1, and novelty (N,): above 1 an image is unknown."""
+    probabilities: torch.Tensor
+    novelty: torch.Tensor
+
+    @property
+    def domain(self):
+        """Index of the most probable domain of each image (N,)."""
+        return self.probabilities.argmax(dim=1)
+
+    @property
+    def unknown(self):
+        """Whether each image is like none of the domains (N,)."""
+        return self.novelty > 1
+
+
+class Identifier:
+    """Tells the domain of images from the statistics of the domains, in the network's order."""
+
+    def __init__(self, known):
+        self.models = [OneDomain(entry['mean'].double(), entry['covariance'].double()) for entry in known]
+        self.thresholds = torch.tensor([entry['threshold'] for entry in known], dtype=torch.float64)
+        pooled = torch.stack([model.covariance for model in self.models]).mean(dim=0)
+        means = torch.stack([model.mean for model in self.models])
+        self.weights = torch.linalg.solve(pooled, means.T)                  # (FEATURES, domains)
+        self.bias = -0.5 * (means.T * self.weights).sum(dim=0)
+
+    def measures(self, looks):
+        """(scores, novelties) of looks (N, FEATURES), each (N, domains): discriminant, and distance by threshold."""
+        distances = torch.stack([model.distance(looks) for model in self.models], dim=1)
+        return looks @ self.weights + self.bias, distances / self.thresholds
+
+    def guess(self, looks):
+        """The Guess about images with looks (N, FEATURES), each for itself."""
+        return guessed(*self.measures(looks))
+
+
+class Sequence:
+    """Images that belong together, such as the frames of a drive: a guess counts all that came before, too."""
+
+    def __init__(self, identifier):
+        self.identifier, self.count, self.sums = identifier, 0, (0.0, 0.0)
+
+    def guess(self, looks):
+        """The Guess about the next images, with looks (N, FEATURES), from the means of the measures so far."""
+        sums = [total + measure.cumsum(dim=0) for total, measure in zip(self.sums, self.identifier.measures(looks))]
+        counts = torch.arange(1, len(looks) + 1)[:, None] + self.count
+        self.count, self.sums = self.count + len(looks), tuple(total[-1] for total in sums)
+        return guessed(*(total / counts for total in sums))
+
+
+def guessed(scores, novelties):
+    """The Guess of measures (N, domains): the novelty that counts is that for the most probable domain."""
+    chosen = scores.argmax(dim=1, keepdim=True)
+    return Guess(torch.softmax(scores, dim=1), novelties.gather(1, chosen)[:, 0])
+
+
+def identifier_of(content, domains, source):
+    """The Identifier of a checkpoint's content for its Domains; UserError naming those without statistics."""
+    known = content.get('domain_statistics', {})
+    missing = [domain.name for domain in domains if domain.name not in known]
+    if missing:
+        raise UserError(f'{source} does not know what images of {", ".join(missing)} look like, so --domain auto cannot '
+                        f'choose; add it with python -m mdil identify {source} --out FILE, or name the domain')
+    return Identifier([known[domain.name] for domain in domains])
