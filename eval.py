@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
+from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order, check_stated
 from mdil.models import METHODS, method_name
 from mdil.models.identify import identifier_of
@@ -168,7 +169,9 @@ def run(options, place):
     for number, (model, domains) in enumerate(zip(networks, known), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
-        steps.append({'state': str(options.state[number - 1]), 'domains': entries})
+        training = training_of(options.state[number - 1])
+        steps.append({'state': str(options.state[number - 1]), 'domains': entries,
+                      **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
     if options.common_classes:

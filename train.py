@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mdil.evaluation import tables
 from mdil.evaluation.dashboard import Dashboard
 from mdil.evaluation.evaluation import evaluate
+from mdil.evaluation.scalars import Scalars
 from mdil.training import building, records, resume
 from mdil.training.options import parse_train
 from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
@@ -81,7 +83,7 @@ def train_epoch(run, interrupt):
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
             if run.last and not bar.disable:        # of the batch before: a GPU is at work on this one
-                shown = ', '.join(f'{name} {value.item():.3f}' for name, value in run.last.losses.items())
+                shown = ', '.join(f'{name} {tables.number(value.item(), 3)}' for name, value in run.last.losses.items())
                 bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
             run.add(losses, data, batch)
             if interrupt.stop(run.place):
@@ -126,7 +128,7 @@ def validate_when_due(run, interrupt):
         save_and_stop(run, 'during the validation')
 
 
-def finish_epoch(run, rate, dashboard, interrupt):
+def finish_epoch(run, rate, displays, interrupt):
     """Validates, decays the rate, writes metrics and checkpoints, and says so."""
     lr, total = run.schedule.get_last_lr()[-1], run.options.num_epochs
     val = validate_when_due(run, interrupt)
@@ -142,9 +144,10 @@ def finish_epoch(run, rate, dashboard, interrupt):
         records.append_metrics(run.folder, line)
     run.save(best=better)
     if run.place.main:
-        dashboard.show(line, run)
+        for display in displays:
+            display.show(line, run)
         scores = ', '.join(f'{name} {entry["miou"]:.2f}' for name, entry in val.items()) or 'not validated'
-        shown = ', '.join(f'{name} {value:.4f}' for name, value in losses.items())
+        shown = ', '.join(f'{name} {tables.number(value, 4)}' for name, value in losses.items())
         print(f'epoch {run.epoch}/{total}: {shown}; {rate:.1f} images/s, mIoU: {scores}', flush=True)
 
 
@@ -165,19 +168,20 @@ def find_saved(options):
 
 
 def begin(options, place, saved):
-    """(Run, its Dashboard or None) at the start, or where the checkpoint `saved` stopped; writes and says what it is."""
+    """(Run, what shows its records) at the start, or where the checkpoint `saved` stopped; writes and says what it is."""
     run = Run(options, place, saved)
     if not place.main:
-        return run, None
+        return run, []
     if options.overwrite:
         remove_results(run.folder)
     records.keep_metrics(run.folder, run.epoch)
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
-    print(f'learning {options.domains[-1]} ({options.method}) on {place.device}: {run.loaded}')
+    name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
+    print(f'learning {options.domains[-1]} ({options.method}{name}) on {place.device}: {run.loaded}')
     for data in run.trained:
         print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate; '
               f'python -m datasets.check --domains {data.domain.name} reads every file', flush=True)
-    return run, Dashboard(options)
+    return run, [Dashboard(options), *([Scalars(options, run.epoch)] if options.tensorboard else [])]
 
 
 def learn(options, place):
@@ -188,10 +192,12 @@ def learn(options, place):
             if saved and saved['epoch'] >= options.num_epochs:
                 print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
                 return
-            run, dashboard = begin(options, place, saved)
+            run, displays = begin(options, place, saved)
         while run.epoch < options.num_epochs:
             rate = train_epoch(run, interrupt)
-            finish_epoch(run, rate, dashboard, interrupt)
+            finish_epoch(run, rate, displays, interrupt)
+        if place.main:
+            print(records.closing_line(run.folder, [data.domain.name for data in run.trained]))
 
 
 def main(argv=None):

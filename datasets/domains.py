@@ -35,7 +35,7 @@ def idd_classes(level, count, preferred=()):
 
 
 CS_CLASSES, CS_COLORS = cityscapes_classes()
-IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26, ('non-drivable fallback', 'vehicle fallback'))
+IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26, ('drivable fallback', 'non-drivable fallback', 'vehicle fallback'))
 
 # The cross-entropy weights below are the published ones, 1 / ln(1.1 + class frequency).
 CS_WEIGHTS = (

@@ -47,11 +47,15 @@ class Step:
         return self.record.get('options', {})
 
     @property
+    def learnt(self):
+        """Names of the domains that the run learns: its last, or all of a joint method; [] if unknown."""
+        domains, row = self.options.get('domains') or [], METHODS.get(method_name(self.options.get('method')))
+        return row.trained(domains) if row else domains[-1:]
+
+    @property
     def title(self):
-        """What the run learns, in words: its last domain, or all of a joint method."""
-        domains = self.options.get('domains') or [self.folder.name]
-        row = METHODS.get(method_name(self.options.get('method')))
-        return ' + '.join(row.trained(domains) if row else domains[-1:])
+        """What the run learns, in words."""
+        return ' + '.join(self.learnt or [self.folder.name])
 
 
 @dataclass

@@ -273,6 +273,23 @@ def save_panels(path, datasets, models, place, chosen, precision='fp32'):
     save_figure(path, figure)
 
 
+class OneEach(torch.nn.Module):
+    """Networks of one domain each, asked as one network of all of them is."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = torch.nn.ModuleList(networks)
+
+    @property
+    def num_classes(self):
+        """Classes of each domain, void included."""
+        return [network.num_classes[0] for network in self.networks]
+
+    def forward(self, images, domain=0):
+        """Logits of `domain`, by its own network."""
+        return self.networks[domain](images)
+
+
 def draw_row(row, dataset, number, index, models, place, precision):
     """Fills a row of axes of `save_panels`."""
     domain, (image, truth) = dataset.domain, dataset.load(index)

@@ -23,6 +23,7 @@ from mdil.evaluation import pictures, tables
 from mdil.evaluation.dashboard import curves, read_step, shrunk, starts
 from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.training import records
 from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_text
@@ -116,25 +117,19 @@ def html_table(table):
     return element('div', title + element('table', head + ''.join(groups)) + notes)
 
 
-def best_line(step):
-    """The line of metrics.jsonl whose validation of the learnt domains was best, None if there is none."""
-    domains, row = step.options.get('domains', []), METHODS.get(method_name(step.options.get('method')))
-    learnt = row.trained(domains) if row else domains[-1:]
-    scored = [line for line in step.lines if learnt and all(name in line['val'] for name in learnt)]
-    return max(scored, key=lambda line: sum(line['val'][name]['miou'] for name in learnt), default=None)
-
-
 def training_table(steps):
-    """tables.Table of each step's best validation while it trained; None if nothing was validated yet."""
-    best = {number: best_line(step) for number, step in enumerate(steps, 1)}
-    names = list(dict.fromkeys(name for line in best.values() if line for name in line['val']))
-    rows = [[f'{number} ({steps[number - 1].title})', str(line['epoch']),
+    """tables.Table of each step's best and last validation while it trained; None if nothing was validated yet."""
+    found = {f'{number} ({step.title})': records.best_and_last(step.lines, step.learnt)
+             for number, step in enumerate(steps, 1)}
+    names = list(dict.fromkeys(name for lines in found.values() for line in lines if line for name in line['val']))
+    rows = [[f'{title}, {which}', str(line['epoch']),
              *(tables.number(line['val'].get(name, {}).get('miou')) for name in names)]
-            for number, line in best.items() if line]
+            for title, lines in found.items() for which, line in zip(('best', 'last'), lines) if line]
     if not rows:
         return None
-    note = 'From the validation at the end of the epoch in which the learnt domain was best, as model_best.pth.tar.'
-    return tables.Table('mIoU while training', 'steps', ['best of step', 'epoch', *names], [rows], (note,))
+    note = ('From the validations at the end of the epochs: the one in which the learnt domain was best, as '
+            'model_best.pth.tar, which is chosen on these very images, and the last one.')
+    return tables.Table('mIoU while training', 'steps', ['step', 'epoch', *names], [rows], (note,))
 
 
 def result_parts(steps, results):

@@ -234,6 +234,19 @@ def head_table(heads):
     return Table('mIoU of every head on the images of every domain', 'heads', ['head', *names], [rows], note)
 
 
+def epoch_table(steps):
+    """Of which epoch each checkpoint is, beside the other one that could be reported; None if no record says it."""
+    rows = [[f'{index} ({list(step["domains"])[-1]})', found['file'],
+             *(text for which in ('best', 'last') for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
+            for index, step in enumerate(steps, 1) if (found := step.get('training'))]
+    if not rows:
+        return None
+    note = ('mIoU of what the step learns, as validated while training. The best epoch is chosen on these very images, '
+            'the last one is not.')
+    return Table('The best epoch and the last', 'epochs',
+                 ['step', 'evaluated', 'best epoch', 'mIoU', 'last epoch', 'mIoU'], [rows], (note,))
+
+
 def sequence_tables(results, common):
     """Tables of all domains, in the common classes or the domains' own."""
     steps = [in_space(step['domains'], common) for step in results['steps']]
@@ -250,6 +263,7 @@ def result_tables(results, per_class):
     """(Tables of all domains, Tables of the IoU of every class if `per_class`) of what eval.py found."""
     steps, common = [step['domains'] for step in results['steps']], []
     tables, classes = sequence_tables(results, False), class_tables(steps) if per_class else []
+    tables += filter(None, [epoch_table(results['steps'])])
     if 'common_summary' in results:
         common = sequence_tables(results, True)
         for table in common:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mdil.datasets import SegmentationDataset, get_domain
-from mdil.evaluation import features, pictures
+from mdil.evaluation import features, pictures, tables
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
@@ -178,8 +178,9 @@ def compare(paths, domain, dataset, pixels, options):
 
 def caption(numbers):
     """The numbers of a sequence in words."""
-    return ('before and after the step: linear CKA {cka:.3f}, mean cosine {cosine:.3f}; '
-            'silhouette of the classes {silhouette_before:.3f} to {silhouette_after:.3f}').format(**numbers)
+    return ('before and after the step: linear CKA {cka}, mean cosine {cosine}; silhouette of the classes '
+            '{silhouette_before} to {silhouette_after}').format(**{name: tables.number(value, 3)
+                                                                   for name, value in numbers.items()})
 
 
 def draw(results, dataset, pixels):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mdil.datasets import DOMAINS, SegmentationDataset, check, get_domain
 from mdil.datasets.cache import cached
+from mdil.datasets.labels import label_table
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.datasets.pairs import find_split
 from mdil.utils.errors import UserError
@@ -265,3 +266,15 @@ def test_real_samples_pair(real):
         for split, count in zip(('train', 'val'), counts):
             found = find_split(get_domain(name), real, split)
             assert len(found.pairs) == count and not found.without_label and not found.without_image
+
+
+def test_idd_classes_are_called_as_in_its_own_table():
+    """Labels of one level-3 id share a class; where one is a fallback of all of them, the class has its name."""
+    rows = {}
+    for row in label_table('idd'):
+        rows.setdefault(row['level3Id'], []).append(row['name'])
+    names = get_domain('IDD').classes
+    assert all(name in rows[index] for index, name in enumerate(names))
+    assert (names[1], names[3], names[12]) == ('drivable fallback', 'non-drivable fallback', 'vehicle fallback')
+    assert all(name.endswith('fallback') for index, name in enumerate(names)
+               if any(label.endswith('fallback') for label in rows[index]))

@@ -4,6 +4,7 @@
 paper's dialect, and nothing behind it knows two.
 """
 import argparse
+import importlib.util
 import os
 
 import torch
@@ -96,6 +97,9 @@ def train_parser():
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='its address')
     group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
+    group = parser.add_argument_group('scalars (TensorBoard)')
+    group.add_argument('--tensorboard', action='store_true',
+                       help='write losses, rate and validations to --savedir/tensorboard; needs the package tensorboard')
     paper_options(parser)
     return parser
 
@@ -142,6 +146,8 @@ def method_options(parser):
 def parse_train(argv=None):
     """Native options of train.py, complete and consistent; UserError where they are not."""
     options = train_parser().parse_args(argv)
+    if options.tensorboard and importlib.util.find_spec('tensorboard') is None:
+        raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
     translate_paper(options)
     if not options.domains:
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')

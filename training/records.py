@@ -81,6 +81,29 @@ def read_metrics(folder):
     return lines
 
 
+def best_and_last(lines, learnt):
+    """(line of the best validation of the domains `learnt`, line of the last one), of lines of metrics.jsonl.
+
+    The best has the highest mean mIoU, as model_best.pth.tar. (None, None) where nothing was validated.
+    """
+    scored = [line for line in lines if learnt and all(name in line['val'] for name in learnt)]
+    return (max(scored, key=lambda line: mean_miou(line, learnt)), scored[-1]) if scored else (None, None)
+
+
+def mean_miou(line, learnt):
+    """Mean mIoU of the domains `learnt` in a line of metrics.jsonl that validates them."""
+    return sum(line['val'][name]['miou'] for name in learnt) / len(learnt)
+
+
+def closing_line(folder, learnt):
+    """What a finished run in `folder` says last: its best epoch and its last one."""
+    best, last = best_and_last(read_metrics(folder), learnt)
+    if best is None:
+        return f'{folder}: finished, nothing was validated'
+    return (f'{folder}: best epoch {best["epoch"]}, mIoU {mean_miou(best, learnt):.2f} ({", ".join(learnt)}); '
+            f'last epoch {last["epoch"]}, mIoU {mean_miou(last, learnt):.2f}')
+
+
 def keep_metrics(folder, epoch):
     """Cuts metrics.jsonl back to the epochs up to `epoch`, as a resumed run writes the later ones anew."""
     lines = [line for line in read_metrics(folder) if line['epoch'] <= epoch]

@@ -19,7 +19,7 @@ from mdil.utils.output import say
 from mdil.utils.workers import STOPPING
 
 # Options that change no result, or only where the data lies; a change of the second kind is reported.
-HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'savedir', 'data_root', 'data',
+HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root', 'data',
             'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
 INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume

@@ -1,0 +1,107 @@
+"""What a run says and leaves of its epochs: validations, the best and the last, TensorBoard."""
+import json
+
+import pytest
+import torch
+
+from mdil import eval as evaluation
+from mdil import train
+from mdil.evaluation import epochs, report, tables
+from mdil.evaluation.dashboard import Step
+from mdil.training import options, records
+from mdil.utils.errors import UserError
+
+SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '1', '--num-workers', '0', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def run(toy, tmp_path_factory):
+    """Folder of a run of four epochs that is validated every third, and what it said."""
+    folder = tmp_path_factory.mktemp('records') / 'run'
+    # A distance that rounding turns negative.
+    with pytest.MonkeyPatch.context() as patch:
+        said, batch = [], train.train_batch
+        patch.setattr(train, 'train_batch', lambda *given: {**batch(*given), 'kd': torch.tensor(-1e-9)})
+        patch.setattr('builtins.print', lambda *words, **_: said.append(' '.join(map(str, words))))
+        train.main(['--domains', 'CS', '--savedir', str(folder), '--data-root', str(toy), '--num-epochs', '4', *SMALL,
+                    '--val-every', '3', '--model-name-suffix', 'OURS-CS1', '--tensorboard'])
+    return folder, said
+
+
+def test_the_first_and_the_last_epoch_are_validated_too(run):
+    lines = records.read_metrics(run[0])
+    assert [line['epoch'] for line in lines if line['val']] == [1, 3, 4]
+
+
+def test_no_figure_is_minus_zero(run):
+    shown = [line for line in run[1] if line.startswith('epoch ')]
+    assert len(shown) == 4 and all('kd 0.0000' in line and '-0.0' not in line for line in shown)
+
+
+def test_a_run_is_called_by_its_suffix_and_ends_with_its_best_epoch(run):
+    folder, said = run
+    assert said[0].startswith('learning cityscapes (mdil, OURS-CS1) on cpu')
+    scores = {line['epoch']: line['val']['cityscapes']['miou'] for line in records.read_metrics(folder) if line['val']}
+    best = max(scores, key=scores.get)
+    assert said[-1] == (f'{folder}: best epoch {best}, mIoU {scores[best]:.2f} (cityscapes); '
+                        f'last epoch 4, mIoU {scores[4]:.2f}')
+
+
+def test_tensorboard_shows_the_records(run):
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    found = reader.EventAccumulator(str(run[0] / 'tensorboard/OURS-CS1'))
+    found.Reload()
+    lines = records.read_metrics(run[0])
+    for tag, values in (('training/loss', {line['epoch']: line['train']['loss'] for line in lines}),
+                        ('training/kd', {line['epoch']: -1e-9 for line in lines}),
+                        ('learning rate', {line['epoch']: line['lr'] for line in lines}),
+                        ('validation mIoU/cityscapes', {line['epoch']: line['val']['cityscapes']['miou']
+                                                        for line in lines if line['val']})):
+        assert {event.step: event.value for event in found.Scalars(tag)} == pytest.approx(values, rel=1e-6), tag
+
+
+def test_tensorboard_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(options.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='needs the package tensorboard, which is not installed: pip install'):
+        options.parse_train(['--domains', 'CS', '--savedir', 'S', '--tensorboard'])
+
+
+def line_of(epoch, **mious):
+    return {'epoch': epoch, 'val': {name: {'miou': miou, 'loss': 1.0} for name, miou in mious.items()}, 'train': {}}
+
+
+def test_the_best_epoch_is_that_of_what_is_learnt():
+    lines = [line_of(1, CS=90, BDD=20), line_of(2), line_of(3, CS=10, BDD=40), line_of(4, CS=50, BDD=40), line_of(5, CS=99)]
+    assert [line['epoch'] for line in records.best_and_last(lines, ['BDD'])] == [3, 4]
+    assert [line['epoch'] for line in records.best_and_last(lines, ['CS', 'BDD'])] == [1, 4]
+    assert records.best_and_last(lines, ['IDD']) == records.best_and_last([], ['CS']) == (None, None)
+
+
+def test_the_report_shows_the_last_epoch_beside_the_best():
+    lines = [line_of(1, CS=90, BDD=20), line_of(2, CS=80, BDD=45), line_of(3, CS=70, BDD=40)]
+    step = Step(None, {'options': {'domains': ['CS', 'BDD'], 'method': 'mdil'}}, lines)
+    assert report.training_table([step]).groups[0] == [
+        ['1 (BDD), best', '2', '80.00', '45.00'], ['1 (BDD), last', '3', '70.00', '40.00']]
+
+
+@pytest.mark.parametrize('file, which', [('model_best.pth.tar', 'best'), ('checkpoint.pth.tar', 'last')])
+def test_eval_says_of_which_epoch_a_checkpoint_is(run, toy, tmp_path, capsys, file, which):
+    folder = run[0]
+    evaluation.main(['--state', str(folder / file), '--data-root', str(toy), '--json', str(tmp_path / 'x.json'),
+                     *SMALL])
+    found = json.loads((tmp_path / 'x.json').read_text())['steps'][0]['training']
+    best, last = records.best_and_last(records.read_metrics(folder), ['cityscapes'])
+    assert found == {'file': which, **{name: {'epoch': line['epoch'], 'miou': line['val']['cityscapes']['miou']}
+                                       for name, line in (('best', best), ('last', last))}}
+    shown = ' '.join(capsys.readouterr().out.split())
+    assert 'The best epoch and the last' in shown
+    assert (f'1 (cityscapes) {which} {best["epoch"]} {tables.number(found["best"]["miou"])} 4 '
+            f'{tables.number(found["last"]["miou"])}') in shown
+
+
+def test_nothing_is_said_of_a_checkpoint_without_records(tmp_path):
+    assert epochs.training_of(tmp_path / 'model_best.pth.tar') is None
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps(line_of(1, CS=1.0)) + '\n')
+    (tmp_path / 'opts.json').write_text(json.dumps({'options': {'domains': ['CS'], 'method': 'mdil'}}))
+    assert epochs.training_of(tmp_path / 'model_best.pth.tar')['best'] == {'epoch': 1, 'miou': 1.0}
+    assert epochs.training_of(tmp_path / 'copy.pth.tar') is None
