@@ -13,6 +13,9 @@ Cityscapes: `<frame>_gtFine_polygons.json`, or `<frame>_gtFine_labelIds.png` whe
 are no polygons, becomes `<frame>_gtFine_labelTrainIds.png`, equal to the package
 cityscapesscripts; what has a negative id (license plate) is not drawn.
 
+`--out DIR` leaves the data set as it is and writes to DIR/gtFine; a link DIR/leftImg8bit to its
+images is made, so that `--data cityscapes=DIR` has both.
+
 Images that are newer than their source and readable are kept, unless `--force`; so a run
 that was stopped goes on where it was.
 """
@@ -33,13 +36,14 @@ from mdil.datasets.labels import label_table
 from mdil.datasets.pairs import Pair, files_by_key
 from mdil.datasets.segmentation import UNREADABLE, open_label, to_classes
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import write_atomically
+from mdil.utils.files import check_writable, write_atomically
 from mdil.utils.parser import Parser, positive
 from mdil.utils.workers import in_parallel
 
 ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', 'csId')
 POLYGONS = '_gtFine_polygons.json'
 LABEL_IDS = '_gtFine_labelIds.png'
+IMAGES = 'leftImg8bit'
 COMPRESSION = 3         # zlib level: 1.5 times as fast as Pillow's default, files a quarter larger
 LARGEST = 2 ** 31       # coordinates from here on do not fit the integers that Pillow draws with
 
@@ -127,9 +131,9 @@ def train_id_image(path):
 
 
 def make_label(source, encoding, force=False):
-    """Makes the label image of `source` (path, suffix) unless it is there; gives the Outcome."""
-    path, suffix = source
-    target = path.with_name(path.name.removesuffix(suffix) + encoding.suffix)
+    """Makes the label image of `source` (path, suffix, folder of the image) unless it is there; gives the Outcome."""
+    path, suffix, folder = source
+    target = folder / (path.name[:-len(suffix)] + encoding.suffix)
     unknown = ()
     try:
         if not force and up_to_date(target, path):
@@ -138,6 +142,7 @@ def make_label(source, encoding, force=False):
             image, unknown = draw_labels(*read_annotation(path), encoding)
         else:
             image = train_id_image(path)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda file: image.save(file, 'PNG', compress_level=COMPRESSION))
     except UserError as error:
         return Outcome(path, 'broken', str(error))
@@ -156,14 +161,35 @@ def up_to_date(target, source):
     return True
 
 
-def find_sources(datadir, encoding):
-    """[(path, suffix)] of the annotations under `datadir`/gtFine, one per frame."""
+def find_sources(datadir, encoding, out=None):
+    """[(path, suffix, folder of the label image)] of the annotations under `datadir`/gtFine, one per frame.
+
+    Label images go beside the annotations, or into the same folders below `out`.
+    """
     folder = Path(datadir) / 'gtFine'
     found = files_by_key(folder, encoding.sources)
     if not found:
         raise UserError(f'no *{" or *".join(encoding.sources)} in {folder}; '
                         '--datadir is the folder of the data set, which holds gtFine')
-    return [of_frame[0] for of_frame in found.values()]
+    target = Path(out) / 'gtFine' if out else folder
+    return [(path, suffix, target / path.relative_to(folder).parent) for (path, suffix), *_ in found.values()]
+
+
+def prepare(datadir, out, dataset):
+    """Sees to it that label images can be written, and that the images lie beside them; UserError if that fails."""
+    if not out:
+        if not os.access(Path(datadir) / 'gtFine', os.W_OK):
+            raise UserError(f'{datadir}/gtFine cannot be written to; --out FOLDER takes the label images instead')
+        return
+    check_writable('--out', out, folder=True)
+    images, link = Path(datadir).absolute() / IMAGES, Path(out) / IMAGES
+    if images.is_dir() and not os.path.lexists(link):
+        try:
+            link.symlink_to(images)
+        except OSError as error:
+            raise UserError(f'{link} cannot be made a link to the images ({error.strerror}); put them there in another '
+                            'way and run this again') from None
+        print(f'{link} links to the images; --data {dataset}={out} uses both')
 
 
 def report(outcomes, encoding):
@@ -191,6 +217,8 @@ def create_labels_parser():
                     description='Makes label images from annotations, next to them.')
     parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='whose annotations')
     parser.add_argument('--datadir', required=True, metavar='DIR', help='folder that holds gtFine')
+    parser.add_argument('--out', metavar='DIR', help='folder for the label images, where --datadir is read-only; a link to '
+                                                     'the images is put there too')
     parser.add_argument('--id-type', choices=ID_TYPES, help='label values of idd (level3Id if not given)')
     parser.add_argument('--force', action='store_true', help='make images that are up to date again')
     parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
@@ -206,7 +234,8 @@ def main(arguments=None):
     idd = options.dataset == 'idd'
     encoding = idd_encoding(options.id_type or 'level3Id') if idd else cityscapes_encoding()
     make = partial(make_label, encoding=encoding, force=options.force)
-    sources = find_sources(options.datadir, encoding)
+    sources = find_sources(options.datadir, encoding, options.out)
+    prepare(options.datadir, options.out, options.dataset)
     report(list(in_parallel(make, sources, options.workers, 'labels')), encoding)
     return 0
 

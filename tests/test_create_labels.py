@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from mdil.datasets import get_domain
 from mdil.datasets.create_labels import main
 from mdil.datasets.labels import label_table
+from mdil.datasets.pairs import find_split
 from mdil.utils.errors import UserError
 from mdil.utils.workers import in_parallel
 
@@ -84,6 +86,26 @@ def test_linked_folders_are_followed(examples, tmp_path_factory):
     (linked / 'gtFine/val').symlink_to(examples / 'gtFine/val')
     assert run('idd', linked) == 0
     assert len(list(examples.rglob('*.png'))) == 2
+
+
+def test_a_read_only_data_set_has_its_labels_elsewhere(tmp_path, monkeypatch, capsys):
+    """With a link to the images, the other folder is a whole data set."""
+    data, out = tmp_path / 'data', tmp_path / 'out'
+    write_annotation(data, 'f', annotation(('car', SQUARE, {})))
+    (data / 'leftImg8bit/train/a').mkdir(parents=True)
+    Image.new('RGB', (8, 6)).save(data / 'leftImg8bit/train/a/f_leftImg8bit.png')
+    before = sorted(data.rglob('*'))
+    monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).startswith(str(data)))
+    with pytest.raises(UserError, match='gtFine cannot be written to; --out FOLDER'):
+        run('cityscapes', data)
+    for _ in range(2):
+        assert run('cityscapes', data, '--out', str(out)) == 0
+    assert '1 kept' in capsys.readouterr().out and sorted(data.rglob('*')) == before
+    (pair,) = find_split(get_domain('CS', {'CS': out}), '', 'train').pairs
+    assert pair.label == out / 'gtFine/train/a/f_gtFine_labelTrainIds.png' and np.asarray(Image.open(pair.label))[2, 2] == 13
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='--out .*file cannot be written to'):
+        run('cityscapes', data, '--out', str(tmp_path / 'file'))
 
 
 def test_idd_default_is_level3(examples):
