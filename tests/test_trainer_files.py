@@ -1,16 +1,16 @@
 """The shell scripts: what they would run is accepted, what they run is finished, a signal is survived."""
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from mdil.eval import eval_parser
 from mdil.training.options import parse_train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 
 SCRIPTS = ['mdil', 'ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 
@@ -102,17 +102,125 @@ def test_help_and_unknown_arguments():
     assert "unknown argument '--nonsense'" in script('mdil', '--nonsense', expect=2)
 
 
-def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path):
+@pytest.mark.parametrize('setting, message', [
+    ('GPUS=two', 'GPUS=two is not a whole number'), ('GPUS=0', 'GPUS=0 is not a whole number of at least 1'),
+    ('HEIGHT=a[$(touch MADE)]', 'HEIGHT=a.* is not a whole number'), ('WIDTH=-8', 'WIDTH=-8 is not'),
+    ('WORKERS=', 'WORKERS= is not'), ('SEED=1e3', 'SEED=1e3 is not'), ('BATCH=99999999999', 'BATCH=9+ is not'),
+    ('EPOCHS=5 3', 'EPOCHS="5 3" has 2 numbers for 3 domains'), ('EPOCHS=5 x 3', "'x' is not a whole number"),
+    ('EPOCHS=0', "'0' is not"), ('DOMAINS=', 'DOMAINS is empty'), ('DOMAINS=  ', 'DOMAINS is empty'),
+    ('NODES=2', 'NODES=2 needs HOST=NAME, the first machine'), ('NODE=1', 'NODE=1 of NODES=1'),
+    ('TRAIN_ARGS=--cache "x', 'a quote is not closed')])
+def test_settings_are_checked_before_anything_runs(tmp_path, setting, message):
+    setting = setting.replace('MADE', str(tmp_path / 'made'))
+    for name, environment in (('mdil', {}), ('multi_task', dict([setting.split('=', 1)]))):
+        arguments = [] if environment else [setting]
+        done = subprocess.run(['bash', f'trainer_files/{name}.sh', '--dry-run', *arguments], cwd=ROOT, text=True,
+                              capture_output=True, env={**os.environ, **environment})
+        if environment.get(setting.split('=')[0]) == '':    # an empty variable is none
+            continue
+        assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done
+        assert re.search(message, done.stderr) and not done.stdout
+    assert not (tmp_path / 'made').exists()
+
+
+def test_quotes_in_train_args_keep_spaces_and_nothing_is_expanded_or_run(tmp_path):
+    text = script('mdil', '--dry-run', 'DOMAINS=CS', f"TRAIN_ARGS=--cache '/my disk/*' --env \"a b\" --model-name-suffix $(touch {tmp_path}/made)")
+    assert not (tmp_path / 'made').exists()
+    words = commands(text)[0]
+    assert words[words.index('--cache') + 1] == '/my disk/*' and words[words.index('--env') + 1] == 'a b'
+    assert words[words.index('--model-name-suffix') + 1] == '$(touch'
+
+
+def test_paths_with_spaces_and_home(tmp_path):
+    option = parse_train(commands(script('mdil', '--dry-run', 'DATA=~/my data', 'OUT=a b', 'DOMAINS=CS'))[0])
+    assert (option.data_root, option.savedir) == (os.path.expanduser('~/my data'), 'a b/mdil/step1-CS')
+
+
+@pytest.mark.parametrize('settings, batch, said', [
+    ([], 6, ''), (['GPUS=3'], 6, ''), (['GPUS=4'], 8, '== BATCH=8: 6 images do not divide among 4 processes, 2 for each do'),
+    (['GPUS=4', 'NODES=2', 'HOST=x'], 8, 'among 8 processes, 1 for each'), (['GPUS=4', 'BATCH=12'], 12, '')])
+def test_the_batch_is_one_that_all_gpus_share(settings, batch, said):
+    text = script('mdil', '--dry-run', *settings)
+    assert parse_train(commands(text)[0]).batch_size == batch
+    assert said in text and ('BATCH=' in text) == bool(said)
+
+
+def test_a_batch_that_gpus_cannot_share_is_refused():
+    assert 'BATCH=6 does not divide among 4 processes; use 4 or 8' in script('mdil', 'BATCH=6', 'GPUS=4', expect=2)
+    assert 'BATCH=3 does not divide among 4 processes; use 4' in script('demo', '--dry-run', 'GPUS=4', expect=2)
+
+
+def launchers(text):
+    """What starts train.py in a dry run's output."""
+    return [line[2:].split(' train.py')[0] for line in text.splitlines() if ' train.py ' in line]
+
+
+def test_several_machines_meet_at_the_first_and_one_evaluates():
+    words = ['--dry-run', 'NODES=2', 'GPUS=3', 'HOST=first:1234', 'OUT=o']
+    first, second = (script('mdil', *words, f'NODE={node}') for node in (0, 1))
+    assert launchers(first) == launchers(second) and len(launchers(first)) == 3
+    assert launchers(first)[0].startswith(
+        'python -m mdil torchrun --nproc_per_node 3 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:1234 --rdzv_id '
+        'o-mdil-step1-cityscapes ')
+    assert first.count('eval.py') == 3 and 'report' in first
+    assert 'eval.py' not in second and 'report' not in second
+
+
+def test_under_slurm_the_machines_are_those_of_the_job(tmp_path):
+    """sbatch runs the script on the first machine, srun on each."""
+    (tmp_path / 'scontrol').write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"')
+    (tmp_path / 'scontrol').chmod(0o755)
+    slurm = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '71234', 'SLURM_NODEID': '0',
+             'SLURM_JOB_NUM_NODES': '2', 'SLURM_JOB_NODELIST': 'n[3-4]'}
+    for step, starts in ((None, 'srun --nodes 2 --ntasks 2 --ntasks-per-node 1 python -m mdil torchrun'),
+                         ('0', 'python -m mdil torchrun')):
+        environment = slurm if step is None else {**slurm, 'SLURM_STEP_ID': step}
+        done = subprocess.run(['bash', 'trainer_files/mdil.sh', '--dry-run', 'GPUS=2'], cwd=ROOT, text=True,
+                              capture_output=True, env=environment)
+        assert launchers(done.stdout)[0].startswith(starts) and '--rdzv_endpoint n3:21234 ' in done.stdout, done
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_sbatch_from_another_folder_says_what_to_do(tmp_path, name):
+    """It runs a copy of the script."""
+    copy = tmp_path / 'spool' / 'slurm_script'
+    copy.parent.mkdir()
+    copy.write_text((ROOT / f'trainer_files/{name}.sh').read_text())
+    for folder, status in ((tmp_path, 2), (ROOT, 0)):
+        done = subprocess.run(['bash', copy, '--dry-run'], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, 'SLURM_SUBMIT_DIR': str(folder)})
+        assert done.returncode == status, done
+        assert (done.stderr == f'error: no train.py in {folder}: call sbatch in the folder that holds it\n') == bool(status)
+
+
+def test_a_checkout_with_autocrlf_keeps_line_ends(tmp_path):
+    for arguments in (['init', '-q'], ['config', 'core.autocrlf', 'true']):
+        subprocess.run(['git', *arguments], cwd=tmp_path, check=True)
+    (tmp_path / '.gitattributes').write_text((ROOT / '.gitattributes').read_text())
+    names = 'x.sh', 'run', 'x.py', 'x.csv', 'x.json'
+    for name in names:
+        (tmp_path / name).write_bytes(b'a\nb\n')
+    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\n')
+    subprocess.run(['git', 'add', '.'], cwd=tmp_path, check=True, capture_output=True)
+    for name in (*names, 'x.png'):
+        (tmp_path / name).unlink()
+    subprocess.run(['git', 'checkout', '-q', '.'], cwd=tmp_path, check=True)
+    assert {(tmp_path / name).read_bytes() for name in names} == {b'a\nb\n'}
+    assert (tmp_path / 'x.png').read_bytes() == b'\x89PNG\r\n\n'
+
+
+@pytest.mark.parametrize('number, gpus', [(signal.SIGUSR1, 1), (signal.SIGHUP, 2)])
+def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path, number, gpus):
     words = ['bash', 'trainer_files/mdil.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', 'EPOCHS=3',
-             'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'PYTHON={sys.executable}', 'TRAIN_ARGS=--checkpoint-minutes 0']
+             'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'GPUS={gpus}', f'PYTHON={sys.executable}', 'TRAIN_ARGS=--checkpoint-minutes 0']
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    saved, end = tmp_path / 'mdil/step1-cityscapes/checkpoint.pth.tar', time.monotonic() + 100
-    while not saved.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=100)[0]
+    wait_for(tmp_path / 'mdil/step1-cityscapes/checkpoint.pth.tar', process)
+    process.send_signal(number)
+    output = process.communicate()[0]
     assert process.returncode == 75 and 'stopped by a signal' in output, output
+    if gpus > 1:
+        return
     output = script('mdil', *words[2:])
     assert 'resumed in' in output and (tmp_path / 'mdil/results.json').exists()
     assert 'already finished' in script('mdil', *words[2:])

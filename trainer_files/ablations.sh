@@ -9,7 +9,8 @@
 # The other rows of the comparison: METHODS, then the published loops and each of their
 # differences alone (RECIPES: a name, a colon, options of train.py; separated by semicolons).
 here=$(dirname "${BASH_SOURCE[0]}")/..
-[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
 METRIC=${METRIC:-plain}         # of all rows, so that they can be compared

@@ -1,16 +1,20 @@
 # Shared by the scripts of this folder: settings from the environment, sequences of steps.
 # Sourced, not run.
 set -euo pipefail
+set -f          # settings are words, not patterns of file names
 
 DATA=${DATA:-data}                              # --data-root
 OUT=${OUT:-runs}                                # results go to $OUT/<name>/
 DOMAINS=${DOMAINS:-cityscapes BDD IDD}          # in the order learnt
 EPOCHS=${EPOCHS:-}                              # one number, or one for each domain; else train.py's
-BATCH=${BATCH:-6}
+BATCH=${BATCH:-}                                # over all GPUs; else 6, or the next number that they share
 HEIGHT=${HEIGHT:-512}
-WIDTH=${WIDTH:-$((2 * HEIGHT))}
+WIDTH=${WIDTH:-}                                # else twice the height
 SEED=${SEED:-0}
-GPUS=${GPUS:-1}                                 # more than 1: torchrun
+GPUS=${GPUS:-1}                                 # of each machine; more than 1: torchrun
+NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}       # machines
+HOST=${HOST:-}                                  # the first of several machines, where there is no SLURM
+NODE=${NODE:-${SLURM_NODEID:-0}}                # this machine's number; number 0 evaluates
 WORKERS=${WORKERS:-4}
 EVALUATE=${EVALUATE:-every}                     # after every step, or after the last
 ENCODER=${ENCODER:-}                            # ImageNet encoder for the first step
@@ -20,14 +24,19 @@ METRIC=${METRIC:-}                              # plain or published mIoU of eva
 TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
 DRY_RUN=${DRY_RUN:-}
 
-settings_help="Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
-  DATA=$DATA  OUT=$OUT  DOMAINS=\"$DOMAINS\"  EPOCHS=\"${EPOCHS:-150}\"  BATCH=$BATCH
-  HEIGHT=$HEIGHT  WIDTH=$WIDTH  SEED=$SEED  GPUS=$GPUS  WORKERS=$WORKERS  ENCODER=$ENCODER
+# Prints the settings, as --help does.
+show_settings() { cat << END
+Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
+  DATA=$DATA  OUT=$OUT  DOMAINS="$DOMAINS"  EPOCHS="${EPOCHS:-150}"  BATCH=${BATCH:-6}
+  HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS  ENCODER=$ENCODER
+  GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
   RECIPE=${RECIPE:-corrected} (or released)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
-  EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS=\"$TRAIN_ARGS\"
+  EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
   PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
 Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Steps already finished are skipped, a
-broken one goes on where it stopped. Runs as it is, or under SLURM: sbatch [options] $0"
+broken one goes on where it stopped. Runs as it is, or under SLURM: sbatch [options] $0
+END
+}
 
 # Reads NAME=value arguments, --dry-run and --help; $1: what the script does.
 read_arguments() {
@@ -39,24 +48,82 @@ read_arguments() {
         case $argument in
             --recipe) RECIPE=${1-none}; shift $(($# > 0)) ;;
             --recipe=*) RECIPE=${argument#*=} ;;
-            --help|-h) printf '%s\n\n%s\n' "$about" "$settings_help"; exit 0 ;;
+            --help|-h) printf '%s\n\n' "$about"; show_settings; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|SEED=*|GPUS=*|WORKERS=*|EVALUATE=*|ENCODER=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
-                printf -v "${argument%%=*}" '%s' "${argument#*=}"
-                [ "${argument%%=*}" = HEIGHT ] && WIDTH=$((2 * HEIGHT)) ;;
-            WIDTH=*) WIDTH=${argument#*=} ;;
-            *) echo "error: unknown argument '$argument'; --help lists them" >&2; exit 2 ;;
+            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
+                printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
+            *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
     done
     check_words
+    check_numbers
+    split_arguments
+    choose_batch
     [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
 }
 
+# Ends with a line that says what is wrong.
+refuse() { echo "error: $1" >&2; exit 2; }
+
 # Refuses settings that are none of their words.
 check_words() {
-    case $RECIPE in ''|corrected|released) ;; *) echo "error: --recipe $RECIPE is not corrected or released" >&2; exit 2 ;; esac
-    case $SELECT in best|last) ;; *) echo "error: SELECT=$SELECT is not best or last" >&2; exit 2 ;; esac
-    case $METRIC in ''|plain|published) ;; *) echo "error: METRIC=$METRIC is not plain or published" >&2; exit 2 ;; esac
+    [ -n "${DOMAINS// /}" ] || refuse "DOMAINS is empty: name the domains to learn, in order"
+    DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/}
+    case $RECIPE in ''|corrected|released) ;; *) refuse "--recipe $RECIPE is not corrected or released" ;; esac
+    case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
+    case $METRIC in ''|plain|published) ;; *) refuse "METRIC=$METRIC is not plain or published" ;; esac
+}
+
+# Refuses settings that are no numbers, before any arithmetic, which would run what they say; sets WIDTH.
+check_numbers() {
+    local name word epochs domains least
+    read -ra epochs <<< "$EPOCHS"
+    read -ra domains <<< "$DOMAINS"
+    for name in HEIGHT WIDTH SEED WORKERS GPUS NODES NODE BATCH; do
+        least=1
+        case $name in
+            BATCH|WIDTH) [ -n "${!name}" ] || continue ;;
+            SEED|WORKERS|NODE) least=0 ;;
+        esac
+        is_count "${!name}" "$least" || refuse "$name=${!name} is not a whole number of at least $least"
+    done
+    for word in ${epochs[@]+"${epochs[@]}"}; do
+        is_count "$word" 1 || refuse "EPOCHS=\"$EPOCHS\": '$word' is not a whole number of at least 1"
+    done
+    [ "${#epochs[@]}" -le 1 ] || [ "${#epochs[@]}" -ge "${#domains[@]}" ] ||
+        refuse "EPOCHS=\"$EPOCHS\" has ${#epochs[@]} numbers for ${#domains[@]} domains; give one, or one for each"
+    WIDTH=${WIDTH:-$((2 * 10#$HEIGHT))}
+    [ "$NODES" -eq 1 ] || [ -n "$HOST" ] || [ -n "${SLURM_JOB_NODELIST:-}" ] ||
+        refuse "NODES=$NODES needs HOST=NAME, the first machine; start the script on each, with NODE=0, NODE=1, ..."
+    [ "$NODE" -lt "$NODES" ] || refuse "NODE=$NODE of NODES=$NODES: machines are counted from 0"
+}
+
+# Whether $1 is a whole number of at least $2, below a billion.
+is_count() {
+    case $1 in ''|*[!0-9]*|??????????*) return 1 ;; esac
+    [ "$1" -ge "$2" ]
+}
+
+# Splits TRAIN_ARGS into the array train_args as a shell would: quotes keep spaces; nothing is expanded or run.
+split_arguments() {
+    local words
+    train_args=()
+    [ -n "${TRAIN_ARGS// /}" ] || return 0
+    words=$(xargs printf '%s\n' <<< "$TRAIN_ARGS" 2> /dev/null) || refuse "TRAIN_ARGS=$TRAIN_ARGS: a quote is not closed"
+    mapfile -t train_args <<< "$words"
+}
+
+# Sets BATCH unless it is given; every process takes an equal share.
+choose_batch() {
+    local processes=$((10#$GPUS * 10#$NODES)) below
+    if [ -z "$BATCH" ]; then
+        BATCH=$(((6 + processes - 1) / processes * processes))
+        [ "$BATCH" -eq 6 ] ||
+            echo "== BATCH=$BATCH: 6 images do not divide among $processes processes, $((BATCH / processes)) for each do"
+    elif [ $((10#$BATCH % processes)) -ne 0 ]; then
+        below=$((10#$BATCH / processes * processes))
+        refuse "BATCH=$BATCH does not divide among $processes processes; use $([ "$below" -eq 0 ] || echo "$below or ")$((below + processes))"
+    fi
 }
 
 # Prints a command and, unless it is a dry run, runs it. A signal (SLURM's early warning,
@@ -69,13 +136,13 @@ run() {
     "$@" &
     child=$!
     trap 'signalled=1; pass_signal USR1 $child' USR1
-    trap 'signalled=1; pass_signal TERM $child' TERM INT
+    trap 'signalled=1; pass_signal TERM $child' TERM INT HUP
     while :; do
         status=0
         wait "$child" || status=$?
         kill -0 "$child" 2>/dev/null || break
     done
-    trap - USR1 TERM INT
+    trap - USR1 TERM INT HUP
     if [ -n "$signalled" ]; then
         if [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
             echo "== interrupted; back into the queue"
@@ -86,21 +153,33 @@ run() {
     [ "$status" -eq 0 ] || exit "$status"
 }
 
-# Several processes: the launcher's children take the signal, the launcher itself would die of it.
-pass_signal() {
-    if [ "$GPUS" -gt 1 ]; then pkill -USR1 -P "$2" || true; else kill -"$1" "$2" 2>/dev/null || true; fi
+pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }
+
+# Sets the array launcher: what starts train.py, on GPUS of NODES for the step in $1. The machines meet at HOST, by
+# default the first of a SLURM job. Its script runs on that one alone unless srun started it: then srun starts the others.
+set_launcher() {
+    local host=$HOST id=${1//\//-}
+    launcher=("$PYTHON")
+    [ "$((10#$GPUS * 10#$NODES))" -gt 1 ] || return 0
+    launcher+=(-m mdil torchrun --nproc_per_node "$GPUS")
+    if [ "$NODES" -eq 1 ]; then launcher+=(--standalone); return; fi
+    if [ -z "$host" ]; then
+        host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+        [ -n "${SLURM_STEP_ID:-}" ] || launcher=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 "${launcher[@]}")
+    fi
+    # A machine waits up to two hours for the others, which may evaluate.
+    launcher+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$host" --rdzv_id "$id"
+               --rdzv_conf join_timeout=7200,read_timeout=7200)
 }
 
 # One step: run_train SAVEDIR EPOCHS ARGUMENTS...; without EPOCHS, as many as train.py does.
 run_train() {
     local savedir=$1 epochs=$2
     shift 2
-    local launcher=("$PYTHON")
-    [ "$GPUS" -gt 1 ] && launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-    # shellcheck disable=SC2086
+    set_launcher "$savedir"
     run "${launcher[@]}" train.py --savedir "$savedir" ${epochs:+--num-epochs "$epochs"} --batch-size "$BATCH" \
         --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
-        ${RECIPE:+--recipe "$RECIPE"} "$@" $TRAIN_ARGS
+        ${RECIPE:+--recipe "$RECIPE"} "$@" ${train_args[@]+"${train_args[@]}"}
 }
 
 # The file of a step that counts: state_of SAVEDIR.
@@ -143,13 +222,14 @@ learn_sequence() {
         [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
     [ "$EVALUATE" != last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
-    run "$PYTHON" -m mdil report "$OUT/$name" --data-root "$DATA"
+    [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" --data-root "$DATA"
 }
 
 # Evaluates checkpoints in step order: evaluate_states JSON STATE...
 evaluate_states() {
     local json=$1
     shift
+    [ "$NODE" -eq 0 ] || return 0
     run "$PYTHON" eval.py --state "$@" --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" \
         --num-workers "$WORKERS" --json "$json" --per-class ${metric[@]+"${metric[@]}"}
 }

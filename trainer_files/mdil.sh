@@ -8,7 +8,8 @@
 #SBATCH --open-mode=append
 # The method: DOMAINS one after another, each step from the one before.
 here=$(dirname "${BASH_SOURCE[0]}")/..
-[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
 read_arguments "Learns DOMAINS one after another with the method; results in OUT/mdil." "$@"

@@ -8,5 +8,6 @@
 #SBATCH --open-mode=append
 # The earlier name of mdil.sh.
 here=$(dirname "${BASH_SOURCE[0]}")/..
-[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 exec bash "$here/trainer_files/mdil.sh" "$@"

@@ -8,7 +8,8 @@
 #SBATCH --open-mode=append
 # A network of its own for each of DOMAINS: what Delta_m% compares with.
 here=$(dirname "${BASH_SOURCE[0]}")/..
-[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:?sbatch from the folder of train.py}
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
 read_arguments "Learns each of DOMAINS alone (single-task); results in OUT/single-task." "$@"

@@ -2,7 +2,10 @@
 # cityscapes, camvid, idd-lite one after another on small real data, by the method and by
 # fine-tuning:
 #   bash trainer_files/small_real.sh DATA [NAME=value ...]
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
+cd "$here"
 export DOMAINS=${DOMAINS:-cityscapes camvid idd-lite} OUT=${OUT:-runs/small_real} HEIGHT=${HEIGHT:-128}
 export EPOCHS=${EPOCHS:-60 12 7} WORKERS=${WORKERS:-0}
 case ${1:-} in ''|-*|*=*) ;; *) export DATA=$1; shift ;; esac

@@ -8,12 +8,14 @@ torchrun's report of many lines and status 1. A signal lets all processes save a
 import logging
 import os
 import signal
-from importlib import import_module
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.workers import STOPPING
 
 STOPPED = 75        # exit status of train.py where a signal stopped it
 
@@ -27,19 +29,29 @@ def end_of(failed):
     return failure.exitcode
 
 
+def stop_once(number, _):
+    """The handler of signals: torchrun passes the first one on and waits for its processes, which save."""
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)
+    raise SignalException(signal.Signals(number).name, signal.Signals(number))
+
+
 def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
-    elastic = import_module('torch.distributed.elastic.multiprocessing.api')
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     os.environ.setdefault('OMP_NUM_THREADS', '1')       # what torchrun sets, and says in four lines
-    # torchrun passes SIGTERM on to its processes, which save; of SIGUSR1 it would die.
-    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+    os.environ.setdefault('TORCHELASTIC_SIGNALS_TO_HANDLE', 'SIGQUIT')      # the others are handled here
+    for number in STOPPING:
+        signal.signal(number, stop_once)
     try:
         run.main(argv)
     except ChildFailedError as failed:
         return end_of(failed)
-    except elastic.SignalException:
+    except SignalException:
         return STOPPED
+    except (RendezvousError, ConnectionError) as error:
+        raise UserError(f'the machines do not meet ({" ".join(str(error).split())[:150]}); see that all name the same '
+                        'first machine, and that its port is open') from None
     return 0
 
 
