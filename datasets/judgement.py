@@ -1,8 +1,8 @@
 """What counted labels and files tell of a domain beyond damage: classes that never occur, void, shared files."""
 import hashlib
-import os
 
 from mdil.datasets.declaration import VOID_FILE_VALUE
+from mdil.datasets.pairs import identity
 
 MOSTLY = 0.5        # share of void from which on it is said
 
@@ -43,12 +43,6 @@ def shared_files(images, others):
     """The paths of `others` that are files of `images` too, under whatever name."""
     known = {identity(path) for path in images}
     return [path for path in others if identity(path) in known]
-
-
-def identity(path):
-    """What tells a file from all others of this machine."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def copied_files(images, others):

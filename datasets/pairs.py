@@ -30,20 +30,27 @@ class Split:
     repeated: tuple = ()
 
 
-def files_below(folder):
-    """Paths of the regular files below `folder` that are not hidden, nor in hidden folders.
+def identity(path):
+    """What tells a file or folder from all others of this machine, whatever its name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def files_below(folder, without=None):
+    """Paths of the regular files below `folder` that are not hidden, nor in hidden folders or a folder `without` in it.
 
     Links are followed, and every real folder is visited once, under its own name where
     it has one below `folder`.
     """
     found, seen, folders, links = [], set(), [folder], []
+    if without and os.path.isdir(without) and identity(without) != identity(folder):
+        seen.add(identity(without))
     while folders or links:
         place = (folders or links).pop()
         try:
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in seen:
+            if identity(place) in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(identity(place))
             entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise UserError(f'{place} cannot be read: {error.strerror}') from None

@@ -19,7 +19,7 @@ except ImportError:     # announced for a release after 0.29
     decode_image = None
 
 BAD = 255       # marks label values that the domain does not have
-FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP')     # others may call foreign programs, as EPS does
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'PPM')      # others may call foreign programs, as EPS does
 PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
 FAST = decode_image is not None and torch.backends.cpu.get_cpu_capability().startswith('AVX')
@@ -44,7 +44,7 @@ def decoded(path):
             image.load()
             return image
     except Image.UnidentifiedImageError:
-        raise UserError(f'{path} cannot be read: it is no {", ".join(FORMATS)} image') from None
+        raise UserError(f'{path} cannot be read: it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} image') from None
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read: {error}') from None
 

@@ -7,6 +7,7 @@ from typing import Callable
 
 from PIL import ImageOps
 
+from mdil.datasets.pairs import files_below
 from mdil.datasets.segmentation import open_image
 from mdil.utils.errors import UserError
 
@@ -51,7 +52,7 @@ def find_sources(inputs, out=None):
 def sources_of(path, out):
     """The Sources of one input (see `find_sources`); UserError if it is none."""
     if path.is_dir():
-        return [named(file, path) for file in files_below(path, out)]
+        return [named(file, path) for file in media_below(path, out)]
     if not path.exists():
         raise UserError(f'--input {path} does not exist')
     suffix = path.suffix.lower()
@@ -67,14 +68,9 @@ def named(path, folder):
     return Source(path, Path(os.path.relpath(path, folder)).with_suffix('').as_posix())
 
 
-def files_below(folder, out):
+def media_below(folder, out):
     """Images and videos below a folder, sorted; hidden files and folders, and the folder `out`, are left out."""
-    found, out = [], out and os.path.abspath(out)
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders
-                      if not name.startswith('.') and os.path.abspath(os.path.join(place, name)) != out]
-        found += [Path(place, name) for name in files if not name.startswith('.')]
-    return sorted(path for path in found if path.suffix.lower() in IMAGES + VIDEOS)
+    return sorted(path for path in files_below(folder, out) if path.suffix.lower() in IMAGES + VIDEOS)
 
 
 def listed(path):

@@ -197,7 +197,7 @@ def test_only_regular_files_are_opened_and_only_wanted_formats(tmp_path):
     (folder / 'train/x1.png').symlink_to(folder / 'nowhere.png')
     (folder / 'train/x2.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 16\n%%EndComments\nshowpage\n')
     assert [pair.image.name for pair in find_split(get_domain('camvid'), tmp_path, 'train').pairs] == ['x2.png']
-    with pytest.raises(UserError, match='x2.png cannot be read: it is no PNG, JPEG, TIFF, WEBP, BMP image'):
+    with pytest.raises(UserError, match='x2.png cannot be read: it is not a PNG, JPEG, TIFF, WEBP, BMP or PPM image'):
         make()[0, 0]
 
 
