@@ -1,10 +1,13 @@
 """The paper's commands, translated or refused; recipes and what overrides them."""
+import re
+
 import pytest
 
 from mdil.benchmarks.forgetting import forgetting_parser
-from mdil.models import METHODS
-from mdil.training.options import parse_train, train_parser
+from mdil.models.methods import DISTILLING, METHODS, PAPER
+from mdil.training.options import RECIPES, parse_train, train_parser
 from mdil.utils.errors import UserError
+from tests.conftest import ROOT
 
 README = {
     1: "--savedir S --num-epochs 150 --batch-size 6 --state trained_models/erfnet_encoder_pretrained.pth.tar "
@@ -164,3 +167,39 @@ def test_help_shows_the_defaults_that_say_something():
 def test_width_follows_height_unless_given():
     assert parse('--savedir S --domains CS --height 256').width == 512
     assert parse('--savedir S --domains CS --height 256 --width 256').width == 256
+
+
+def table_rows(page, heading):
+    """{first cell's code: other cells} of the table below a heading of a page in docs/."""
+    text = (ROOT / 'docs' / page).read_text().split(f'\n## {heading}\n')[1].split('\n## ')[0]
+    lines = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in text.splitlines() if line.startswith('| `')]
+    return {re.match(r'`([^`]+)`', cells[0].strip('| ')).group(1): cells[1:] for cells in lines}
+
+
+def test_the_documented_recipes_are_the_options_own():
+    rows = table_rows('methods.md', 'Recipes')
+    assert set(rows) == {f'--{name.replace("_", "-")}' for name in RECIPES['corrected']}
+    assert RECIPES['corrected'].keys() == RECIPES['released'].keys()
+    for recipe, column in (('corrected', 0), ('released', 1)):
+        for name, value in RECIPES[recipe].items():
+            cell = rows[f'--{name.replace("_", "-")}'][column]
+            found = {value} if not callable(value) else {
+                value(row, domains) for row in METHODS.values() for domains in (['IDD'], ['CS'], ['CS', 'BDD'], THREE)}
+            words = {{True: 'on', False: 'off'}.get(one, str(one)) if isinstance(one, bool) else str(one) for one in found}
+            assert set(re.findall(r'`([^`]+)`', cell)) == words or {cell} == words, (name, cell, words)
+
+
+def test_the_documented_methods_use_what_their_rows_say():
+    rows = table_rows('methods.md', 'Methods')
+    rows.pop('--method')
+    assert list(rows) == list(METHODS)
+    for name, cells in rows.items():
+        named = set(re.findall(r'`--([a-z-]+)`', cells[-1].split('without')[0]))
+        used = {option.replace('_', '-') for option in METHODS[name].uses}
+        if 'as `mdil`' in cells[-1]:
+            left_out = {option.strip('`-') for option in cells[-1].partition('without ')[2].split()}
+            assert used == {option.replace('_', '-') for option in PAPER} - left_out
+        elif 'all of distillation' in cells[-1]:
+            assert used == named | {option.replace('_', '-') for option in DISTILLING}
+        else:
+            assert used == named
