@@ -27,7 +27,7 @@ from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results,
 from mdil.training.step_loss import mean_over_batch, optimizer_steps
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.graphs import Graphed
-from mdil.utils.parallel import broadcast_buffers, reduced, session
+from mdil.utils.parallel import agreed, broadcast_buffers, reduced, session, sharing, tell
 
 
 def train_batch(run, images, labels, domain):
@@ -161,7 +161,7 @@ def find_saved(options):
         if found:
             raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to go on from; use '
                             'another --savedir, or start anew with --overwrite')
-        print(f'--resume: nothing in {options.savedir}, starting fresh')
+        tell(f'--resume: nothing in {options.savedir}, starting fresh')
     else:
         resume.check_options(saved, options)
     return saved
@@ -178,6 +178,9 @@ def begin(options, place, saved):
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
     print(f'learning {options.domains[-1]} ({options.method}{name}) on {place.device}: {run.loaded}')
+    shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn)
+    if shared:
+        print(shared)
     for data in run.trained:
         print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate; '
               f'python -m datasets.check --domains {data.domain.name} reads every file', flush=True)
@@ -189,8 +192,12 @@ def learn(options, place):
     with resume.Interrupt(place) as interrupt:
         with interrupt.at_once():
             saved = find_saved(options)
+            if not agreed([saved['epoch'], saved['batch']] if saved else [-1, -1], place):
+                raise UserError(f'--savedir {options.savedir}: the processes find different checkpoints there; use a folder '
+                                'that all machines share')
             if saved and saved['epoch'] >= options.num_epochs:
-                print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
+                if place.main:
+                    print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
                 return
             run, displays = begin(options, place, saved)
         while run.epoch < options.num_epochs:

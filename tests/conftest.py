@@ -46,6 +46,6 @@ needs_bf16 = pytest.mark.skipif(bool(without_bf16(torch.device('cpu'))), reason=
 def run_script(*arguments, expect=0, **environment):
     """Runs a script of the project with this Python; returns the finished process."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
     assert done.returncode == expect, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
     return done

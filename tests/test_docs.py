@@ -79,7 +79,7 @@ def test_commands_are_accepted(line, monkeypatch):
     monkeypatch.setattr(Parser, 'parse_args', stop)
     monkeypatch.setitem(METHODS, 'ewc', METHODS['fine-tune'])
     with pytest.raises(Parsed):
-        run_to_the_parser(shlex.split(line))
+        run_to_the_parser(shlex.split(re.sub(r'-m mdil torchrun .*?(?=train.py)', '', line)))
 
 
 @pytest.mark.parametrize('line', sorted({line for page in PAGES for line in shown_commands(page)

@@ -161,7 +161,7 @@ def test_several_machines_meet_at_the_first_and_one_evaluates():
     assert launchers(first) == launchers(second) and len(launchers(first)) == 3
     assert launchers(first)[0].startswith(
         'python -m mdil torchrun --nproc_per_node 3 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:1234 --rdzv_id '
-        'o-mdil-step1-cityscapes ')
+        'mdil-o-mdil-step1-cityscapes ')
     assert first.count('eval.py') == 3 and 'report' in first
     assert 'eval.py' not in second and 'report' not in second
 

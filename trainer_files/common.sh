@@ -158,7 +158,7 @@ pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }
 # Sets the array launcher: what starts train.py, on GPUS of NODES for the step in $1. The machines meet at HOST, by
 # default the first of a SLURM job. Its script runs on that one alone unless srun started it: then srun starts the others.
 set_launcher() {
-    local host=$HOST id=${1//\//-}
+    local host=$HOST id=mdil-${1//\//-}
     launcher=("$PYTHON")
     [ "$((10#$GPUS * 10#$NODES))" -gt 1 ] || return 0
     launcher+=(-m mdil torchrun --nproc_per_node "$GPUS")

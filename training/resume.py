@@ -3,7 +3,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 from collections import OrderedDict
 
 import torch
@@ -16,6 +15,7 @@ from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
 from mdil.utils.files import locked
 from mdil.utils.output import say
+from mdil.utils.parallel import tell
 from mdil.utils.workers import STOPPING
 
 # Options that change no result, or only where the data lies; a change of the second kind is reported.
@@ -54,7 +54,7 @@ def find(folder, names):
             content = checkpoint.read(path)
             check_run(content, path)
             if reasons:
-                print(f'{"; ".join(reasons)}; going on from {path}', file=sys.stderr)
+                tell(f'{"; ".join(reasons)}; going on from {path}')
             return {**content, 'file': name}
         except UserError as error:
             reasons.append(str(error))
@@ -187,7 +187,7 @@ def check_options(content, options):
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '
                         'repeat them, or use another --savedir')
     for line in said:
-        print(f'resuming although {line}: results will not be bit-equal to an uninterrupted run', file=sys.stderr)
+        tell(f'resuming although {line}: results will not be bit-equal to an uninterrupted run')
 
 
 def lock(folder):

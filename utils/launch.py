@@ -38,9 +38,10 @@ def stop_once(number, _):
 
 def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)      # torchrun's report
     os.environ.setdefault('OMP_NUM_THREADS', '1')       # what torchrun sets, and says in four lines
-    os.environ.setdefault('TORCHELASTIC_SIGNALS_TO_HANDLE', 'SIGQUIT')      # the others are handled here
+    for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # of newer and of older versions
+        os.environ.setdefault(name, 'SIGQUIT')      # the others are handled here
     for number in STOPPING:
         signal.signal(number, stop_once)
     try:

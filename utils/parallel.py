@@ -172,6 +172,29 @@ def wrap(task, place, parallel, unused=False):
     return task
 
 
+def sharing(task, place, batch_size, sync_bn=False):
+    """How a batch is shared among several devices, in a line; '' on one. task: what `wrap` returned."""
+    if place.world > 1:
+        each = batch_size // place.world
+        norms = f'all {batch_size} (--sync-bn)' if sync_bn else f'its {each}'
+        return f'{place.world} processes take {each} of the {batch_size} images of a batch each; a batch norm sees {norms}'
+    if not isinstance(task, nn.DataParallel):
+        return ''
+    parts = [len(part) for part in torch.arange(batch_size).chunk(torch.cuda.device_count())]
+    return (f'{len(parts)} of {torch.cuda.device_count()} GPUs take {" + ".join(map(str, parts))} images of a batch, which '
+            'is what a batch norm sees (DataParallel, in one process); faster: torchrun --nproc_per_node N train.py ...')
+
+
+def agreed(numbers, place):
+    """Whether all processes hold the same list of ints."""
+    if place.world == 1:
+        return True
+    own = torch.tensor(numbers, device=place.device)
+    first = own.clone()
+    dist.broadcast(first, 0)
+    return not summed((own != first).sum(), place).item()
+
+
 def reduced(task, last):
     """Context of a forward and backward pass: DDP reduces gradients over processes in the `last` of a step alone."""
     alone = isinstance(task, nn.parallel.DistributedDataParallel) and not last
