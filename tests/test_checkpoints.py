@@ -11,8 +11,9 @@ import torch
 
 from mdil import eval as evaluation
 from mdil.datasets import get_domain
+from mdil.evaluation.evaluation import check_stated
 from mdil.models import build_model, checkpoint, export
-from mdil.models.layouts import published_keys
+from mdil.models.layouts import published_keys, recognise
 from mdil.training import building, resume
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
@@ -66,15 +67,23 @@ WRAPPERS = {'compiled': '_orig_mod.{}', 'twice parallel': 'module.module.{}', 'c
             'parallel and compiled': '_orig_mod.module.{}', 'an attribute': 'model.{}', 'all': 'model.module._orig_mod.{}'}
 
 
-@pytest.mark.parametrize('form', [*FOREIGN, *WRAPPERS, 'a compiled part'])
-def test_files_of_others_load(tmp_path, form):
-    model = fill(build_model([4, 5]))
-    state = {WRAPPERS.get(form, '{}').format(key): value for key, value in model.state_dict().items()}
-    if form == 'a compiled part':
-        state = {key.replace('encoder.', 'encoder._orig_mod.'): value for key, value in state.items()}
-    torch.save(FOREIGN.get(form, lambda state: {'state_dict': state})(state), tmp_path / 'x')
-    loaded = checkpoint.load_network(checkpoint.read_checkpoint(tmp_path / 'x')).state_dict()
-    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def test_files_of_others_load(tmp_path):
+    state = build_model([4, 5]).state_dict()
+    for form, wrapped in FOREIGN.items():
+        torch.save(wrapped(state), tmp_path / 'x')
+        assert same(checkpoint.read_checkpoint(tmp_path / 'x').found.state, state), form
+
+
+def test_names_of_wrapped_networks_are_recognised():
+    state = build_model([4, 5]).state_dict()
+    for form, name in WRAPPERS.items():
+        assert same(recognise({name.format(key): value for key, value in state.items()}, form).state, state), form
+    part = {key.replace('encoder.', 'encoder._orig_mod.'): value for key, value in state.items()}
+    assert same(recognise(part, 'a compiled part').state, state)
 
 
 def test_two_files_in_one_are_refused(tmp_path):
@@ -182,12 +191,13 @@ def test_other_classes_of_the_same_number_are_refused_by_name(tmp_path):
 def test_domains_that_contradict_the_file_are_refused(tmp_path):
     checkpoint.save({'version': 1, 'state_dict': build_model([20, 20]).state_dict(), 'method': 'mdil',
                      'domains': [CS.entry, BDD.entry]}, tmp_path / 'x')
-    for names in (['BDD', 'CS'], ['CS'], ['CS', 'BDD', 'IDD'], ['CS', 'camvid']):
-        with pytest.raises(UserError, match='--domains .* contradicts .*x, which knows cityscapes BDD'):
-            evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--domains', *names])
-    with pytest.raises(UserError, match='no val images of cityscapes'):
-        evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--data-root', str(tmp_path), '--domains', 'city',
-                         'bdd100k'])
+    with pytest.raises(UserError, match='--domains BDD cityscapes contradicts .*x, which knows cityscapes BDD'):
+        evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--domains', 'BDD', 'CS'])
+    for names in (['CS'], ['CS', 'BDD', 'IDD'], ['CS', 'camvid']):
+        with pytest.raises(UserError, match='contradicts'):
+            check_stated(names, [CS, BDD], 'x', {})
+    for names in (None, ['city', 'bdd100k']):
+        check_stated(names, [CS, BDD], 'x', {})
 
 
 class Attack:

@@ -92,9 +92,9 @@ def test_an_archive_with_changed_bytes_is_refused_or_loads_the_same_weights(tmp_
     regions = {'anywhere': range(len(data)), 'pickle': range(heads[0], heads[1]), 'directory': range(start, len(data)),
                'end': range(len(data) - 100, len(data)), 'heads': [head + n for head in heads for n in range(60)]}
     for region, places in regions.items():
-        for _ in range(20):
+        for _ in range(8):
             seen[region, attempt(tmp_path / 'x', flipped(data, chance, places), good)] += 1
-    assert seen['anywhere', 'refused'] >= 19 and seen['pickle', 'refused'] >= 18 and seen['end', 'refused'] >= 10, seen
+    assert seen['anywhere', 'refused'] >= 7 and seen['pickle', 'refused'] >= 7 and seen['end', 'refused'] >= 3, seen
 
 
 def test_a_flipped_number_is_refused_by_its_checksum(tmp_path, whole):
@@ -112,7 +112,7 @@ def test_a_flipped_number_is_refused_by_its_checksum(tmp_path, whole):
 def test_cut_files_are_refused(tmp_path, whole):
     chance = random.Random(2)
     for data in whole[1:]:
-        cuts = [0, 1, 4, 100, len(data) - 1, len(data) - 22, *(chance.randrange(len(data)) for _ in range(14))]
+        cuts = [0, 1, 4, 100, len(data) - 1, len(data) - 22, *(chance.randrange(len(data)) for _ in range(6))]
         assert {attempt(tmp_path / 'x', data[:cut]) for cut in cuts} == {'refused'}
         assert attempt(tmp_path / 'x', data) == 'loaded'
 
@@ -535,8 +535,7 @@ def dying_before(count, operations):
         setattr(owner, name, wrapped(getattr(owner, name)))
 
 
-@pytest.mark.parametrize('links', [True, False])
-@pytest.mark.parametrize('older', [0, 1, 2])
+@pytest.mark.parametrize('older, links', [(0, True), (1, False), (2, True), (2, False)])
 def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path, older, links):
     """Run.save with 0, 1 or 2 checkpoints there before, on file systems with hard links and without."""
     operations = [(os, 'fsync'), (os, 'replace'), (os, 'link'), (Path, 'unlink'), (os, 'open')]
