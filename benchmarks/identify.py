@@ -28,6 +28,7 @@ from mdil.utils.files import check_new, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, natural, positive
 
 ALIKE, QUALITY = (320, 160), 60     # width, height and JPEG quality of --alike
+SIZES = (128, 64), (512, 256), (1024, 512)       # at which the network's cost is measured
 INPUT = (128, 64)                   # width, height that the network sees
 LAYERS = {'layer 1': 1, 'layers 1, 2': 2, 'layer 8': 8, 'layer 16': 16}       # of the encoder; 8: at 1/8, 16: the last
 
@@ -104,18 +105,32 @@ def divergence(norm, x):
 
 @torch.inference_mode()
 def observe(domain, split, model, options):
-    """({kind of look: (N, d)}, {kind: branch scores (N, domains)}, ms of a look) of a domain's split."""
+    """({kind of look: (N, d)}, {kind: branch scores (N, domains)}, CPU ms of a look) of a domain's split."""
     looks, scores, seconds = [], [], 0.0
     for pair in tqdm(find_split(domain, options.data_root, split).pairs, desc=f'{domain.name} {split}', disable=None):
         image = stored_alike(open_image(pair.image)) if options.alike else open_image(pair.image)
-        start = time.perf_counter()
+        start = time.process_time()
         look = appearance(image)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         looks.append({'look': look, **layer_statistics(model, image)})
         if split == 'val':
             scores.append(branch_scores(model, image))
     gather = lambda entries: {name: torch.stack([entry[name] for entry in entries]) for name in (entries or [{}])[0]}
     return gather(looks), gather(scores), 1000 * seconds / len(looks)
+
+
+@torch.inference_mode()
+def network_cost(model):
+    """{size: CPU ms of one image through one branch}, decoder included."""
+    costs = {}
+    for width, height in SIZES:
+        x = torch.rand(1, 3, height, width)
+        model(x)
+        start = time.process_time()
+        for _ in range(3):
+            model(x)
+        costs[f'{width}x{height}'] = 1000 * (time.process_time() - start) / 3
+    return costs
 
 
 def percent(mask):
@@ -172,7 +187,8 @@ def measure(options):
         kinds[kind] = chosen({name: val[name][1][kind] for name in names}, names)
     return {'images': {name: {'train': len(train[name]['look']), 'val': len(val[name][0]['look'])} for name in names},
             'network': 'trained' if options.state else f'random, seed {options.seed}', 'alike': options.alike,
-            'frames': options.frames, 'milliseconds': {name: val[name][2] for name in names}, 'kinds': kinds,
+            'frames': options.frames, 'kinds': kinds,
+            'cpu_milliseconds': {'look': {name: val[name][2] for name in names}, 'network': network_cost(model)},
             'versions': environment(torch.device('cpu'))}
 
 

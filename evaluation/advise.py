@@ -16,7 +16,7 @@ from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
 from mdil.utils.errors import UserError
 
-PART = 8            # images of a part, over which the ratio of true to trusted mIoU is measured
+PART = 4            # images of a part, over which the ratio of true to trusted mIoU is measured
 MOST = 64           # images that are segmented, of the folder and of the validation images, at most
 WORTH = 0.5         # share of unknown images above which a new branch is worth training
 
@@ -57,14 +57,14 @@ def counts_of(logits, translation=None, classes=None):
 
 @dataclass(frozen=True)
 class Calibration:
-    """mIoU in percent of a branch on its validation images, and the mean ratio to the trusted one with its spread."""
+    """mIoU in percent of a branch on its validation images, and the ratio to the trusted one with its spread or None."""
     miou: float
     ratio: float
-    spread: float
+    spread: float = None
 
     def expected(self, counts):
-        """(mIoU in percent, its error) that Counts of other images lead to expect."""
-        return self.ratio * counts.trusted_miou, self.spread * counts.trusted_miou
+        """(mIoU in percent, its error or None) that Counts of other images lead to expect."""
+        return self.ratio * counts.trusted_miou, self.spread and self.spread * counts.trusted_miou
 
 
 def spaced(items, count):
@@ -93,7 +93,7 @@ def calibration(parts):
     for more, _ in parts[1:]:
         counts = counts + more
     ratios = torch.tensor([metrics.mean_iou(matrix) / counts.trusted_miou for counts, matrix in parts])
-    spread = ratios.std().item() if len(parts) > 1 else float('nan')
+    spread = ratios.std().item() if len(parts) > 1 else None
     return Calibration(metrics.mean_iou(matrix), metrics.mean_iou(matrix) / counts.trusted_miou, spread)
 
 
@@ -144,7 +144,8 @@ def sentences(found, images):
     if found['expected_miou'] is None:
         yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
     else:
-        yield (f'expected mIoU of that branch: {found["expected_miou"]:.1f} +- {found["error"]:.1f} (on its own validation '
+        error = '' if found['error'] is None else f' +- {found["error"]:.1f}'
+        yield (f'expected mIoU of that branch: {found["expected_miou"]:.1f}{error} (on its own validation '
                f'images {found["own_miou"]:.1f})')
     yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
            'no new branch is needed: most images are like those that this one was trained on')
