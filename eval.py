@@ -68,7 +68,7 @@ def result_options(parser):
     group = parser.add_argument_group('results')
     group.add_argument('--per-class', action='store_true',
                        help='IoU of every class in the tables (one checkpoint: always)')
-    for name, text in (('json', 'all figures as JSON'), ('csv', 'all figures as CSV, one a line'),
+    for name, text in (('json', 'all figures as JSON'), ('csv', 'all figures as CSV, one per line'),
                        ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     group = parser.add_argument_group('pictures')

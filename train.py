@@ -96,7 +96,7 @@ def save_and_stop(run, when):
     """Ends the process with the status of a stopped run, which goes on at the same place."""
     run.save()
     if run.place.main:
-        print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved, go on with --resume', file=sys.stderr)
+        print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved, continue with --resume', file=sys.stderr)
     sys.exit(resume.INTERRUPTED)
 
 
@@ -159,7 +159,7 @@ def find_saved(options):
     if saved is None:
         found = results_in(Path(options.savedir))
         if found:
-            raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to go on from; use '
+            raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to continue from; use '
                             'another --savedir, or start anew with --overwrite')
         tell(f'--resume: nothing in {options.savedir}, starting fresh')
     else:

@@ -268,7 +268,7 @@ def run_steps(steps, options):
                 process.terminate()
             raise
     if waiting:
-        print(f'{len(waiting)} steps were not run, as those that they go on from failed', file=sys.stderr)
+        print(f'{len(waiting)} steps were not run, as those that they start from failed', file=sys.stderr)
     return failures
 
 

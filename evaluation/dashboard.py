@@ -236,7 +236,7 @@ class Dashboard:
             self.vis = None
             if not self.warned:
                 reason = ' '.join(f'{type(error).__name__} {error}'.split())[:150]
-                print(f'live curves are off, training goes on: visdom at {self.options.server}:{self.options.port}: '
+                print(f'live curves are off, training continues: visdom at {self.options.server}:{self.options.port}: '
                       f'{reason}', file=sys.stderr)
             self.warned = True
 

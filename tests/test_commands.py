@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, caps
     latest, previous = (tmp_path / 'a' / name for name in ('checkpoint.pth.tar', 'checkpoint.previous.pth.tar'))
     latest.write_bytes(latest.read_bytes()[:1000])
     assert equal(learn(toy, tmp_path / 'a', *arguments, '--resume', epochs=2)['state_dict'], straight['state_dict'])
-    assert 'going on from' in capsys.readouterr().err
+    assert 'continuing from' in capsys.readouterr().err
     for path in (latest, previous):
         path.write_bytes(b'')
     with pytest.raises(UserError, match='damaged or no checkpoint.*damaged or no checkpoint'):

@@ -156,7 +156,7 @@ def test_a_server_that_goes_away_costs_one_line_and_gets_all_when_it_is_back(ser
     board.show(lines[3])
     assert [epoch for epoch, _ in server.points('gone')['training loss', 'loss']] == [1, 2, 3, 4]
     out, err = capfd.readouterr()
-    assert err.count('\n') == 1 and err.startswith('live curves are off, training goes on: visdom at http://127.0.0.1:')
+    assert err.count('\n') == 1 and err.startswith('live curves are off, training continues: visdom at http://127.0.0.1:')
     assert out == ''
 
 

@@ -84,7 +84,7 @@ def test_the_file_that_state_names_is_never_written(tmp_path, how, option):
 
 def test_resume_without_a_checkpoint_keeps_what_else_there_is(toy, tmp_path):
     (tmp_path / BEST).write_bytes(b'x')
-    with pytest.raises(UserError, match=f'holds {BEST} but no {LATEST} to go on from.*--overwrite'):
+    with pytest.raises(UserError, match=f'holds {BEST} but no {LATEST} to continue from.*--overwrite'):
         learn(toy, tmp_path, '--domains', 'CS', '--resume')
     assert (tmp_path / BEST).read_bytes() == b'x'
 

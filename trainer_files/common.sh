@@ -33,8 +33,8 @@ Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value)
   RECIPE=${RECIPE:-corrected} (or released)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
   EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
   PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
-Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Steps already finished are skipped, a
-broken one goes on where it stopped. Runs as it is, or under SLURM: sbatch [options] $0
+Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Finished steps are skipped,
+interrupted ones are resumed. Runs as it is, or under SLURM: sbatch [options] $0
 END
 }
 

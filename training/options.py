@@ -59,7 +59,7 @@ def train_parser():
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group = data_options(parser)
-    group.add_argument('--cache', metavar='DIR', help='keep resized images and labels there, read from it after')
+    group.add_argument('--cache', metavar='DIR', help='cache of resized images and labels, filled at the first use')
     group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
     group.add_argument(
         '--class-weights', default='published', metavar='HOW',
@@ -76,7 +76,7 @@ def train_parser():
                        help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
     kept = group.add_mutually_exclusive_group()
-    kept.add_argument('--resume', action='store_true', help='go on from the checkpoint in --savedir')
+    kept.add_argument('--resume', action='store_true', help='continue from the checkpoint in --savedir')
     kept.add_argument('--overwrite', action='store_true', help='replace the result in --savedir')
     group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
                        help='write checkpoints within epochs too, M minutes apart')
@@ -89,7 +89,7 @@ def train_parser():
                             '--compile')
     group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
     group.add_argument('--augment', choices=('workers', 'device'), default='workers',
-                       help='who flips and shifts; the result is the same')
+                       help='where images are flipped and shifted; the result is the same')
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
                        help='several devices: auto is ddp under torchrun, else dp')
     group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes, on GPUs')
@@ -106,7 +106,7 @@ def train_parser():
 
 def method_options(parser):
     """Adds the recipe and each difference between the recipes."""
-    group = parser.add_argument_group('recipe', 'what is not given is set by --recipe')
+    group = parser.add_argument_group('recipe', '--recipe sets what is not given')
     group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
                        help='corrected, or the published loops to rounding')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
@@ -114,7 +114,7 @@ def method_options(parser):
     group.add_argument('--temperature', type=rate, metavar='T',
                        help=f'temperature of --distillation kl (default: {TEMPERATURE})')
     group.add_argument('--distill-domains', type=positive, metavar='K',
-                       help='old domains, drawn anew for each batch, that are distilled (default: all)')
+                       help='how many old domains a batch distils, drawn anew each time (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
     group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,

@@ -22,12 +22,12 @@ def paper_options(parser):
     many = {'nargs': '+', 'metavar': 'NAME'}
     group.add_argument('--dataset', metavar='NAME', help='the domain to learn; of a multi-task list, a name for the run')
     group.add_argument('--dataset-new', '--dataset_new', metavar='NAME', help='the domain to learn')
-    group.add_argument('--dataset-old', '--dataset_old', help='the domains known', **many)
+    group.add_argument('--dataset-old', '--dataset_old', help='the earlier domains', **many)
     group.add_argument('--datasets', help='all domains, in order', **many)
     counts = {'nargs': '+', 'type': positive, 'metavar': 'N'}
     group.add_argument('--num-classes', '--num_classes', help='classes of each domain, void included', **counts)
-    group.add_argument('--num-classes-old', '--num_classes_old', help='of the domains known', **counts)
-    group.add_argument('--num-classes-new', '--num_classes_new', help='of the domain to learn', **counts)
+    group.add_argument('--num-classes-old', '--num_classes_old', help='classes of the earlier domains', **counts)
+    group.add_argument('--num-classes-new', '--num_classes_new', help='classes of the domain to learn', **counts)
     group.add_argument('--current-task', '--current_task', type=natural, metavar='N', help='index of the step, from 0')
     group.add_argument('--nb-tasks', '--nb_tasks', type=positive, metavar='N', help='number of domains after the step')
     group.add_argument('--finetune', action='store_true', help='the same as --method fine-tune')

@@ -59,7 +59,7 @@ def append_metrics(folder, line):
         with open(path, 'a') as file:
             file.write(json.dumps(line) + '\n')
     except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}; --resume goes on from the last checkpoint') from None
+        raise UserError(f'{path} cannot be written: {error.strerror}; --resume continues from the last checkpoint') from None
 
 
 def read_metrics(folder):

@@ -54,7 +54,7 @@ def find(folder, names):
             content = checkpoint.read(path)
             check_run(content, path)
             if reasons:
-                tell(f'{"; ".join(reasons)}; going on from {path}')
+                tell(f'{"; ".join(reasons)}; continuing from {path}')
             return {**content, 'file': name}
         except UserError as error:
             reasons.append(str(error))

@@ -32,7 +32,7 @@ def check_kept(options):
             raise UserError(f'--state {options.state} is the file {name} of --savedir, which the run would write; '
                             'use another --savedir')
     if found and not (options.resume or options.overwrite):
-        raise UserError(f'--savedir {folder} holds a result ({", ".join(found)}); go on with --resume, use another '
+        raise UserError(f'--savedir {folder} holds a result ({", ".join(found)}); continue with --resume, use another '
                         '--savedir, or replace it with --overwrite')
 
 

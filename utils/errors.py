@@ -8,7 +8,7 @@ from pathlib import Path
 from mdil.utils.output import lenient_output
 
 # What other libraries raise, known by type name or text -> what to do about it. The first that fits counts.
-RESUME = '--resume goes on from the last checkpoint'
+RESUME = '--resume continues from the last checkpoint'
 NO_MEMORY = f'the memory of this machine is full; lower --num-workers, --batch-size or --height; {RESUME}'
 ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
                               f'{RESUME}',
