@@ -25,7 +25,7 @@ def end_of(failed):
     rank, failure = failed.get_first_failure()
     if failure.exitcode < 0:
         raise UserError(f'process {rank} was ended by {signal.Signals(-failure.exitcode).name} (out of memory?); --resume '
-                        'goes on from the last checkpoint')
+                        'continues from the last checkpoint')
     return failure.exitcode
 
 
