@@ -28,7 +28,7 @@ def load(folder):
 
 
 def show(axis, pixels, classes, domain, title):
-    """An image with the colours of its classes (H, W) over it, or as it is."""
+    """Shows an image, with the colours of its classes (H, W) over it unless they are None."""
     axis.imshow(pixels if classes is None else pictures.overlay(pixels, classes, domain.palette, 0.85))
     axis.set_title(title, fontsize=9)
 
@@ -43,6 +43,7 @@ def draw(axes, number, dataset, networks):
     for row, (name, steps) in zip(axes, networks.items()):
         for step, (axis, network) in enumerate(zip(row[1:], steps), 1):
             if step <= number:
+                axis.text(0.5, 0.5, 'not learnt yet', ha='center', va='center', fontsize=9)
                 continue
             answer = pictures.predict(network, number, image, truth, Place(pick_device('cpu')))
             score = pictures.image_miou(truth, answer, domain)
@@ -57,7 +58,7 @@ def main(folder='runs/demo'):
         axis.axis('off')
     for number in (0, 1):
         draw(axes[2 * number:2 * number + 2], number, datasets[number], networks)
-    pictures.save_figure(Path(__file__).with_name('demo.png'), figure, dpi=80)
+    pictures.save_figure(Path(__file__).with_name('demo.png'), figure, dpi=74)
 
 
 if __name__ == '__main__':
