@@ -28,7 +28,8 @@ FEATURES = 6 + 6 * SCALES + 3 * len(QUANTILES)
 FLOOR = 1e-3            # keeps logarithms of flat images finite
 SHRINKAGE = 0.02        # of covariances, towards their diagonal
 TRIMMED = 3             # directions in which an image may be as odd as it likes
-FOLDS, FALSE_ALARMS = 8, 0.01
+FOLDS, STRETCH = 8, 15  # parts that are held out in turn, at most; images of a part, at least
+FALSE_ALARMS = 0.01
 FEWEST, MOST = 50, 1000     # training images without which no threshold is set; that are looked at
 ENTRIES = {'count': (), 'mean': (FEATURES,), 'covariance': (FEATURES, FEATURES), 'threshold': ()}
 
@@ -94,8 +95,9 @@ def statistics(looks):
     threshold = float('inf')
     if len(looks) >= FEWEST:
         # Neighbours may be frames of one drive, so whole stretches are held out.
-        fold = torch.arange(len(looks)) * FOLDS // len(looks)
-        held_out = [OneDomain.of(looks[fold != number]).distance(looks[fold == number]) for number in range(FOLDS)]
+        folds = min(FOLDS, len(looks) // STRETCH)
+        fold = torch.arange(len(looks)) * folds // len(looks)
+        held_out = [OneDomain.of(looks[fold != number]).distance(looks[fold == number]) for number in range(folds)]
         threshold = torch.cat(held_out).quantile(1 - FALSE_ALARMS).item()
     return {'count': len(looks), 'mean': looks.mean(dim=0).float(), 'covariance': covariance(looks).float(),
             'threshold': threshold}

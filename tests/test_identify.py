@@ -77,6 +77,14 @@ def test_the_threshold_is_exceeded_by_one_percent_of_held_out_images_and_needs_e
     assert Identifier([statistics(looks(0, 1))]).guess(looks(1, 1)).probabilities.tolist() == [[1.0]]
 
 
+def test_the_frames_of_a_drive_are_held_out_together():
+    """Four drives of 15 alike frames: the threshold has room for a fifth drive, not for twins alone."""
+    drives = looks(0, 4).repeat_interleave(15, dim=0) + looks(1, 60, 0.0, 0.05)
+    found = statistics(drives)
+    model = OneDomain(found['mean'].double(), found['covariance'].double())
+    assert found['threshold'] > 10 * model.distance(drives).max()
+
+
 def test_statistics_are_a_few_kilobytes_and_checked_when_read():
     found = statistics(looks(0, 60))
     assert sum(part.numel() * 4 for part in found.values() if isinstance(part, torch.Tensor)) < 8000
