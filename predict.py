@@ -94,7 +94,7 @@ def check_places(options):
     if options.advise and options.json:
         check_new('--json', options.json, options.overwrite)
     elif options.json:
-        check_writable('--json', options.json)
+        check_writable('--json', options.json, inputs=[options.state])
     if options.out:
         check_writable('--out', options.out, folder=True)
 

@@ -107,7 +107,7 @@ def upright(path):
 
 
 def frames_of(source):
-    """Yields an Item for each frame of a video; needs the package av."""
+    """Yields an Item for each frame of a video, and one that cannot be loaded where it is damaged; needs av."""
     import av
     try:
         with av.open(str(source.path)) as container:
@@ -116,4 +116,10 @@ def frames_of(source):
                 yield Item(f'{source.path}/{number:06d}', f'{source.name}/{number:06d}', lambda image=image: image,
                            source.path)
     except (av.FFmpegError, IndexError) as error:
-        raise UserError(f'{source.path} cannot be read as a video: {error or "it has no pictures"}') from None
+        reason = f'{source.path} cannot be read as a video: {" ".join(str(error).split())}'
+        yield Item(str(source.path), source.name, partial(refuse, reason), source.path)
+
+
+def refuse(reason):
+    """Raises UserError."""
+    raise UserError(reason)

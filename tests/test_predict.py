@@ -314,5 +314,6 @@ def test_the_frames_of_a_video(model, state, tmp_path):
     assert all(pixels(path).shape == (48, 64) for path in files)
     assert list(json.loads((tmp_path / 'r.json').read_text())) == [f'{tmp_path}/drive.mp4/{n:06d}' for n in range(3)]
     (tmp_path / 'broken.mp4').write_bytes(b'no video')
-    with pytest.raises(UserError, match='broken.mp4 cannot be read as a video'):
-        run(state, tmp_path / 'out', '--input', tmp_path / 'broken.mp4', '--domain', 'CS')
+    with pytest.raises(UserError, match='1 images were left out, e.g. .*broken.mp4 cannot be read as a video'):
+        run(state, tmp_path / 'both', '--input', tmp_path / 'broken.mp4', tmp_path / 'drive.mp4', '--domain', 'CS')
+    assert len(list((tmp_path / 'both/drive').iterdir())) == 3
