@@ -4,7 +4,7 @@ import hashlib
 from mdil.datasets.declaration import VOID_FILE_VALUE
 from mdil.datasets.pairs import identity
 
-MOSTLY = 0.5        # share of void from which on it is said
+MOSTLY = 0.5        # share of void from which on it is reported
 
 
 def judge(domain, split, pixels):

@@ -1,4 +1,4 @@
-"""Of which epoch an evaluated checkpoint is, and what was validated then: from the records beside it."""
+"""Of which epoch an evaluated checkpoint is, and what was validated then: from the records next to it."""
 from pathlib import Path
 
 from mdil.evaluation.dashboard import read_step
@@ -9,7 +9,7 @@ FILES = {BEST: 'best', LATEST: 'last'}
 
 
 def training_of(path):
-    """{'file', 'best', 'last'} of a checkpoint beside its run's metrics.jsonl; None of any other.
+    """{'file', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None of any other.
 
     file: 'best' or 'last'. The others: {'epoch', 'miou'} of that epoch's validation while
     training, the mIoU in percent and the mean over the domains that the run learns.

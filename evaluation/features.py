@@ -37,7 +37,7 @@ def label_of(dataset, index):
 
 
 def richest_images(dataset, count):
-    """Indices of the `count` images with the most classes among their cells, the most first; void is no class."""
+    """Indices of the `count` images with the most classes among their cells, the most first; void is not a class."""
     kinds = []
     for index in tqdm(range(len(dataset)), desc=f'classes of {dataset.domain.name}', leave=False, disable=None):
         present = np.unique(cell_classes(label_of(dataset, index), dataset.domain.num_classes))
@@ -46,7 +46,7 @@ def richest_images(dataset, count):
 
 
 def spread(classes, most, void, random):
-    """Indices, in order, of at most `most` entries of each class in `classes` (N,); void is no class.
+    """Indices, in order, of at most `most` entries of each class in `classes` (N,); void is not a class.
 
     random: a numpy Generator that draws those of a class that has more.
     """

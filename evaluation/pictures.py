@@ -179,7 +179,7 @@ def gathered(items, place):
 
 
 def richest(dataset):
-    """Index of the image whose label has the most classes, the first of equals; void is no class."""
+    """Index of the image whose label has the most classes, the first of equals; void is not a class."""
     return int(np.argmax([classes_of(pair, dataset.size, dataset.domain.void) for pair in dataset.pairs]))
 
 

@@ -235,7 +235,7 @@ def head_table(heads):
 
 
 def epoch_table(steps):
-    """Of which epoch each checkpoint is, beside the other one that could be reported; None if no record says it."""
+    """Of which epoch each checkpoint is, with the other one that could be reported; None if no record says it."""
     rows = [[f'{index} ({list(step["domains"])[-1]})', found['file'],
              *(text for which in ('best', 'last') for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
             for index, step in enumerate(steps, 1) if (found := step.get('training'))]

@@ -1,4 +1,4 @@
-"""predict.py --advise: expected mIoU from confidence, and what is said of images of a new place."""
+"""predict.py --advise: expected mIoU from confidence, and what it says about images of a new place."""
 import json
 
 import pytest

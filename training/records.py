@@ -76,7 +76,7 @@ def read_metrics(folder):
                 raise ValueError
         except (ValueError, TypeError, LookupError):
             if number < len(texts):
-                raise UserError(f'{path}: line {number} is none of a run; move the file away, or mend it') from None
+                raise UserError(f'{path}: line {number} is none of a run; move the file away, or fix it') from None
             del lines[number - 1:]
     return lines
 

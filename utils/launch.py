@@ -2,7 +2,7 @@
 
     python -m mdil torchrun --nproc_per_node 4 train.py --domains ...
 
-What a user can mend is one line and exit status 2, as of a single process, in place of
+What a user can fix is one line and exit status 2, as of a single process, in place of
 torchrun's report of many lines and status 1. A signal lets all processes save and ends with 75.
 """
 import logging
