@@ -34,7 +34,7 @@ from mdil.datasets.declaration import VOID_FILE_VALUE
 from mdil.datasets.domains import cityscapes_label_ids
 from mdil.datasets.labels import label_table
 from mdil.datasets.pairs import Pair, files_by_key
-from mdil.datasets.segmentation import UNREADABLE, open_label, to_classes
+from mdil.datasets.segmentation import FORMATS, UNREADABLE, open_label, to_classes
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_atomically
 from mdil.utils.parser import Parser, positive
@@ -154,7 +154,7 @@ def up_to_date(target, source):
     try:
         if target.stat().st_mtime_ns <= source.stat().st_mtime_ns:
             return False
-        with Image.open(target) as image:
+        with Image.open(target, formats=FORMATS) as image:
             image.load()
     except UNREADABLE:
         return False

@@ -30,7 +30,7 @@ def read_domain(name, file):
     except OSError as error:
         raise UserError(f'domain {name!r}: {file} cannot be read ({error.strerror})') from None
     except (ValueError, RecursionError) as error:
-        what = str(error) if isinstance(error, Wrong) else f'it is no JSON ({error})'
+        what = str(error) if isinstance(error, Wrong) else f'it is not JSON ({error})'
         raise UserError(f'domain {name!r}: {file} cannot be used: {what}; docs/data.md describes the file') from None
 
 
@@ -49,7 +49,7 @@ def declared(name, folder, spec):
         raise Wrong('an object {"images": ..., "labels": ..., "classes": [...]} is expected')
     unknown = [key for key in spec if key not in KEYS]
     if unknown:
-        raise Wrong(f'{unknown[0]!r} is no entry of it; there are {", ".join(KEYS)}')
+        raise Wrong(f'{unknown[0]!r} is not an entry of this file; its entries are {", ".join(KEYS)}')
     classes, colors = read_classes(spec)
     weights = read_weights(spec['weights'], len(classes)) if 'weights' in spec else None
     return Domain(name, str(folder), classes, colors, (read_layout(spec, folder, classes, colors),), weights=weights)
@@ -79,7 +79,7 @@ def check_name(name, number):
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise Wrong(f'the name of class {number} must be a text that is not empty')
     if name.lower() == 'void':
-        raise Wrong('void is no class: leave it out of "classes" and give its label value as "void"')
+        raise Wrong('void is not a class: leave it out of "classes" and give its label value as "void"')
 
 
 def is_byte(value):
@@ -104,8 +104,8 @@ def weights_fault(weights, count):
         return f'{found} for {count} classes and void; a list of {count + 1} numbers is expected, void last'
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
-            return f'{weight!r} is no weight; numbers from 0 to 1e6 are expected'
-    return '' if any(weights[:-1]) else 'all weights of classes are 0; nothing would be learnt'
+            return f'{weight!r} is not a weight; numbers from 0 to 1e6 are expected'
+    return '' if any(weights[:-1]) else 'the weights of all classes are 0, so nothing would be learnt'
 
 
 def read_weights(weights, count):
@@ -148,7 +148,7 @@ def read_folder(spec, key):
     """The folder under `key`, in which {split} is the one thing in braces."""
     text = read_text(spec, key)
     if re.search('[{}]', text.replace('{split}', '')):
-        raise Wrong(f'"{key}" is {text!r}; of what stands in braces only {{split}} is known')
+        raise Wrong(f'"{key}" is {text!r}; the only braces it may have are {{split}}')
     return text
 
 
@@ -158,7 +158,7 @@ def read_suffixes(spec, key, default):
     suffixes = [given] if isinstance(given, str) else given
     if not isinstance(suffixes, list) or not suffixes or not all(
             isinstance(suffix, str) and suffix and '/' not in suffix and '\0' not in suffix for suffix in suffixes):
-        raise Wrong(f'"{key}" must be how names of files end, such as "_L.png", or a list of such endings')
+        raise Wrong(f'"{key}" must be the ending of file names, such as "_L.png", or a list of endings')
     return tuple(suffixes)
 
 
@@ -185,8 +185,8 @@ def color_values(spec, classes, colors):
     for index, color in enumerate(colors):
         other = found.setdefault(color_number(color), index)
         if other != index:
-            raise Wrong(f'classes {classes[other]!r} and {classes[index]!r} have one color, which tells them apart '
-                        'where "by_color" is true')
+            raise Wrong(f'classes {classes[other]!r} and {classes[index]!r} have the same color; with "by_color" each class '
+                        'needs its own')
     for color, index in mapped(spec.get('values', {}), classes, parsed_color, 'colors, such as "128,64,128"').items():
         if found.setdefault(color, index) != index:
             raise Wrong(f'"values" gives the color of class {classes[found[color]]!r} to another')
@@ -224,6 +224,6 @@ def mapped(values, classes, parse, what):
         if value in found:
             raise Wrong(f'"values" has two entries for {key!r}')
         if not isinstance(name, (str, type(None))) or name not in indices:
-            raise Wrong(f'"values" gives {key!r} to {name!r}, which is none of the classes, nor "void"')
+            raise Wrong(f'"values" gives {key!r} to {name!r}, which is neither a class nor "void"')
         found[value] = indices[name]
     return found

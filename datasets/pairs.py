@@ -133,13 +133,13 @@ def listed_split(layout, base, split):
             continue
         image, label = listed_pair(layout, base, split, line.strip(), f'{file} line {number}')
         if image in first:
-            raise UserError(f'{file} line {number} names the image of line {first[image]} again')
+            raise UserError(f'{file} line {number} repeats the image of line {first[image]}')
         first[image] = number
         kind = next((kind for kind in layout.label_kinds if label.name.lower().endswith(kind.suffix.lower())),
                     layout.label_kinds[0])
         pairs.append(Pair(image, label, kind.values, kind.by_color))
     if not pairs:
-        raise UserError(f'{file} names no pair; a line is: image, blank, label')
+        raise UserError(f'{file} lists no pairs; each line is: image, space, label')
     return Split(tuple(pairs))
 
 
@@ -156,11 +156,11 @@ def listed_pair(layout, base, split, line, place):
         ways += [(images / (stem + suffix), labels / (stem + kind.suffix))
                  for suffix in layout.image_suffixes for kind in layout.label_kinds]
     if not ways:
-        raise UserError(f'{place} holds one name; image, blank, label is expected')
+        raise UserError(f'{place} has one name; an image and a label, separated by a space, are expected')
     found = next((way for way in ways if way[0].is_file() and way[1].is_file()), None)
     if found is None:
         absent = next(path for path in ways[0] if not path.is_file())
-        raise UserError(f'{place}: {absent} is no file')
+        raise UserError(f'{place}: {absent} is not a file')
     return found
 
 

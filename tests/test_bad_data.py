@@ -198,7 +198,7 @@ def test_other_data_than_the_stopped_run_had_is_refused_by_name(folder, tmp_path
     for name, (change, message) in CHANGES.items():
         shutil.copytree(folder, tmp_path / name / 'camvid')
         change(tmp_path / name / 'camvid')
-        with pytest.raises(UserError, match=f'--resume: since the run in .* stopped.*{message}'):
+        with pytest.raises(UserError, match=f'--resume: the data of the run in .* changed since it stopped: .*{message}'):
             resume(tmp_path / name / 'camvid')
 
 

@@ -47,7 +47,7 @@ WRONG = {
     'void is a fraction': ({'void': 255.0}, 'void must be a whole number'), 'void too large': ({'void': 256}, 'void must'),
     'void is true': ({'void': True}, 'void must'), 'void negative': ({'void': -1}, 'void must'),
     'void is a class': ({'void': 1}, "void is 1, which is the label value of class 'car'"),
-    'void by name': ({'classes': [*CLASSES, {'name': 'Void', 'color': [0, 0, 0]}]}, 'void is no class'),
+    'void by name': ({'classes': [*CLASSES, {'name': 'Void', 'color': [0, 0, 0]}]}, 'void is not a class'),
     'names repeat': ({'classes': [*CLASSES, CLASSES[1]]}, "two classes are called 'car'"),
     'no classes': ({'classes': []}, '1 to 254 classes'), 'classes missing': ({'classes': 'absent'}, '1 to 254 classes'),
     'too many classes': ({'classes': [{'name': str(n), 'color': [0, 0, 0]} for n in range(255)]}, '1 to 254 classes'),
@@ -59,30 +59,30 @@ WRONG = {
     'color too large': ({'classes': color(1, [1, 2, 256])}, "color of class 'car' must be"),
     'color of fractions': ({'classes': color(1, [.1, .2, .3])}, "color of class 'car' must be"),
     'color is text': ({'classes': color(1, '#ff0000')}, "color of class 'car' must be"),
-    'weights all 0': ({'weights': [0, 0, 0]}, 'weights of classes are 0'),
-    'weight of void alone': ({'weights': [0, 0, 1]}, 'weights of classes are 0'),
-    'weight negative': ({'weights': [-1, 1, 0]}, '-1 is no weight'),
-    'weight not finite': ({'weights': [float('nan'), 1, 0]}, 'nan is no weight'),
-    'weight infinite': ({'weights': [float('inf'), 1, 0]}, 'inf is no weight'),
-    'weight is text': ({'weights': ['1', 1, 0]}, 'no weight'), 'weight is true': ({'weights': [True, 1, 0]}, 'no weight'),
+    'weights all 0': ({'weights': [0, 0, 0]}, 'weights of all classes are 0'),
+    'weight of void alone': ({'weights': [0, 0, 1]}, 'weights of all classes are 0'),
+    'weight negative': ({'weights': [-1, 1, 0]}, '-1 is not a weight'),
+    'weight not finite': ({'weights': [float('nan'), 1, 0]}, 'nan is not a weight'),
+    'weight infinite': ({'weights': [float('inf'), 1, 0]}, 'inf is not a weight'),
+    'weight is text': ({'weights': ['1', 1, 0]}, 'not a weight'), 'weight is true': ({'weights': [True, 1, 0]}, 'not a weight'),
     'weights too few': ({'weights': [1.0]}, '1 weights for 2 classes'), 'weights is a number': ({'weights': 3}, 'a list of 3'),
-    'other braces': ({'images': '{city}/{split}'}, 'only {split} is known'), 'lone brace': ({'labels': 'a}'}, 'braces'),
-    'format of a brace': ({'images': '{split!r}'}, 'only {split} is known'),
+    'other braces': ({'images': '{city}/{split}'}, 'only braces it may have are {split}'), 'lone brace': ({'labels': 'a}'}, 'only braces'),
+    'format of a brace': ({'images': '{split!r}'}, 'only braces it may have are {split}'),
     'images is a list': ({'images': ['a']}, '"images" must be a text'), 'no images': ({'images': 'absent'}, 'is missing'),
     'no labels': ({'labels': 'absent', 'train': 'train.txt'}, '"labels" is missing'),
-    'an entry misspelt': ({'viod': 3}, "'viod' is no entry"),
+    'an entry misspelt': ({'viod': 3}, "'viod' is not an entry"),
     'suffix is a number': ({'image_suffix': 3}, '"image_suffix" must be'), 'no suffix': ({'label_suffix': []}, '"label_suffix"'),
     'one folder, one suffix': ({'labels': '{split}', 'label_suffix': '.PNG'}, 'lie in one folder'),
     'values is a list': ({'values': [1, 2]}, '"values" must be an object'),
     'value too large': ({'values': {'256': 'car'}}, "the key '256'"), 'value is text': ({'values': {'x': 'car'}}, "the key 'x'"),
-    'value of no class': ({'values': {'1': 'cat'}}, "'1' to 'cat', which is none of the classes"),
-    'value of a list': ({'values': {'1': ['car']}}, 'none of the classes'),
+    'value of no class': ({'values': {'1': 'cat'}}, "'1' to 'cat', which is neither a class"),
+    'value of a list': ({'values': {'1': ['car']}}, 'neither a class'),
     'value twice': ({'values': {'1': 'car', '01': 'road'}}, "two entries for '01'"),
     'void is mapped': ({'values': {'255': 'car'}, 'void': 255}, "void is 255, which is the label value of class 'car'"),
     'by_color is text': ({'by_color': 'yes'}, 'true or false'),
     'void no color': ({'by_color': True, 'void': 255}, 'void must be a color'),
     'void is the color of a class': ({'by_color': True, 'void': [10, 5, 7]}, "void is the color of class 'car'"),
-    'colors repeat': ({'by_color': True, 'classes': color(1, [0, 5, 7])}, 'have one color'),
+    'colors repeat': ({'by_color': True, 'classes': color(1, [0, 5, 7])}, 'have the same color'),
     'color of another class': ({'by_color': True, 'values': {'10,5,7': 'road'}}, "color of class 'car' to another"),
     'no color as key': ({'by_color': True, 'values': {'10': 'road'}}, "the key '10'")}
 
@@ -96,8 +96,8 @@ def test_a_mistake_is_refused_by_name(tmp_path, name):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('', 'no JSON'), ('[]', 'an object'), ('{"classes": 1, "classes": 2}', "'classes' is stated twice"),
-    ('{"void": 1' + '0' * 5000 + '}', 'no JSON'), ('[' * 10 ** 5, 'no JSON'), ('\ufeff{}', 'classes')])
+    ('', 'not JSON'), ('[]', 'an object'), ('{"classes": 1, "classes": 2}', "'classes' is stated twice"),
+    ('{"void": 1' + '0' * 5000 + '}', 'not JSON'), ('[' * 10 ** 5, 'not JSON'), ('\ufeff{}', 'classes')])
 def test_a_file_that_is_no_declaration_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         declare(tmp_path, text)
@@ -214,9 +214,9 @@ def test_names_in_lists_may_hold_any_bytes(tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('im/a.png gt/a.png\nim/x.png gt/a.png', r'train.txt line 2: .*im/x.png is no file'),
-    ('im/a.png gt/x.png', 'line 1: .*gt/x.png is no file'), ('im/a.png', 'line 1 holds one name'),
-    ('im/a.png gt/a.png\n\nim/a.png gt/a.png', 'line 3 names the image of line 1 again'), ('\n', 'names no pair')])
+    ('im/a.png gt/a.png\nim/x.png gt/a.png', r'train.txt line 2: .*im/x.png is not a file'),
+    ('im/a.png gt/x.png', 'line 1: .*gt/x.png is not a file'), ('im/a.png', 'line 1 has one name'),
+    ('im/a.png gt/a.png\n\nim/a.png gt/a.png', 'line 3 repeats the image of line 1'), ('\n', 'lists no pairs')])
 def test_a_list_that_is_wrong_names_the_line(tmp_path, text, message):
     write(tmp_path / 'im/a.png', np.zeros((*SIZE, 3)))
     write(tmp_path / 'gt/a.png', np.zeros(SIZE))

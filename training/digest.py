@@ -61,5 +61,5 @@ def check_unchanged(saved, now, folder):
                if (places := [place for place, digest in now[kind].items()
                               if saved.get(kind, {}).get(place, digest) != digest])]
     if changed:
-        raise UserError(f'--resume: since the run in {folder} stopped, other data has taken the place of its own: '
-                        f'{"; ".join(changed)}; put it back, or start anew in another --savedir')
+        raise UserError(f'--resume: the data of the run in {folder} changed since it stopped: {"; ".join(changed)}; '
+                        'restore it, or start anew in another --savedir')
