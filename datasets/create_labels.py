@@ -217,8 +217,8 @@ def create_labels_parser():
                     description='Makes label images from annotations, next to them.')
     parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='whose annotations')
     parser.add_argument('--datadir', required=True, metavar='DIR', help='folder that holds gtFine')
-    parser.add_argument('--out', metavar='DIR', help='folder for the label images, where --datadir is read-only; a link to '
-                                                     'the images is put there too')
+    parser.add_argument('--out', metavar='DIR',
+                        help='folder for the label images, and a link to the images, where --datadir is read-only')
     parser.add_argument('--id-type', choices=ID_TYPES, help='label values of idd (level3Id if not given)')
     parser.add_argument('--force', action='store_true', help='make images that are up to date again')
     parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')

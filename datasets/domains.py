@@ -89,7 +89,8 @@ DOMAINS = {domain.name: domain for domain in (
          'bicyclist'),
         ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
          (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
-        layouts=(Layout('{split}', ('.png', '.jpg', '.jpeg'), '{split}annot', (Labels('.png', train_ids(11, void=11)),)),)),
+        layouts=(Layout('{split}', ('.png', '.jpg', '.jpeg'),
+                        '{split}annot', (Labels('.png', train_ids(11, void=11)),)),)),
 )}
 
 

@@ -185,8 +185,8 @@ def color_values(spec, classes, colors):
     for index, color in enumerate(colors):
         other = found.setdefault(color_number(color), index)
         if other != index:
-            raise Wrong(f'classes {classes[other]!r} and {classes[index]!r} have the same color; with "by_color" each class '
-                        'needs its own')
+            raise Wrong(f'classes {classes[other]!r} and {classes[index]!r} have the same color; with "by_color" each '
+                        'class needs its own')
     for color, index in mapped(spec.get('values', {}), classes, parsed_color, 'colors, such as "128,64,128"').items():
         if found.setdefault(color, index) != index:
             raise Wrong(f'"values" gives the color of class {classes[found[color]]!r} to another')
@@ -216,7 +216,8 @@ def mapped(values, classes, parse, what):
     """{parsed key: class index} of "values", void's index for "void" and null; parse: gives False for a wrong key."""
     if not isinstance(values, dict):
         raise Wrong('"values" must be an object {label value: class name}')
-    found, indices = {}, {**{name: index for index, name in enumerate(classes)}, 'void': len(classes), None: len(classes)}
+    found, indices = {}, {name: index for index, name in enumerate((*classes, 'void'))}
+    indices[None] = indices['void']
     for key, name in values.items():
         value = parse(key)
         if value is False:

@@ -148,7 +148,8 @@ def listed_pair(layout, base, split, line, place):
 
     Names may hold blanks: of several ways to cut the line the one whose files exist counts.
     """
-    cuts = [(line[:blank.start()], line[blank.end():]) for blank in re.finditer(r'\t' if '\t' in line else r'\s+', line)]
+    blanks = re.finditer(r'\t' if '\t' in line else r'\s+', line)
+    cuts = [(line[:blank.start()], line[blank.end():]) for blank in blanks]
     ways = [tuple(listed_file(base, name) for name in cut) for cut in cuts]
     if layout.images:
         images, labels = folders_of(layout, base, split)

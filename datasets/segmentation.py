@@ -44,7 +44,8 @@ def decoded(path):
             image.load()
             return image
     except Image.UnidentifiedImageError:
-        raise UserError(f'{path} cannot be read: it is not a {", ".join(FORMATS[:-1])} or {FORMATS[-1]} image') from None
+        wanted = f'{", ".join(FORMATS[:-1])} or {FORMATS[-1]}'
+        raise UserError(f'{path} cannot be read: it is not a {wanted} image') from None
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read: {error}') from None
 

@@ -177,8 +177,9 @@ class Name(str):
 def check_plain(content, size):
     """Refused unless a file of `size` bytes can hold each tensor in `content`; several may share their numbers."""
     for name, value in leaves(content):
-        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
-            raise Refused(f'its tensors claim {value.numel() * value.element_size()} bytes ({name}), the file has {size}')
+        claimed = value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+        if claimed > size:
+            raise Refused(f'its tensors claim {claimed} bytes ({name}), the file has {size}')
 
 
 def leaves(content):
@@ -231,7 +232,7 @@ def score(value):
 
 
 def named_classes(value):
-    """Whether it is the list of {name, classes} that says which domains a network knows; with names of the classes or not."""
+    """Whether it is the list of {name, classes} of the domains that a network knows; class_names may be there too."""
     return isinstance(value, list) and bool(value) and all(
         isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
         and whole(entry.get('classes')) and class_names(entry) for entry in value)
@@ -240,7 +241,8 @@ def named_classes(value):
 def class_names(entry):
     """Whether the names of the classes in a domain's {name, classes, class_names} are as many as it says, or absent."""
     names = entry.get('class_names', [''] * (entry['classes'] - 1))
-    return isinstance(names, list) and len(names) == entry['classes'] - 1 and all(isinstance(name, str) for name in names)
+    return (isinstance(names, list) and len(names) == entry['classes'] - 1
+            and all(isinstance(name, str) for name in names))
 
 
 def plain_options(value):

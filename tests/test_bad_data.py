@@ -2,9 +2,11 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mdil import train
@@ -12,6 +14,8 @@ from mdil.datasets import SegmentationDataset, get_domain
 from mdil.datasets.segmentation import FAST, decode_png
 from mdil.losses import cross_entropy_parts
 from mdil.models import checkpoint
+from mdil.training.building import DomainData
+from mdil.training.digest import check_unchanged, digests
 from mdil.utils.errors import UserError
 
 SIZE = (16, 32)
@@ -214,6 +218,16 @@ def test_other_weights_are_refused_and_moved_data_is_not(folder, tmp_path):
     resume(tmp_path / 'elsewhere/camvid')
     content = checkpoint.read(tmp_path / 'a/checkpoint.pth.tar')
     assert content['epoch'] == 2 and content['domains'][0]['class_names'][:2] == ['sky', 'building']
+
+
+def test_renamed_classes_are_refused_and_a_run_of_before_digests_goes_on():
+    domain = get_domain('camvid')
+    found = [digests([DomainData(0, replace(domain, classes=(name, *domain.classes[1:])), torch.ones(12))])
+             for name in ('sky', 'heaven')]
+    with pytest.raises(UserError, match=r'changed since it stopped: class names \(camvid\); restore'):
+        check_unchanged(*found, 'x')
+    for before in (found[1], {}):
+        check_unchanged(before, found[1], 'x')
 
 
 def test_nothing_but_bad_files_is_refused(folder, tmp_path):

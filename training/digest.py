@@ -10,7 +10,7 @@ from mdil.utils.workers import in_threads
 
 # What is compared -> how it is said.
 KINDS = {'pairs': 'which images and labels there are', 'images': 'sizes of image files', 'labels': 'content of labels',
-         'values': 'meaning of label values', 'weights': 'class weights'}
+         'values': 'meaning of label values', 'classes': 'class names', 'weights': 'class weights'}
 
 
 def digests(data):
@@ -21,6 +21,7 @@ def digests(data):
     """
     found = {kind: {} for kind in KINDS}
     for domain_data in data:
+        found['classes'][domain_data.domain.name] = digest_of(domain_data.domain.classes)
         found['weights'][domain_data.domain.name] = digest_of(domain_data.class_weights.tolist())
         for loader in (domain_data.train, domain_data.val):
             if loader is not None:
@@ -31,7 +32,8 @@ def digests(data):
 
 def split_digests(data):
     """{kind: digest} of a SegmentationDataset."""
-    names = [os.fsencode(os.path.relpath(path, data.folder)) for pair in data.pairs for path in (pair.image, pair.label)]
+    files = [path for pair in data.pairs for path in (pair.image, pair.label)]
+    names = [os.fsencode(os.path.relpath(path, data.folder)) for path in files]
     bar = tqdm(data.pairs, desc=f'reading labels of {data.domain.name} {data.split}', unit='file', leave=False,
                disable=None)
     try:
@@ -51,8 +53,8 @@ def digest_of(value):
 
 def plain_digests(value):
     """Whether it is what `digests` returns."""
-    return isinstance(value, dict) and all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values())
-                                           for part in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in value.values())
 
 
 def check_unchanged(saved, now, folder):
