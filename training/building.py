@@ -81,7 +81,7 @@ def counts_of(data, options):
 
 
 def judge_data(data, place):
-    """Says what is odd about the labels of a domain as far as they were counted; UserError if it is unfit to train on."""
+    """Reports what is odd about a domain's labels, if they were counted; UserError if it is unfit to train on."""
     sets = [loader.dataset for loader in (data.train, data.val) if loader]
     for found in sets:
         faults, remarks = ([], []) if found.counts is None else judge(data.domain, found.split, found.counts)
