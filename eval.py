@@ -58,7 +58,8 @@ def eval_parser():
     group.add_argument('--common-classes', action='store_true',
                        help='also in the classes that all domains share (IDD level 1)')
     data_options(parser)
-    machine_options(parser)
+    group = machine_options(parser)
+    group.add_argument('--cuda-graphs', action='store_true', help='record the network and replay it as one launch, on one GPU')
     result_options(parser)
     return parser
 
@@ -206,7 +207,7 @@ def report(results, options):
 def main(argv=None):
     options = eval_parser().parse_args(argv)
     check_options(options)
-    with session(options.device, precision=options.precision) as place:
+    with session(options.device, precision=options.precision, graphs=options.cuda_graphs) as place:
         results = run(options, place)
         if place.main:
             report(results, options)

@@ -26,7 +26,7 @@ from mdil.training.options import parse_train
 from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
 from mdil.training.step_loss import mean_over_batch, optimizer_steps
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.graphs import Graphed
+from mdil.utils.graphs import graphed
 from mdil.utils.parallel import agreed, broadcast_buffers, reduced, session, sharing, tell
 
 
@@ -69,9 +69,7 @@ def batches(run):
 def train_epoch(run, interrupt):
     """The rest of the epoch; returns images per second. Saves and exits on a signal."""
     run.start_epoch()
-    step = partial(train_batch, run)
-    if run.options.cuda_graphs:
-        step = Graphed(step)
+    step = graphed(partial(train_batch, run), run.place)
     images_seen, start = 0, time.perf_counter()
     bar = tqdm(total=len(run.trained) * len(run.trained[0].train), initial=run.batch, unit='batch', leave=False,
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
@@ -210,7 +208,7 @@ def learn(options, place):
 def main(argv=None):
     options = parse_train(argv)
     check_kept(options)
-    with session(options.device, options.parallel, options.precision) as place:
+    with session(options.device, options.parallel, options.precision, options.cuda_graphs) as place:
         folder = records.make_folder(options.savedir)
         with resume.lock(folder) if place.main else contextlib.nullcontext():
             if place.main:

@@ -17,6 +17,8 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +43,7 @@ from mdil.training.records import environment
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json
+from mdil.utils.graphs import graphed
 from mdil.utils.parallel import pick_device, session
 from mdil.utils.parser import Parser, complete_size, positive, rate, size_options
 from mdil.utils.precision import memory_format, without_bf16
@@ -85,7 +88,7 @@ def settings(side, domains, options):
     return SimpleNamespace(
         method='mdil', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6,
         no_dropout=False, precision=options.precision if fast else 'fp32', compile=fast and options.compile,
-        cuda_graphs=False, distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
+        cuda_graphs=fast and options.cuda_graphs, distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
 
 
 def networks(domains, chosen):
@@ -117,7 +120,7 @@ def layout_of(side, device, precision):
 
 
 class Training:
-    """One side's training of step `domains`; a call takes one batch from the CPU."""
+    """One side's training of step `domains`; a call takes one batch, `count` times."""
 
     def __init__(self, side, domains, options, place):
         self.options = chosen = settings(side, domains, options)
@@ -127,11 +130,16 @@ class Training:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=False)
         self.published_steps = ('ce', 'kd') if chosen.steps_per_batch == 2 else ('both',)
         self.optimizer, _ = building.build_optimizer(self.student, chosen)
+        self.step = graphed(partial(train.train_batch, self), replace(place, graphs=chosen.cuda_graphs))
 
-    def __call__(self, images, labels):
-        device = self.place.device
+    def __call__(self, images, labels, count=1):
         torch.use_deterministic_algorithms(self.side == REPEATABLE, warn_only=True)
         torch.backends.cudnn.benchmark = self.side != REPEATABLE
+        for _ in range(count):
+            self.once(images, labels)
+
+    def once(self, images, labels):
+        device = self.place.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.side == PUBLISHED:
             with unfolded():
@@ -139,27 +147,31 @@ class Training:
             if device.type == 'cuda':
                 torch.cuda.empty_cache()
         else:
-            train.train_batch(self, images, labels, self.domain)
+            self.step(images, labels, self.domain)
 
 
 class Evaluation:
-    """One side's evaluation of a network of one domain; a call takes one batch from the CPU."""
+    """One side's evaluation of a network of one domain; a call takes one batch, `count` times."""
 
     def __init__(self, side, options, place):
-        self.side, self.place, self.options = side, place, options
+        self.side, self.place, self.options = side, replace(place, graphs=options.cuda_graphs), options
         self.weights = torch.ones(CLASSES, device=place.device)
         layout = layout_of(side, place.device, options.precision)
         self.network = build_model([CLASSES]).eval().to(place.device, memory_format=layout)
 
-    def __call__(self, images, labels):
+    def __call__(self, images, labels, count=1):
         if self.side == PUBLISHED:
-            with unfolded(), torch.no_grad():
-                published_evaluation(self.network, images.to(self.place.device), labels.to(self.place.device), self.weights)
-            if self.place.device.type == 'cuda':
-                torch.cuda.empty_cache()
+            for _ in range(count):
+                self.published(images.to(self.place.device), labels.to(self.place.device))
         else:
             batch = images, labels, torch.arange(len(images))
-            evaluate(self.network, 0, [batch], self.weights, self.place, self.options.precision)
+            evaluate(self.network, 0, [batch] * count, self.weights, self.place, self.options.precision)
+
+    def published(self, images, labels):
+        with unfolded(), torch.no_grad():
+            published_evaluation(self.network, images, labels, self.weights)
+        if self.place.device.type == 'cuda':
+            torch.cuda.empty_cache()
 
 
 def published_evaluation(network, images, labels, weights):
@@ -303,7 +315,7 @@ def costs_of(what, options):
         with torch.no_grad():
             return traffic(lambda: network(images, 0))
     domains = int(what.split()[1])
-    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, distill_domains=None))
+    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, cuda_graphs=False, distill_domains=None))
     loss = make_step_loss(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
     old = range(min(domains - 1, options.distill_domains or domains - 1))
@@ -430,6 +442,7 @@ def parse(argv=None):
     parser.add_argument('--what', nargs='+', choices=WHAT, default=list(WHAT), metavar='WHAT', help=', '.join(WHAT))
     parser.add_argument('--precision', choices=('fp32', 'bf16'), help='of ours (default: bf16 where the device is fast in it)')
     parser.add_argument('--compile', action='store_true', help='compile ours')
+    parser.add_argument('--cuda-graphs', action='store_true', help='ours by CUDA graphs, on a GPU')
     parser.add_argument('--deterministic', action='store_true', help='training of ours with --deterministic too')
     parser.add_argument('--distill-domains', type=positive, metavar='K', help='of ours')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
@@ -456,7 +469,7 @@ def main(argv=None):
     options = parse(argv)
     if options.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    with session(options.device) as place:
+    with session(options.device, graphs=options.cuda_graphs) as place:
         dtype = torch.bfloat16 if options.precision == 'bf16' else torch.float32
         top = ceilings(place, dtype)
         print(f'{environment(place.device)["device"]}: matrix product {top[0] / 1e12:.2f} TFLOP/s ({options.precision}), '

@@ -1,6 +1,7 @@
 """Running networks over a split: confusion matrices, losses, and the figures made of them."""
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from mdil.losses import cross_entropy_parts
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report
 from mdil.training.building import plain_weights
 from mdil.utils.errors import UserError
+from mdil.utils.graphs import graphed
 from mdil.utils.parallel import summed
 from mdil.utils.parser import data_paths
 from mdil.utils.precision import autocast, memory_format, to_float, wide_type
@@ -63,10 +65,14 @@ def at_label_size(logits, labels):
 
 @torch.inference_mode()
 def answers(model, number, loader, place, precision, name):
-    """Yields (indices, images on the CPU, logits, labels int64) over a loader; logits and labels on the device."""
+    """Yields (indices, images on the CPU, logits, labels int64) over a loader; logits and labels on the device.
+
+    The next logits may take the memory of the last.
+    """
     model.eval()
+    forward = graphed(partial(logits_of, model, number, place=place, precision=precision), place)
     for images, labels, indices in tqdm(loader, desc=f'eval {name}', leave=False, disable=None if place.main else True):
-        logits = logits_of(model, number, images, place, precision)
+        logits = forward(images.to(place.device, non_blocking=True))
         for part, scored, truth in at_label_size(logits, labels):
             yield indices[part], images[part], scored, truth.to(place.device, non_blocking=True).long()
 

@@ -20,18 +20,18 @@ from mdil.training.plan import plan_step
 from mdil.training.run import like_their_weights
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import EAGER, Graphed
-from mdil.utils.parallel import Place
+from mdil.utils.parallel import Place, session
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 
 
-def run_on(device, method, *arguments):
+def run_on(device, method, *arguments, graphs=False):
     """A run of the method's last step on a device, without data."""
     row = METHODS[method]
     names = ['cityscapes', 'idd-lite', 'camvid'][:1 if row.lonely else 3]
     options = parse_train(['--domains', *names, '--savedir', 'x', '--method', method, *arguments,
                            *([] if row.lonely or row.joint else ['--state', 'x'])])
-    counts, place = [20, 8, 12][:len(names)], Place(torch.device(device))
+    counts, place = [20, 8, 12][:len(names)], Place(torch.device(device), graphs=graphs)
     student, teacher = build_model(counts, method), None
     if plan_step(options).needs_teacher:
         teacher = build_model(counts[:-1], method)
@@ -118,10 +118,19 @@ def test_augmentation_and_answers_are_on_the_device(precision, fake_gpu):
         assert {tensor.device.type for tensor in (labels, logits, logits.argmax(1))} == {'cuda'}
 
 
-@pytest.mark.parametrize('given', [['--precision', 'fp16'], ['--device', 'cpu'], ['--distill-domains', '1']])
+@pytest.mark.parametrize('given', [['--precision', 'fp16'], ['--distill-domains', '1']])
 def test_what_cannot_be_recorded_is_refused(given):
     with pytest.raises(UserError, match='--cuda-graphs does not go with ' + ' '.join(given[:1])):
         parse_train(['--domains', 'cityscapes', '--savedir', 'x', '--method', 'mdil', '--cuda-graphs', *given])
+
+
+def test_graphs_need_one_gpu(monkeypatch):
+    with pytest.raises(UserError, match='--cuda-graphs needs a GPU'), session('cpu', graphs=True):
+        pass
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(nn.Module, 'to', lambda self, *_, **__: self)
+    with pytest.raises(UserError, match='one GPU, not several'):
+        run_on('cuda', 'mdil', graphs=True)
 
 
 class Recorder:

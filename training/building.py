@@ -270,8 +270,8 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
     wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
-    if options.cuda_graphs and (place.device.type != 'cuda' or isinstance(wrapped, nn.DataParallel)):
-        raise UserError('--cuda-graphs needs one GPU; use --device cuda:0, or leave it out')
+    if place.graphs and isinstance(wrapped, nn.DataParallel):
+        raise UserError('--cuda-graphs needs one GPU, not several; add --device cuda:0, or leave it out')
     return wrapped
 
 

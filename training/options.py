@@ -209,8 +209,7 @@ def complete_fast(options):
 
 def check_graphs(options):
     """Refuses what cannot be recorded as a CUDA graph."""
-    for name, given in (('--precision fp16', options.precision == 'fp16'), ('--device cpu', options.device == 'cpu'),
-                        ('--distill-domains', options.distill_domains), ('torchrun', 'RANK' in os.environ)):
+    for name, given in (('--precision fp16', options.precision == 'fp16'), ('--distill-domains', options.distill_domains)):
         if options.cuda_graphs and given:
             raise UserError(f'--cuda-graphs does not go with {name}; leave out one of them')
 

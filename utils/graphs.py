@@ -10,6 +10,11 @@ from mdil.utils.errors import UserError
 EAGER = 2       # calls before recording: cuDNN chooses its algorithms, torch.compile writes its kernels
 
 
+def graphed(work, place):
+    """`work` as it is, or as a Graphed where the place has graphs."""
+    return Graphed(work) if place.graphs else work
+
+
 class Graphed:
     """`work` on one GPU, recorded for each form of its arguments and replayed from the third call on.
 

@@ -18,10 +18,11 @@ from mdil.utils.workers import end_with
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes: its device, its rank among `world` processes."""
+    """Where this process computes: its device, its rank among `world` processes; graphs: whether by CUDA graphs."""
     device: torch.device
     rank: int = 0
     world: int = 1
+    graphs: bool = False
 
     @property
     def main(self):
@@ -30,7 +31,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def session(device, parallel='auto', precision='fp32'):
+def session(device, parallel='auto', precision='fp32', graphs=False):
     """The Place of this process; under torchrun it joins the process group for the session.
 
     device: 'auto', or what torch calls a device. UserError if it is not there, or lacks
@@ -43,10 +44,14 @@ def session(device, parallel='auto', precision='fp32'):
         raise UserError('--parallel ddp needs a launcher: torchrun --nproc_per_node N train.py ...')
     if launched and launched.world > 1 and parallel in ('none', 'dp'):
         raise UserError(f'--parallel {parallel} contradicts torchrun with {launched.world} processes')
+    if graphs and launched and launched.world > 1:
+        raise UserError('--cuda-graphs does not go with several processes; leave it out')
     if launched is None or parallel in ('none', 'dp'):
         chosen = current(pick_device(device))
         check_precision(precision, chosen)
-        yield Place(chosen)
+        if graphs and chosen.type != 'cuda':
+            raise UserError(f'--cuda-graphs needs a GPU, this runs on {chosen}; leave it out')
+        yield Place(chosen, graphs=graphs)
         return
     chosen = current(pick_device(f'cuda:{launched.local}' if device in ('auto', 'cuda') and torch.cuda.is_available()
                                  else device))

@@ -1,0 +1,442 @@
+"""What only a GPU can show: that everything runs on one, and how fast.
+
+    bash benchmarks/gpu.sh [DIR]            all parts, within 8 minutes; --rehearse: small, on the CPU
+    python -m benchmarks.gpu PART --out DIR
+
+Parts, the most valuable first: smoke, speed, loading, repeat, compiled, sequence; table prints what
+is known. Each is a process with a box of time. Every figure is appended to DIR/gpu.jsonl as soon as it is
+known, so that a run that is broken off leaves what it had.
+"""
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from mdil import train
+from mdil.benchmarks import speed
+from mdil.datasets.cache import cached
+from mdil.datasets.loading import TrainBatches, make_loader
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.datasets.toy.roads import write_toy_roads
+from mdil.evaluation.tables import plain
+from mdil.models import METHODS
+from mdil.training import building
+from mdil.training.records import environment
+from mdil.training.step_loss import mean_over_batch
+from mdil.utils.errors import UserError, advice, run_main
+from mdil.utils.parallel import Place, session
+from mdil.utils.parser import Parser
+
+PRECISIONS = 'fp32', 'bf16', 'fp16'
+RUNNING_OUT = 0.01      # share of the card's memory that is left for the trial of having too little
+
+
+class Report:
+    """Appends a line of JSON to DIR/gpu.jsonl for everything that is found."""
+
+    def __init__(self, folder, part):
+        self.path, self.part = Path(folder) / 'gpu.jsonl', part
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name, **figures):
+        with open(self.path, 'a') as file:
+            file.write(json.dumps({'part': self.part, 'name': name, **figures}) + '\n')
+        print(f'{self.part}, {name}: {figures}', flush=True)
+
+    def attempt(self, name, work, *arguments):
+        """Calls `work(*arguments)`; records the dict that it returns and the seconds it took, or how it failed."""
+        start = time.perf_counter()
+        try:
+            figures = work(*arguments)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            figures = {'failed': f'{type(error).__name__}: {" ".join(str(error).split())[:400]}',
+                       'where': f'{Path(last.filename).name}:{last.lineno}'}
+        self.add(name, **figures, seconds=round(time.perf_counter() - start, 2))
+        release()
+
+
+def release():
+    """Gives back what the last measurement held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# Smoke: every method in every precision, graphs, going on, agreement with the CPU, running out of memory.
+
+class Smoke:
+    """Trains on toy roads by `train.main`, in this process, two batches a run."""
+
+    def __init__(self, folder, device):
+        self.folder, self.device = Path(folder), device
+        write_toy_roads(self.folder / 'toy', train=8, val=2, height=64, width=128, seed=1)
+
+    def train(self, name, *arguments):
+        """(folder, losses of the last epoch) of a run."""
+        out = self.folder / name.replace(' ', '-')
+        train.main(['--data-root', str(self.folder / 'toy'), '--savedir', str(out), '--height', '64', '--num-epochs', '1',
+                    '--limit-batches', '2', '--batch-size', '4', '--num-workers', '0', '--device', self.device,
+                    *map(str, arguments)])
+        line = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-1])
+        return out, {name: round(value, 5) for name, value in line['train'].items()}
+
+    def first(self, method):
+        """The checkpoint of step 1 of the method's network."""
+        row = METHODS[method]
+        folder = self.folder / f'first-{row.adapter}-{row.domain_bn}'
+        if not folder.exists():
+            self.train(folder.name, '--method', method, '--domains', 'cityscapes')
+        return folder / 'checkpoint.pth.tar'
+
+    def second(self, method, *more):
+        """Losses of the method's second step, or of all that it has."""
+        row, name, domains = METHODS[method], ' '.join([method, *more]), ['cityscapes', 'BDD']
+        if row.lonely or row.joint:
+            return self.train(name, '--method', method, '--domains', *domains[:1 if row.lonely else 2], *more)[1]
+        return self.train(name, '--method', method, '--domains', *domains, '--state', self.first(method), *more)[1]
+
+    def third(self, recipe):
+        """Losses of a third step."""
+        state = self.folder / 'mdil---precision-fp32' / 'checkpoint.pth.tar'
+        return self.train(f'third {recipe}', '--method', 'mdil', '--recipe', recipe, '--state', state,
+                          '--domains', 'cityscapes', 'BDD', 'IDD')[1]
+
+    def resume(self, *more):
+        """Largest difference between the weights of a run that went on and those of one left alone."""
+        states = []
+        for name in ('whole', 'broken'):
+            arguments = [f'{name} {len(more)}', '--domains', 'cityscapes', '--num-epochs', '2', '--deterministic', *more]
+            out, _ = self.train(*arguments)
+            if name == 'broken':
+                (out / 'checkpoint.previous.pth.tar').replace(out / 'checkpoint.pth.tar')
+                self.train(*arguments, '--resume')
+            states.append(torch.load(out / 'checkpoint.pth.tar', weights_only=True)['state_dict'])
+        torch.use_deterministic_algorithms(False)
+        return {'largest_difference': max((states[0][key].double() - states[1][key].double()).abs().max().item()
+                                          for key in states[0])}
+
+    def out_of_memory(self):
+        """What a user reads who has too little memory."""
+        torch.cuda.set_per_process_memory_fraction(RUNNING_OUT)
+        try:
+            self.train('too large', '--domains', 'cityscapes', '--height', '512', '--batch-size', '8')
+        except torch.cuda.OutOfMemoryError as error:
+            return {'line': advice(error)}
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return {'failed': 'it fitted'}
+
+
+def agreement(device, dtype, tf32=False):
+    """How far losses, gradients and answers of the same weights and batch are from the CPU's, in step 3."""
+    torch.manual_seed(0)
+    images, labels = random_batch(2, 64)
+    loss = speed.make_step_loss(speed.OURS, 3, settings(3), 'cpu').to(dtype)
+    with torch.no_grad():
+        for parameter in loss.student.shared_parameters():
+            parameter.mul_(1.05)
+    for module in loss.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    found = {where: outcome(loss.to(where), images.to(where, dtype) / 255, labels.to(where)) for where in ('cpu', device)}
+    torch.backends.cudnn.allow_tf32 = before
+    (losses, gradients, logits), (other_losses, other_gradients, other_logits) = found['cpu'], found[device]
+    length = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    apart = sum((a - b).square().sum() for a, b in zip(gradients, other_gradients)).sqrt()
+    return {'losses': losses, 'losses_device': other_losses, 'gradients_apart': (apart / length).item(),
+            'logits_apart': (logits - other_logits).abs().max().item(),
+            'other_answers': (logits.argmax(1) != other_logits.argmax(1)).double().mean().item()}
+
+
+def outcome(loss, images, labels):
+    """(losses, gradients, logits) of a batch, in float64 on the CPU."""
+    loss.train().zero_grad()
+    parts = [loss(images, labels, 2, *part) for part in (('ce',), ('kd', 0), ('kd', 1))]
+    terms = [mean_over_batch(part, Place(images.device))[0] for part in parts]
+    sum(terms).backward()
+    gradients = [p.grad.double().cpu() for p in loss.student.parameters() if p.grad is not None]
+    with torch.inference_mode():
+        logits = loss.eval().student(images, 2).double().cpu()
+    return [term.item() for term in terms], gradients, logits
+
+
+def smoke(report, options):
+    device, cuda = options.device, options.device == 'cuda'
+    for name, dtype, tf32 in (('float64', torch.float64, False), ('float32', torch.float32, False),
+                              ('TF32', torch.float32, True)):
+        report.attempt(f'agreement with the CPU, {name}', agreement, device, dtype, tf32)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Smoke(folder, device)
+        graphs = ['--cuda-graphs', '--limit-batches', '5', '--batch-size', '2']
+        for method in ['mdil', 'fine-tune'] if options.rehearse else METHODS:
+            for precision in PRECISIONS[:3 if cuda else 1]:
+                report.attempt(f'{method} {precision}', runs.second, method, '--precision', precision)
+            if cuda:
+                report.attempt(f'{method} bf16, graphs', runs.second, method, '--precision', 'bf16', *graphs)
+        for recipe in ('corrected', 'released'):
+            report.attempt(f'step 3, {recipe}', runs.third, recipe)
+        report.attempt('augmented on the device', runs.second, 'mdil', '--augment', 'device')
+        report.attempt('going on', runs.resume)
+        if cuda:
+            report.attempt('going on, graphs', runs.resume, *graphs)
+            report.attempt('out of memory', runs.out_of_memory)
+
+
+# Speed: the published loop and ours, in turn.
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the same work; published: as the published loops do it."""
+    name: str
+    precision: str = 'bf16'
+    compile: bool = False
+    graphs: bool = False
+    tf32: bool = True
+    published: bool = False
+
+    @property
+    def on_cpu(self):
+        """Whether a rehearsal has it, too."""
+        return not (self.compile or self.graphs or self.precision == 'bf16')
+
+
+WAYS = [Way('published', 'fp32', published=True), Way('published, no TF32', 'fp32', published=True, tf32=False),
+        Way('ours, fp32', 'fp32'), Way('ours, fp32, graphs', 'fp32', graphs=True), Way('ours, bf16'),
+        Way('ours, bf16, graphs', graphs=True), Way('ours, bf16, compiled', compile=True),
+        Way('ours, --fast', compile=True, graphs=True)]
+
+
+def settings(domains, precision='fp32', compiled=False):
+    """Options of train.py that ours runs with, as far as building asks for them."""
+    return speed.settings(speed.OURS, domains, SimpleNamespace(precision=precision, compile=compiled, cuda_graphs=False, distill_domains=None))
+
+
+def random_batch(size, height, pin=False):
+    """Images (B, 3, H, 2H) and labels (B, H, 2H), uint8, as a loader gives them."""
+    random = torch.Generator().manual_seed(0)
+    batch = (torch.randint(0, 256, (size, 3, height, 2 * height), dtype=torch.uint8, generator=random),
+             torch.randint(0, speed.CLASSES, (size, height, 2 * height), dtype=torch.uint8, generator=random))
+    return tuple(tensor.pin_memory() for tensor in batch) if pin else batch
+
+
+def work_of(way, what, place):
+    """What does a batch of `what`, `count` times, in one way: work(images, labels, count)."""
+    chosen = SimpleNamespace(precision=way.precision, compile=way.compile, cuda_graphs=way.graphs, distill_domains=None)
+    return speed.side_of(speed.PUBLISHED if way.published else speed.OURS, what, chosen, place)
+
+
+@contextlib.contextmanager
+def arithmetic(way):
+    """TF32 convolutions as the way has them."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, way.tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def timed(work, batch, count, place):
+    """Images per second of `count` batches; the device is waited for at the end alone."""
+    speed.wait(place)
+    start = time.perf_counter()
+    work(*batch, count)
+    speed.wait(place)
+    return count * len(batch[0]) / (time.perf_counter() - start)
+
+
+def warmed_up(way, what, place, batch):
+    """(function of a batch, figures of its start): GiB at most, seconds that the first batches took."""
+    start = time.perf_counter()
+    release()
+    before = torch.cuda.memory_allocated() if place.device.type == 'cuda' else 0
+    if place.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    with arithmetic(way):
+        work = work_of(way, what, place)
+        work(*batch, 4)
+        speed.wait(place)
+    figures = {'start_seconds': round(time.perf_counter() - start, 1)}
+    if place.device.type == 'cuda':
+        figures['peak_gib'] = round((torch.cuda.max_memory_allocated() - before) / 2 ** 30, 2)
+    return work, figures
+
+
+def compare(report, what, ways, place, batch, options):
+    """Times the ways in turn, round by round; records each with its ratios to the first."""
+    works, figures, rates = {}, {}, {}
+    for way in ways:
+        try:
+            works[way], figures[way] = warmed_up(way, what, place, batch)
+        except (RuntimeError, UserError) as error:
+            report.add(f'{what}: {way.name}', failed=' '.join(str(error).split())[:400])
+    for _ in range(options.rounds):
+        for way, work in works.items():
+            with arithmetic(way):
+                count = max(2, round(options.seconds / timed(work, batch, 1, place) * len(batch[0])))
+                rates.setdefault(way, []).append(timed(work, batch, min(count, 50), place))
+    for way, values in rates.items():
+        ratios = [value / base for value, base in zip(values, rates[ways[0]])]
+        report.add(f'{what}: {way.name}', images_per_second=spread(values, 1), ratio=spread(ratios, 2), **figures[way])
+    release()
+
+
+def spread(values, digits):
+    """[median, least, greatest]."""
+    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
+
+
+def measure_speed(report, options, compiled=False):
+    """Images per second of all ways but the compiled ones, or of those."""
+    with session(options.device) as place:
+        cuda = place.device.type == 'cuda'
+        report.add('environment', **environment(place.device), command=sys.argv[1:], **card())
+        if cuda and not compiled:
+            top = speed.ceilings(place, torch.bfloat16)
+            report.add('ceilings, bf16', flops=top[0], bytes_per_second=top[1])
+            for what in options.what:
+                floor = speed.floors(what, SimpleNamespace(**vars(options), precision='bf16', distill_domains=None), top)
+                report.add(f'{what}: floor', images_per_second=[round(1 / floor['seconds'], 1)])
+        batch = random_batch(options.batch_size, options.height, pin=cuda)
+        ways = [way for way in WAYS if way == WAYS[0] or way.compile == compiled and (cuda or way.on_cpu)]
+        for what in options.what:
+            if not (compiled and what == 'evaluation'):         # only training is compiled
+                compare(report, what, ways, place, batch, options)
+
+
+def card():
+    """Driver and name of the card, {} without one."""
+    query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
+    try:
+        return {'card': subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+# Loading: whether the card waits for its images.
+
+def loading(report, options):
+    """Share of the time that step 1, at its fastest, waits for images out of the cache, augmented on the device."""
+    with tempfile.TemporaryDirectory() as folder, session(options.device) as place:
+        for index in range(2 if options.rehearse else 4):
+            speed.write_pair(Path(folder), speed.SOURCES[0], index)
+        data = SegmentationDataset(speed.SOURCES[0].domain, folder, 'train', (options.height, options.width), augmented=False)
+        data.pairs = tuple(data.pairs) * (1 if options.rehearse else 24)
+        stored, cuda = cached(data, folder), place.device.type == 'cuda'
+        feed = SimpleNamespace(domain=data.domain, train=SimpleNamespace(dataset=stored))
+        work, batch = work_of(WAYS[5 if cuda else 2], 'step 1', place), random_batch(options.batch_size, options.height, cuda)
+        for workers in options.workers[:1] if options.rehearse else options.workers:
+            loader = make_loader(stored, TrainBatches(len(stored), options.batch_size, seed=0), workers, cuda)
+            shares = []
+            for epoch in range(4):
+                rate, start = timed(work, batch, len(loader), place), time.perf_counter()
+                for loaded in loader:
+                    work(*building.on_device(feed, loaded, 0, epoch, place))
+                speed.wait(place)
+                if epoch:       # the first starts the workers
+                    shares.append(1 - len(stored) / (time.perf_counter() - start) / rate)
+            report.add(f'{workers} workers', waiting=spread(shares, 3))
+
+
+# Repeatability.
+
+def repeat(report, options):
+    """Whether --deterministic gives the same bits twice, and what it costs, in step 2."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    with session(options.device) as place:
+        batch = random_batch(options.batch_size, options.height, pin=place.device.type == 'cuda')
+        for precision in PRECISIONS[:1 if options.rehearse else 2]:
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic, warn_only=True)
+                torch.backends.cudnn.benchmark = not deterministic
+                (first, rate), (second, other) = (five_batches(precision, place, batch) for _ in range(2))
+                report.add(f'{precision}{", deterministic" if deterministic else ""}', same_bits=torch.equal(first, second),
+                           apart=(first - second).abs().max().item(), images_per_second=spread([rate, other], 1))
+        torch.use_deterministic_algorithms(False)
+
+
+def five_batches(precision, place, batch):
+    """(the student's parameters after five batches of step 2, images per second of five more)."""
+    torch.manual_seed(0)
+    run = work_of(Way('', precision), 'step 2', place)
+    for _ in range(5):
+        run(*batch)
+    parameters = torch.cat([p.detach().flatten().cpu() for p in run.student.parameters()])
+    return parameters, timed(run, batch, 5, place)
+
+
+# The small real sequence, where its data is at hand.
+
+def sequence(report, options):
+    """mIoU after each step of cityscapes, camvid, idd-lite at 512x256, seed 0, 9,000 images a step."""
+    if not options.real or not Path(options.real).is_dir():
+        report.add('left out', reason='no --real DIR with the small real data')
+        return
+    domains, images = {'cityscapes': 60, 'camvid': 367, 'idd-lite': 702}, 60 if options.rehearse else 9000
+    size = options.height // 2
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ('mdil', 'adapters-only', 'fine-tune'):
+            state = []
+            for step, name in enumerate(domains, 1):
+                out, start = Path(folder) / f'{method}-{step}', time.perf_counter()
+                train.main(['--domains', *list(domains)[:step], '--method', method, '--data-root', options.real,
+                            '--savedir', str(out), '--height', str(size), '--num-epochs', str(max(1, images // domains[name])),
+                            '--val-every', '1000', '--cache', str(Path(folder) / 'cache'), '--device', options.device,
+                            '--num-workers', '4' if options.device == 'cuda' else '0',
+                            *(['--precision', 'bf16', '--augment', 'device', '--cuda-graphs']
+                              if options.device == 'cuda' else ['--limit-batches', '2']), *state])
+                state = ['--state', str(out / 'checkpoint.pth.tar')]
+                line = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-1])
+                report.add(f'{method}, step {step}', miou={key: round(value['miou'], 2) for key, value in line['val'].items()},
+                           seconds=round(time.perf_counter() - start, 1))
+
+
+def table(report, options):
+    """Prints what DIR/gpu.jsonl holds: failures first, then speeds."""
+    lines = [json.loads(text) for text in report.path.read_text().splitlines()]
+    failed = [[line['part'], line['name'], line['failed']] for line in lines if 'failed' in line]
+    print(plain(['part', 'failed', 'how'], failed) if failed else 'nothing failed')
+    rows = [[line['name'], *[' '.join(map(str, line.get(key, ['']))) for key in ('images_per_second', 'ratio')],
+             line.get('peak_gib', ''), line.get('start_seconds', '')] for line in lines if line['part'] in ('speed', 'compiled', 'repeat') and 'images_per_second' in line]
+    print(plain(['what', 'images/s: median, least, greatest', 'times published', 'GiB', 'start, s'],
+                [[str(cell) for cell in row] for row in rows]))
+    for line in lines:
+        if line['part'] in ('loading', 'sequence') and 'failed' not in line:
+            print(line['part'], line['name'], line.get('waiting') or line.get('miou') or line.get('reason'), sep=', ')
+
+
+PARTS = {'smoke': smoke, 'speed': measure_speed, 'loading': loading, 'repeat': repeat,
+         'compiled': partial(measure_speed, compiled=True), 'sequence': sequence, 'table': table}
+
+
+def main(argv=None):
+    parser = Parser(prog='python -m benchmarks.gpu', description=__doc__.splitlines()[0])
+    parser.add_argument('part', choices=PARTS, help='what to measure')
+    parser.add_argument('--out', default='runs/gpu', metavar='DIR', help='where gpu.jsonl goes')
+    parser.add_argument('--rehearse', action='store_true', help='small and on the CPU, to try the script')
+    parser.add_argument('--real', metavar='DIR', help='the small real data, for the sequence')
+    parser.add_argument('--what', nargs='+', choices=speed.WHAT, default=['step 1', 'step 3', 'evaluation', 'step 2'],
+                        metavar='WHAT', help='of speed and compiled: ' + ', '.join(speed.WHAT))
+    parser.add_argument('--workers', nargs='+', type=int, default=[4, 8], metavar='N', help='of loading')
+    options = parser.parse_args(argv)
+    small = options.rehearse
+    options.device, options.height, options.batch_size = ('cpu', 64, 2) if small else ('cuda', 512, 6)
+    options.width, options.rounds, options.seconds = 2 * options.height, 1 if small else 7, 0.01 if small else 0.15
+    PARTS[options.part](Report(options.out, options.part), options)
+
+
+if __name__ == '__main__':
+    run_main(main)

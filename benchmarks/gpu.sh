@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What only a GPU can show, within 8 minutes: bash benchmarks/gpu.sh [DIR] [--real DIR] [--rehearse]
+# Every part has a box of time, the most valuable come first, and each figure is in DIR/gpu.jsonl as
+# soon as it is known: a run that is broken off leaves what it had. --real: folder of the small real
+# data. --rehearse: tiny, on the CPU, to try the script.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in ''|--*) out=runs/gpu ;; *) out=$1; shift ;; esac
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+[ ! -s "$out/gpu.jsonl" ] || { echo "error: $out/gpu.jsonl holds figures; name another folder" >&2; exit 2; }
+
+# part SECONDS ARGUMENTS...: one part, ended when its time is up.
+part() {
+    local seconds=$1
+    shift
+    case " $* " in *" --rehearse "*) seconds=1000 ;; esac
+    echo "== $1 (at most $seconds s)"
+    timeout --signal=TERM --kill-after=5 "$seconds" "$python" -m benchmarks.gpu "$@" --out "$out"
+    local status=$?
+    [ $status -eq 0 ] || echo "{\"part\": \"$1\", \"name\": \"ended\", \"failed\": \"exit status $status after at most $seconds s\"}" >> "$out/gpu.jsonl"
+}
+
+mkdir -p "$out"
+part 110 smoke "$@"
+part 150 speed "$@"
+part 30 loading "$@"
+part 30 repeat "$@"
+part 110 compiled "$@"
+part 50 sequence "$@"
+"$python" -m benchmarks.gpu table --out "$out" | tee "$out/gpu.txt"
+if grep -q '"failed"' "$out/gpu.jsonl"; then exit 1; fi
