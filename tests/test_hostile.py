@@ -446,7 +446,7 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_refused(learnt):
     arguments, value = learnt
     with session('cpu', 'none') as place:
         run = Run(parse_train(arguments), place, copied(value))     # as it is, it fits
-        assert (run.epoch, run.batch) == (1, 1)
+        assert (run.epoch, run.batch, run.best) == (1, 1, value['best_acc']) and run.best > 0
         for number, change in enumerate(UNFIT):
             wrong = copied(value)
             change(wrong)

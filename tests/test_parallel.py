@@ -146,6 +146,18 @@ def test_ranks_go_on_with_numbers_of_their_own():
     assert draws(Place(torch.device('cpu'), 1, 3), random, batch=4) != ranks[1]
 
 
+def seed_of(epoch, rank, seed=1):
+    """What dropout is seeded by in the epoch after `epoch` finished ones."""
+    Run.start_epoch(SimpleNamespace(trained=[], batch=0, epoch=epoch, options=SimpleNamespace(seed=seed),
+                                    place=Place(torch.device('cpu'), rank, 2), step_loss=nn.Identity()))
+    return torch.initial_seed()
+
+
+def test_dropout_differs_between_epochs_ranks_and_seeds():
+    assert seed_of(0, 0) == seed_of(0, 0)
+    assert len({seed_of(*place) for place in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0, 2))}) == 5
+
+
 def test_a_run_of_four_gpus_goes_on_with_two(two_gpus, monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, 'set_rng_state_all', taken.extend)

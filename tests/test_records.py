@@ -1,5 +1,7 @@
 """What a run says and leaves of its epochs: validations, the best and the last, TensorBoard."""
 import json
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from mdil import eval as evaluation
 from mdil import train
 from mdil.evaluation import epochs, report, tables
 from mdil.evaluation.dashboard import Step
+from mdil.evaluation.evaluation import Score
 from mdil.training import options, records
 from mdil.utils.errors import UserError
+from mdil.utils.parallel import Place
 
 SMALL = ['--height', '32', '--batch-size', '2', '--limit-batches', '1', '--num-workers', '0', '--device', 'cpu']
 
@@ -24,7 +28,7 @@ def run(toy, tmp_path_factory):
         patch.setattr(train, 'train_batch', lambda *given: {**batch(*given), 'kd': torch.tensor(-1e-9)})
         patch.setattr('builtins.print', lambda *words, **_: said.append(' '.join(map(str, words))))
         train.main(['--domains', 'CS', '--savedir', str(folder), '--data-root', str(toy), '--num-epochs', '4', *SMALL,
-                    '--val-every', '3', '--model-name-suffix', 'OURS-CS1', '--tensorboard'])
+                    '--val-every', '3', '--model-name-suffix', 'OURS-CS1', *(['--tensorboard'] if find_spec('tensorboard') else [])])
     return folder, said
 
 
@@ -64,6 +68,29 @@ def test_tensorboard_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr(options.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='needs the package tensorboard, which is not installed: pip install'):
         options.parse_train(['--domains', 'CS', '--savedir', 'S', '--tensorboard'])
+
+
+@pytest.mark.parametrize('published, expected', [(False, 100 * 3 / 4), (True, 100 * 1 / 2)])
+def test_validations_have_the_metric_that_is_asked_for(monkeypatch, published, expected):
+    """Three classes, one of which occurs nowhere: IoU 1 and 1/2, and nothing or 0."""
+    matrix = torch.tensor([[4, 0, 0, 0], [0, 2, 0, 2], [0, 0, 0, 0], [0, 9, 9, 0]])
+    monkeypatch.setattr(train, 'evaluate', lambda *_: Score(matrix, 0.5))
+    data = SimpleNamespace(index=0, val=[1], class_weights=None, domain=SimpleNamespace(name='CS'))
+    run = SimpleNamespace(student=torch.nn.Identity(), place=Place(torch.device('cpu')), data=[data],
+                          options=SimpleNamespace(published_metric=published, precision='fp32'))
+    assert train.validate(run) == {'CS': {'loss': 0.5, 'miou': pytest.approx(expected)}}
+
+
+def test_the_best_model_is_that_of_the_highest_mean_over_what_is_learnt(monkeypatch):
+    saved, named = [], [SimpleNamespace(domain=SimpleNamespace(name=name)) for name in ('CS', 'IDD')]
+    run = SimpleNamespace(best=float('-inf'), trained=named, place=SimpleNamespace(main=False), options=SimpleNamespace(num_epochs=9),
+                          schedule=SimpleNamespace(get_last_lr=lambda: [0.1]), end_epoch=dict,
+                          save=lambda best: saved.append((best, run.best)))
+    for mious in ((10, 50), (40, 30), (20, 50), None, (60, 20)):
+        val = {name: {'miou': miou} for name, miou in zip(('CS', 'IDD'), mious)} if mious else {}
+        monkeypatch.setattr(train, 'validate_when_due', lambda *_, val=val: val)
+        train.finish_epoch(run, 1.0, [], None)
+    assert saved == [(True, 30), (True, 35), (False, 35), (False, 35), (True, 40)]
 
 
 def line_of(epoch, **mious):
