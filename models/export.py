@@ -10,6 +10,7 @@ from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
 from mdil.models.layouts import published_keys
 from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable
 from mdil.utils.parser import Parser
 
 
@@ -22,6 +23,7 @@ def parse(argv=None):
 
 def main(argv=None):
     options = parse(argv)
+    check_writable('OUT', options.out, inputs=[options.state])
     checkpoint = read_checkpoint(options.state)
     model = load_network(checkpoint)
     method = checkpoint.method or 'mdil'

@@ -89,6 +89,8 @@ def test_devices_that_only_some_options_know_say_so(monkeypatch, capsys):
     with pytest.raises(UserError, match='--precision bf16: lazy has float32 alone'):
         precision.check_precision('bf16', torch.device('lazy'))
     assert precision.wide_type(torch.device('mps')) == torch.float32
+    for name in ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY'):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(precision, 'cpu_features', lambda: {'avx2'})
     precision.check_precision('bf16', torch.device('cpu'))
     assert 'slow here, as this processor has no bf16 arithmetic' in capsys.readouterr().err

@@ -10,7 +10,7 @@ from mdil import eval as evaluation, train
 from mdil.datasets.domains import DOMAINS
 from mdil.datasets.cache import cached
 from mdil.datasets.segmentation import SegmentationDataset
-from mdil.models import build_model, checkpoint
+from mdil.models import build_model, checkpoint, export
 from mdil.training.options import parse_train
 from mdil.training.run import BEST, LATEST, PREVIOUS, check_kept
 from mdil.utils.errors import UserError
@@ -164,12 +164,15 @@ def test_devices_and_pipes_are_written_to(tmp_path):
         write_text('/dev/full', 'x')
 
 
-def test_eval_does_not_write_to_the_file_that_it_evaluates(toy, tmp_path):
+def test_no_tool_writes_to_the_file_that_it_reads(toy, tmp_path):
     checkpoint.save({'state_dict': fill(build_model([20])).state_dict()}, tmp_path / 'x')
     content = (tmp_path / 'x').read_bytes()
     with pytest.raises(UserError, match='--json .*x is a file that is read'):
         evaluation.main(['--state', str(tmp_path / 'x'), '--domains', 'CS', '--data-root', str(toy), '--json',
                          str(tmp_path / 'x')])
+    (tmp_path / 'link').symlink_to('x')
+    with pytest.raises(UserError, match='OUT .*link is a file that is read'):
+        export.main([str(tmp_path / 'x'), str(tmp_path / 'link')])
     assert (tmp_path / 'x').read_bytes() == content
 
 
