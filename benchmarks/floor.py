@@ -1,6 +1,8 @@
 """What the hardware must do at least: FLOPs and bytes of a piece of work, counted without data."""
 from collections import defaultdict
+from pathlib import Path
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -16,11 +18,12 @@ class Traffic(TorchDispatchMode):
     upstream gradient, the input if its weights learn, and writes the input's gradient.
     A batch norm that trains reads its input once more and writes its output; backward it
     reads gradient and input and writes the input's gradient. All else is taken as fused
-    into these; weights and sums are free.
+    into these; weights and sums are free, and so are maps of at most `cache` bytes.
     """
 
-    def __init__(self):
+    def __init__(self, cache):
         super().__init__()
+        self.cache = cache
         self.counts = defaultdict(lambda: [0, 0])
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -31,7 +34,8 @@ class Traffic(TorchDispatchMode):
             entry = self.counts[kind(operation.__name__, args, result)]
             if operation in flop_registry:
                 entry[0] += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
-            entry[1] += sum(map(size, read(operation.__name__, args) + [result]))
+            sizes = map(size, read(operation.__name__, args) + [result])
+            entry[1] += sum(bytes for bytes in sizes if bytes > self.cache)
         return out
 
 
@@ -55,8 +59,16 @@ def kind(name, args, result):
     return f'{kernel}, {shape[1]} channels, {shape[3]}x{shape[2]}'
 
 
-def traffic(work):
+def cache_size(device):
+    """Bytes of the last cache before a device's memory; 0 where it cannot be told."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'))
+    return int(sizes[-1].read_text().strip().removesuffix('K')) * 1024 if sizes else 0
+
+
+def traffic(work, cache=0):
     """{kind: [FLOPs, bytes]} of calling `work`, which runs networks on the device 'meta'."""
-    with Traffic() as counted:
+    with Traffic(cache) as counted:
         work()
     return dict(counted.counts)

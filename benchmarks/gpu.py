@@ -308,7 +308,8 @@ def measure_speed(report, options, compiled=False):
             top = speed.ceilings(place, torch.bfloat16)
             report.add('ceilings, bf16', flops=top[0], bytes_per_second=top[1])
             for what in options.what:
-                floor = speed.floors(what, SimpleNamespace(**vars(options), precision='bf16', distill_domains=None), top)
+                floor = speed.floors(what, SimpleNamespace(**vars(options), precision='bf16', distill_domains=None), top,
+                                     speed.cache_size(place.device))
                 report.add(f'{what}: floor', images_per_second=[round(1 / floor['seconds'], 1)])
         batch = random_batch(options.batch_size, options.height, pin=cuda)
         ways = [way for way in WAYS if way == WAYS[0] or way.compile == compiled and (cuda or way.on_cpu)]

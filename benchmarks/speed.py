@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mdil import train
-from mdil.benchmarks.floor import traffic
+from mdil.benchmarks.floor import cache_size, traffic
 from mdil.benchmarks.loading import SOURCES, published, write_pair
 from mdil.datasets.cache import cached
 from mdil.datasets.loading import TrainBatches, make_loader
@@ -294,9 +294,9 @@ def best_time(work, place, rounds=10):
     return min(times)
 
 
-def floors(what, options, top):
-    """What one image costs at least: {'gflop', 'gb', 'seconds'} at the ceilings `top`."""
-    return together(costs_of(what, options), options, top)
+def floors(what, options, top, cache=0):
+    """What one image costs at least: {'gflop', 'gb', 'seconds'} at the ceilings `top`, with a cache of that many bytes."""
+    return together(costs_of(what, options, cache), options, top)
 
 
 def together(costs, options, top):
@@ -306,27 +306,27 @@ def together(costs, options, top):
             'seconds': sum(max(flops / top[0], moved / top[1]) for flops, moved in counts) / batch}
 
 
-def costs_of(what, options):
+def costs_of(what, options, cache):
     """{kind of operation: [FLOPs, bytes]} of a batch of our way, in the options' precision."""
     dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16}[options.precision]
     images = torch.empty(options.batch_size, 3, options.height, options.width, dtype=dtype, device='meta')
     if what == 'evaluation':
         network = build_model([CLASSES]).eval().to('meta', dtype)
         with torch.no_grad():
-            return traffic(lambda: network(images, 0))
+            return traffic(lambda: network(images, 0), cache)
     domains = int(what.split()[1])
     chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, cuda_graphs=False, distill_domains=None))
     loss = make_step_loss(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
     old = range(min(domains - 1, options.distill_domains or domains - 1))
     parts = [('ce', None), *(('kd', domain) for domain in old)]
-    return traffic(lambda: [loss(images, labels, domains - 1, *part)[0, 0].backward() for part in parts])
+    return traffic(lambda: [loss(images, labels, domains - 1, *part)[0, 0].backward() for part in parts], cache)
 
 
-def show_floor(options, top):
+def show_floor(options, top, cache):
     """Prints FLOPs and bytes per image, kind by kind, and what they allow."""
     for what in options.what:
-        rows, costs = [], costs_of(what, options)
+        rows, costs = [], costs_of(what, options, cache)
         for name, (flops, moved) in costs.items():
             at_least = max(flops / top[0], moved / top[1])
             rows.append([name] + [number(value / options.batch_size, 3)
@@ -471,11 +471,11 @@ def main(argv=None):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     with session(options.device, graphs=options.cuda_graphs) as place:
         dtype = torch.bfloat16 if options.precision == 'bf16' else torch.float32
-        top = ceilings(place, dtype)
+        top, cache = ceilings(place, dtype), cache_size(place.device)
         print(f'{environment(place.device)["device"]}: matrix product {top[0] / 1e12:.2f} TFLOP/s ({options.precision}), '
-              f'copy {top[1] / 1e9:.1f} GB/s; {options.width}x{options.height}, batch {options.batch_size}')
+              f'copy {top[1] / 1e9:.1f} GB/s, cache {cache / 2 ** 20:.0f} MiB; {options.width}x{options.height}, batch {options.batch_size}')
         if options.floor:
-            show_floor(options, top)
+            show_floor(options, top, cache)
             return
         found = {'command': vars(options), 'environment': environment(place.device),
                  'ceilings': {'flops': top[0], 'bytes_per_second': top[1]}}
@@ -492,7 +492,7 @@ def main(argv=None):
             draw_growth(found['growth'], options.growth)
             print(growth_table(found['growth']))
         else:
-            found['work'] = {what: {'sides': compare(what, options, place, batch), 'floor': floors(what, options, top)}
+            found['work'] = {what: {'sides': compare(what, options, place, batch), 'floor': floors(what, options, top, cache)}
                              for what in options.what}
             print(plain(*rows_of(found['work'])))
             if 'step 1' in options.what:
