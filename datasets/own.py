@@ -5,6 +5,7 @@ turns a class into void, a repeated name loses a class of the table. So every en
 checked, and what does not fit is named in one sentence.
 """
 import json
+import os
 import re
 
 from mdil.datasets.declaration import IMAGES, MASKS, VOID_FILE_VALUE, Domain, Labels, Layout
@@ -137,9 +138,17 @@ def read_layout(spec, folder, classes, colors):
                   lists)
 
 
+def names_files(value):
+    """Whether it is a text that files can be called by."""
+    try:
+        return isinstance(value, str) and value != '' and b'\0' not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def read_text(spec, key):
     """The entry `key`, a text that can name files."""
-    if not isinstance(spec[key], str) or not spec[key] or '\0' in spec[key]:
+    if not names_files(spec[key]):
         raise Wrong(f'"{key}" must be a text that is not empty')
     return spec[key]
 
@@ -157,7 +166,7 @@ def read_suffixes(spec, key, default):
     given = spec.get(key, list(default))
     suffixes = [given] if isinstance(given, str) else given
     if not isinstance(suffixes, list) or not suffixes or not all(
-            isinstance(suffix, str) and suffix and '/' not in suffix and '\0' not in suffix for suffix in suffixes):
+            names_files(suffix) and '/' not in suffix for suffix in suffixes):
         raise Wrong(f'"{key}" must be the ending of file names, such as "_L.png", or a list of endings')
     return tuple(suffixes)
 

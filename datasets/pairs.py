@@ -55,12 +55,14 @@ def files_below(folder, without=None):
         except OSError as error:
             raise UserError(f'{place} cannot be read: {error.strerror}') from None
         for entry in entries:
+            path, link = Path(entry), entry.is_symlink()
             if entry.name.startswith('.'):
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(Path(entry))
-            elif entry.is_file():       # no pipe, no device, no link to nothing
-                found.append(Path(entry))
+            # What a link leads to is asked of os.path: a link to itself is an error to the entry.
+            if os.path.isdir(path) if link else entry.is_dir():
+                (links if link else folders).append(path)
+            elif os.path.isfile(path) if link else entry.is_file():     # no pipe, no device, no link to nothing
+                found.append(path)
     return found
 
 
@@ -72,7 +74,7 @@ def files_by_key(folder, suffixes):
     """
     by_length = sorted(suffixes, key=len, reverse=True)
     found = {}
-    for path in sorted(files_below(folder)) if folder.is_dir() else ():
+    for path in sorted(files_below(folder)) if os.path.isdir(folder) else ():
         suffix = next((suffix for suffix in by_length if path.name.lower().endswith(suffix.lower())), None)
         if suffix is not None:
             key = path.relative_to(folder).as_posix()[:-len(suffix)]
@@ -124,7 +126,7 @@ def listed_split(layout, base, split):
     """The Split that a list of pairs names; UserError at a line that is none."""
     file = layout.lists[split]
     try:
-        lines = file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
+        lines = file.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
     except OSError as error:
         raise UserError(f'{file} cannot be read: {error.strerror}') from None
     pairs, first = [], {}
@@ -158,9 +160,9 @@ def listed_pair(layout, base, split, line, place):
                  for suffix in layout.image_suffixes for kind in layout.label_kinds]
     if not ways:
         raise UserError(f'{place} has one name; an image and a label, separated by a space, are expected')
-    found = next((way for way in ways if way[0].is_file() and way[1].is_file()), None)
+    found = next((way for way in ways if os.path.isfile(way[0]) and os.path.isfile(way[1])), None)
     if found is None:
-        absent = next(path for path in ways[0] if not path.is_file())
+        absent = next(path for path in ways[0] if not os.path.isfile(path))
         raise UserError(f'{place}: {absent} is not a file')
     return found
 
@@ -168,7 +170,7 @@ def listed_pair(layout, base, split, line, place):
 def listed_file(base, name):
     """The path of a name in a list: below `base`, with a slash in front too, unless there is such a file."""
     path = base / name
-    return path if path.is_file() else base / name.lstrip('/')
+    return path if os.path.isfile(path) else base / name.lstrip('/')
 
 
 def nothing_found(domain, base, split, tried):
@@ -182,7 +184,7 @@ def nothing_found(domain, base, split, tried):
     looked, there = [], False
     for layout, _ in tried:
         images_dir, labels_dir = folders_of(layout, base, split)
-        there |= images_dir.is_dir()
+        there |= os.path.isdir(images_dir)
         looked.append(f'{images_dir} ({holds(images_dir)}) with {labels_dir}')
     wanted = ' or '.join(dict.fromkeys(f'*{suffix}' for layout, _ in tried for suffix in layout.image_suffixes))
     hint = f'; wanted are {wanted}' if there else place_hint(domain)
@@ -198,7 +200,7 @@ def place_hint(domain):
 
 def holds(folder):
     """What `folder` holds, in words."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return 'which does not exist'
     files = files_below(folder)
     return f'which holds {len(files)} files, e.g. {min(files).name}' if files else 'which holds no file'
@@ -213,7 +215,7 @@ def missing_labels(domain, base, split, layout, found):
     if not domain.make_labels:
         return text
     annotated = any('_polygons' in path.name or '_labelIds' in path.name
-                    for path in (files_below(labels_dir) if labels_dir.is_dir() else ()))
+                    for path in (files_below(labels_dir) if os.path.isdir(labels_dir) else ()))
     before = '' if annotated else 'unpack the annotations there and '
     return f'{text}; {before}run {domain.make_labels} {base}'
 

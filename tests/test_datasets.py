@@ -177,7 +177,8 @@ def test_hidden_folders_are_skipped_and_real_ones_visited_once(tmp_path):
     for place in ('train', 'trainannot'):
         for hidden in ('.ipynb_checkpoints', 'a/.Trash-1000/files'):
             write(folder / place / hidden / 'x0-checkpoint.png', np.zeros((*SIZE, 3)))
-        (folder / place / 'again').symlink_to(folder / place)       # a link to itself
+        (folder / place / 'again').symlink_to(folder / place)       # a link to the folder that it lies in
+        (folder / place / 'loop.png').symlink_to('loop.png')
         (folder / place / 'b').mkdir()
         (folder / place / 'b/up').symlink_to('..')
     assert names(tmp_path) == plain

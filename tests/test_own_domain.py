@@ -68,6 +68,7 @@ WRONG = {
     'weights too few': ({'weights': [1.0]}, '1 weights for 2 classes'), 'weights is a number': ({'weights': 3}, 'a list of 3'),
     'other braces': ({'images': '{city}/{split}'}, 'only braces it may have are {split}'), 'lone brace': ({'labels': 'a}'}, 'only braces'),
     'format of a brace': ({'images': '{split!r}'}, 'only braces it may have are {split}'),
+    'no name of a file': ({'images': 'a\ud800'}, '"images" must be a text'),
     'images is a list': ({'images': ['a']}, '"images" must be a text'), 'no images': ({'images': 'absent'}, 'is missing'),
     'no labels': ({'labels': 'absent', 'train': 'train.txt'}, '"labels" is missing'),
     'an entry misspelt': ({'viod': 3}, "'viod' is not an entry"),
