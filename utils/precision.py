@@ -40,7 +40,7 @@ def check_precision(precision, device):
     """Warns of a precision that the device is slow in; UserError for one that it does not have."""
     if precision == 'fp32':
         return
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
         raise UserError(f'--precision {precision}: {device.type} has float32 alone; leave it out')
     reason = precision == 'bf16' and without_bf16(device)
     if reason:

@@ -17,7 +17,10 @@ PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def end_with(parent, number=signal.SIGKILL):
-    """Has this process get the signal `number` when its parent, the process `parent`, ends; on Linux alone."""
+    """Has this process get the signal `number` when its parent, the process `parent`, ends; on Linux alone.
+
+    The end of the thread that started it counts as the parent's.
+    """
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PARENTS_DEATH, number)
         if os.getppid() != parent:      # it ended before
