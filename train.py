@@ -21,8 +21,10 @@ from mdil.evaluation import tables
 from mdil.evaluation.dashboard import Dashboard
 from mdil.evaluation.evaluation import evaluate
 from mdil.evaluation.scalars import Scalars
+from mdil.models import unchanged
 from mdil.training import building, records, resume
 from mdil.training.options import parse_train
+from mdil.training.plan import plan_step
 from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
 from mdil.training.step_loss import mean_over_batch, optimizer_steps
 from mdil.utils.errors import UserError, run_main
@@ -172,6 +174,9 @@ def begin(options, place, saved):
         return run, []
     if options.overwrite:
         remove_results(run.folder)
+    if saved is None:
+        old = options.domains[:-1] if plan_step(options).from_previous else []
+        unchanged.begin(run.folder, run.student, old, options.state)
     records.keep_metrics(run.folder, run.epoch)
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
@@ -202,7 +207,8 @@ def learn(options, place):
             rate = train_epoch(run, interrupt)
             finish_epoch(run, rate, displays, interrupt)
         if place.main:
-            print(records.closing_line(run.folder, [data.domain.name for data in run.trained]))
+            print(*(f'old domain {line}' for line in unchanged.end(run.folder, run.student)),
+                  records.closing_line(run.folder, [data.domain.name for data in run.trained]), sep='\n')
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.models import METHODS, checkpoint, method_name
-from mdil.models.multi_domain import batch_norms_of
+from mdil.models.branches import put_back
 from mdil.training import resume
 from mdil.training.options import RECIPES, parse_train
 from mdil.training.run import BEST, LATEST
@@ -302,14 +302,7 @@ def make_state(state, options):
     content = checkpoint.read(trained)
     previous, current = (checkpoint.load_network(checkpoint.read_checkpoint(file))
                          for file in (state.before.file(options), trained))
-    put_back(previous, current)
+    for domain in range(len(previous.views)):
+        put_back(previous, domain, current, domain, 'statistics')
     checkpoint.save({**{name: content[name] for name in ('version', 'domains', 'method')},
                      'state_dict': current.state_dict()}, path)
-
-
-def put_back(previous, current):
-    """Gives the batch norms of `current` of the domains that `previous` knows the running statistics they have there."""
-    for domain in range(len(previous.views)):
-        for norm, before in zip(batch_norms_of(current.branch(domain)), batch_norms_of(previous.branch(domain))):
-            for buffer, kept in zip(norm.buffers(), before.buffers()):
-                buffer.copy_(kept)

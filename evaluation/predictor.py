@@ -28,11 +28,6 @@ class Choice:
     probabilities: dict
     unknown: bool = False
 
-    @property
-    def name(self):
-        """Of the domain whose branch answers."""
-        return max(self.probabilities, key=self.probabilities.get)
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -40,14 +35,12 @@ class Prediction:
 
     domain: the Domain whose branch was asked, by `choice`. labels: its class indices (H, W)
     uint8, never void. confidence: (H, W) float32, the probability in [0, 1] of each pixel's
-    answer among the classes that are not void. probabilities: (C, H, W) float32, those of all
-    classes but void, where they were asked for, or None.
+    answer among the classes that are not void.
     """
     domain: object
     choice: Choice
     labels: torch.Tensor
     confidence: torch.Tensor
-    probabilities: torch.Tensor = None
 
     @property
     def shares(self):
@@ -91,17 +84,16 @@ class Predictor:
         return [Choice(index, dict(zip(names, probabilities)), unknown) for index, probabilities, unknown
                 in zip(guess.domain.tolist(), guess.probabilities.tolist(), guess.unknown.tolist())]
 
-    def guess(self, images):
-        """The Choice for each of a list of PIL images in RGB, told from the image."""
-        return self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
-
-    def predict(self, images, domain='auto', probabilities=False):
+    def predict(self, images, domain='auto'):
         """The Predictions of PIL images in RGB, of any sizes, by the branch called `domain` or the one that fits each."""
-        choices = self.guess(images) if domain == 'auto' else [self.stated(domain)] * len(images)
-        return self.predict_prepared([self.prepare(image) for image in images], choices, probabilities)
+        if domain == 'auto':
+            choices = self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
+        else:
+            choices = [self.stated(domain)] * len(images)
+        return self.predict_prepared([self.prepare(image) for image in images], choices)
 
     @torch.inference_mode()
-    def predict_prepared(self, images, choices, probabilities=False):
+    def predict_prepared(self, images, choices):
         """The Predictions of Prepared images, each by the branch of the Choice next to it."""
         groups, found = {}, {}
         for number, (image, choice) in enumerate(zip(images, choices)):
@@ -110,10 +102,10 @@ class Predictor:
             batch = torch.stack([images[number].pixels for number in numbers])
             logits = logits_of(self.model, index, batch, self.place, self.precision)
             for number, own in zip(numbers, logits):
-                found[number] = self.answer(own, images[number].size, choices[number], probabilities)
+                found[number] = self.answer(own, images[number].size, choices[number])
         return [found[number] for number in range(len(images))]
 
-    def answer(self, logits, size, choice, probabilities=False):
+    def answer(self, logits, size, choice):
         """The Prediction of the chosen branch's logits (C, h, w), void their last class, for an image of `size` (H, W)."""
         domain = self.domains[choice.index]
         logits = logits[None, :domain.void].float()
@@ -121,8 +113,7 @@ class Predictor:
             logits = interpolate(logits, size, mode='bilinear', align_corners=False)
         best, labels = logits[0].max(dim=0)
         confidence = (best - logits[0].logsumexp(dim=0)).exp()
-        return Prediction(domain, choice, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu(),
-                          logits[0].softmax(dim=0).cpu() if probabilities else None)
+        return Prediction(domain, choice, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu())
 
 
 def trained_size(checkpoint):

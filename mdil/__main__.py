@@ -19,6 +19,8 @@ TOOLS = {
     'tsne': ('mdil.evaluation.tsne', 'show encoder features before and after a step'),
     'describe': ('mdil.evaluation.describe', 'print the model card of a checkpoint'),
     'branches': ('mdil.evaluation.branches', 'take domains out of checkpoints as files and put them together'),
+    'verify': ('mdil.evaluation.verify', 'prove that a step changed nothing of the old domains, or say what'),
+    'repair': ('mdil.evaluation.repair', 'put back what later steps changed of old domains'),
     'identify': ('mdil.evaluation.identify', 'add to a checkpoint what --domain auto needs'),
     'export': ('mdil.models.export', 'write a checkpoint in the published key layout'),
     'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on a GPU of its own'),

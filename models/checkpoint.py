@@ -274,9 +274,8 @@ def check_kinds(content, path, kinds):
             raise UserError(f'{path}: its {name} is not {words}')
 
 
-def read_checkpoint(path):
-    """The Checkpoint in a file of ours or a published one."""
-    content = read(path)
+def state_in(content, path):
+    """{key: tensor} in what was read from `path`: the dict itself or an entry of it; UserError if it is neither."""
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
     name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
@@ -284,6 +283,13 @@ def read_checkpoint(path):
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)
                                               for key, value in state.items()):
         raise UserError(f'{path}: its {name} is not a dict of tensors')
+    return state
+
+
+def read_checkpoint(path):
+    """The Checkpoint in a file of ours or a published one."""
+    content = read(path)
+    state = state_in(content, path)
     if state is not content:
         check_content(content, path)
     found = recognise(state, path)

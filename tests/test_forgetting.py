@@ -1,19 +1,15 @@
 """The comparison of sequences: rows, sharing, resuming, arithmetic, statistics put back."""
-import copy
 import json
 import math
 
 import pytest
-import torch
 
 from mdil import train
 from mdil.benchmarks import forgetting, sequences
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.models import build_model
-from mdil.models.multi_domain import batch_norms_of
 from mdil.training import resume
 from mdil.utils.errors import UserError
-from tests.fill import fill
 
 SMALL = ['--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0']
 
@@ -218,24 +214,6 @@ def test_the_command_of_a_step_names_the_state_it_starts_from(tmp_path):
     assert released == put_back and released[1].endswith('train.py') and '--resume' in released and 'c' in released
     assert released[released.index('--state') + 1] == str(steps['released'].start.folder(options) / 'model_best.pth.tar')
     assert '--state' not in single
-
-
-def test_put_back_gives_the_old_domains_the_buffers_they_had_and_changes_nothing_else():
-    previous = fill(build_model([8]))
-    current = copy.deepcopy(previous)
-    current.add_domain(8)
-    with torch.no_grad():
-        for tensor in current.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.mul_(1 + 0.1 * torch.rand_like(tensor))
-    before = copy.deepcopy(current.state_dict())
-    sequences.put_back(previous, current)
-    moved = {name for name, value in current.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and all('running' in name for name in moved)
-    for norm, kept in zip(batch_norms_of(current.branch(0)), batch_norms_of(previous.branch(0))):
-        assert all(map(torch.equal, norm.buffers(), kept.buffers()))
-    assert not any(torch.equal(norm.running_mean, kept.running_mean) for norm, kept in zip(
-        batch_norms_of(current.branch(1)), batch_norms_of(previous.branch(0))))
 
 
 @pytest.mark.parametrize('known, fits', [

@@ -1,4 +1,5 @@
 """The shell scripts: what they would run is accepted, what they run is finished, a signal is survived."""
+import json
 import os
 import re
 import shlex
@@ -7,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mdil.eval import eval_parser
+from mdil.models import checkpoint
 from mdil.training.options import parse_train
 from tests.conftest import ROOT, wait_for
 
-SCRIPTS = ['mdil', 'ours', 'adapters_only', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
+SCRIPTS = ['mdil', 'ours', 'adapters_only', 'parallel', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
 
 
 def script(name, *arguments, expect=0):
@@ -31,7 +34,7 @@ def commands(text):
 def test_dry_run_prints_commands_that_train_py_accepts(name):
     found = commands(script(name, '--dry-run'))
     options = [parse_train(words) for words in found]
-    steps = {'mdil': 3, 'ours': 3, 'adapters_only': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36,
+    steps = {'mdil': 3, 'ours': 3, 'adapters_only': 3, 'parallel': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36,
              'demo': 6, 'small_real': 6}
     assert len(options) == steps[name]
     assert len({option.savedir for option in options}) == len(options)
@@ -224,3 +227,26 @@ def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path, number, g
         return
     output = script('mdil', *words[2:])
     assert 'resumed in' in output and (tmp_path / 'mdil/results.json').exists()
+
+
+def test_later_domains_are_learnt_at_once_from_the_first_and_joined(toy, tmp_path):
+    words = [f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes BDD IDD', 'EPOCHS=1', 'BATCH=2', 'HEIGHT=32', 'WORKERS=0',
+             f'PYTHON={sys.executable}', 'TRAIN_ARGS=--limit-batches 1 --device cpu']
+    options = [parse_train(arguments) for arguments in commands(script('parallel', '--dry-run', *words))]
+    base = f'{tmp_path}/parallel/step1-cityscapes/model_best.pth.tar'
+    assert [(option.domains, option.state) for option in options] == [
+        (['cityscapes'], None), (['cityscapes', 'BDD'], base), (['cityscapes', 'IDD'], base)]
+    assert 'cityscapes: unchanged' in script('parallel', *words)
+    joined = checkpoint.read(tmp_path / 'parallel/joined.pth.tar')
+    assert [entry['name'] for entry in joined['domains']] == ['cityscapes', 'BDD', 'IDD']
+    assert set(json.loads((tmp_path / 'parallel/results.json').read_text())['domains']) == {'cityscapes', 'BDD', 'IDD'}
+    for name in ('BDD', 'IDD'):
+        number = ['cityscapes', 'BDD', 'IDD'].index(name)
+        learnt = checkpoint.read(tmp_path / f'parallel/step{number + 1}-{name}/model_best.pth.tar')['state_dict']
+        assert torch.equal(joined['state_dict'][f'decoder.{number}.output_conv.weight'], learnt['decoder.1.output_conv.weight'])
+
+
+def test_a_domain_that_cannot_be_learnt_at_once_is_named(toy, tmp_path):
+    text = script('parallel', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes BDD camvid', 'EPOCHS=1', 'BATCH=2', 'HEIGHT=32',
+                  'WORKERS=0', f'PYTHON={sys.executable}', 'TRAIN_ARGS=--limit-batches 1 --device cpu', expect=2)
+    assert 'error: not learnt: camvid; see log.txt' in text and not (tmp_path / 'parallel/joined.pth.tar').exists()

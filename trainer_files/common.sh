@@ -143,14 +143,17 @@ run() {
         kill -0 "$child" 2>/dev/null || break
     done
     trap - USR1 TERM INT HUP
-    if [ -n "$signalled" ]; then
-        if [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
-            echo "== interrupted; back into the queue"
-            scontrol requeue "$SLURM_JOB_ID"
-        fi
-        exit 75
-    fi
+    [ -z "$signalled" ] || interrupted
     [ "$status" -eq 0 ] || exit "$status"
+}
+
+# Ends after a signal; the script itself, not one of the branches that it runs at once, puts the job back.
+interrupted() {
+    if [ -z "${BRANCH:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
+        echo "== interrupted; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit 75
 }
 
 pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }

@@ -197,7 +197,11 @@ def build_networks(options, domains):
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
-    view = student.single(student.add_domain(counts[-1], options.new_statistics, options.new_decoder))
+    # So that the new layers are the same, however many domains were built before.
+    torch.manual_seed(options.seed)
+    source = options.domains.index(options.branch_from) if options.branch_from else -1
+    added = student.add_domain(counts[-1], options.new_statistics, options.new_decoder, source)
+    view = student.single(added)
     drawn = view.heads if options.new_decoder == 'fresh' else view.output_layers
     lines = report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
     return student, teacher, lines, checkpoint.content.get('domain_statistics', {})

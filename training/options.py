@@ -58,6 +58,8 @@ def train_parser():
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
+    group.add_argument('--branch-from', metavar='NAME',
+                       help='known domain whose branch the new one starts as a copy of (default: the last)')
     group = data_options(parser)
     group.add_argument('--cache', metavar='DIR', help='cache of resized images and labels, filled at the first use')
     group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
@@ -153,6 +155,8 @@ def parse_train(argv=None):
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
+    if options.branch_from:
+        options.branch_from = get_domain(options.branch_from, paths).name
     complete_size(options)
     options.method = options.method or DEFAULT
     check_uses(options)
@@ -224,6 +228,9 @@ def check_domains(options):
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '
                         'checkpoint that knows the latter')
+    if options.branch_from and (method.joint or options.branch_from not in names[:-1]):
+        raise UserError(f'--branch-from {options.branch_from} is not a domain that is known before {names[-1]} is learnt: '
+                        + (', '.join(names[:-1]) if names[:-1] and not method.joint else 'there is none'))
     if options.batch_size * options.height * options.width == 64:
         raise UserError('--batch-size 1 with --height 8 and --width 8 leaves batch norms one value; enlarge one of them')
     if options.temperature is not None and not 1e-6 <= options.temperature <= 1e6:

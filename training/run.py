@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mdil.models import checkpoint
+from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
 from mdil.training import building, digest, resume
 from mdil.utils.errors import UserError
@@ -16,7 +16,7 @@ from mdil.utils.precision import wide_type
 
 LATEST, PREVIOUS, BEST = 'checkpoint.pth.tar', 'checkpoint.previous.pth.tar', 'model_best.pth.tar'
 RESULTS = LATEST, PREVIOUS, BEST, 'metrics.jsonl'
-WRITTEN = *RESULTS, 'opts.json'
+WRITTEN = *RESULTS, 'opts.json', unchanged.NAME
 
 
 def results_in(folder):

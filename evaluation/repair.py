@@ -1,0 +1,148 @@
+"""Puts back what later steps changed of old domains, from the files of the steps that learnt them.
+
+    python -m mdil repair STEP1 STEP2 STEP3 --out repaired.pth.tar
+    python -m mdil repair STEP1 STEP2 STEP3 --out repaired.pth.tar --what branch --data-root DATA
+
+`statistics`, the default, puts back the running statistics of each old domain's own batch
+norms; `branch` all that it has for itself. The shared weights and the newest domain stay as
+they are. With --data-root every domain is evaluated before and after.
+"""
+import copy
+from dataclasses import dataclass
+
+from mdil.evaluation import tables
+from mdil.evaluation.evaluation import Evaluator
+from mdil.models import METHODS, checkpoint, method_name
+from mdil.models.branches import WHAT, Known, put_back
+from mdil.models.fingerprint import branch_state
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_new
+from mdil.utils.parallel import session
+from mdil.utils.parser import Parser, complete_size, data_options, data_paths, machine_options, positive, size_options
+from mdil.utils.precision import memory_format
+
+# What an Evaluator asks of its options beside those below.
+EVALUATION = {'split': 'val', 'resolution': 'published', 'published_metric': False, 'common_classes': False}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a domain's branch comes from. learnt: whether that file's step is the one that learnt it."""
+    known: Known
+    number: int
+    learnt: bool
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m mdil repair',
+                    description='Puts back what later steps changed of old domains.')
+    parser.add_argument('states', nargs='+', metavar='OLD... NEW', help='checkpoints of the steps, in order')
+    parser.add_argument('--out', required=True, metavar='FILE', help='the file to write')
+    parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')
+    parser.add_argument('--what', choices=WHAT, default='statistics',
+                        help="running statistics of each old domain's batch norms, or all that it has for itself")
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help='domains of NEW in order (published files do not name them)')
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                        help='method of published files, where their keys fit several')
+    group = data_options(parser)
+    group.set_defaults(data_root=None)
+    group = parser.add_argument_group('evaluation before and after, with --data-root')
+    size_options(group)
+    group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
+    machine_options(parser)
+    parser.set_defaults(**EVALUATION)
+    options = parser.parse_args(argv)
+    complete_size(options)
+    if len(options.states) < 2:
+        raise UserError('repair needs the file to repair and those of earlier steps: OLD... NEW')
+    check_new('--out', options.out, options.overwrite, options.states)
+    return options
+
+
+def known_files(options):
+    """The Known of each file; names that a file lacks are the first of --domains."""
+    found = []
+    for path in options.states:
+        count = len(checkpoint.read_checkpoint(path).found.num_classes)
+        found.append(Known(path, options.domains[:count], options.method, data_paths(options.data)))
+    return found
+
+
+def sources(older, new):
+    """{old domain of the Known `new`: its Source}: the first of the Knowns `older`, in step order, that has it."""
+    found = {}
+    for known in older:
+        for number, name in enumerate(known.names):
+            if name in new.names[:-1] and name not in found:
+                learnt = number == len(known.names) - 1 or METHODS[known.method].joint
+                found[name] = Source(known, number, learnt)
+                check_alike(known, number, new, name)
+    missing = [name for name in new.names[:-1] if name not in found]
+    if missing or not found:
+        raise UserError(f'{new.checkpoint.source} knows {", ".join(new.names)}; '
+                        + (f'no file before it knows {", ".join(missing)}' if missing else 'it has no old domain'))
+    return found
+
+
+def check_alike(known, number, new, name):
+    """UserError unless a domain's branch in `known` has the tensors that it has in `new`."""
+    one, other = branch_state(known.model, number), branch_state(new.model, new.names.index(name))
+    odd = sorted(one.keys() ^ other.keys()) or [key for key in one if one[key].shape != other[key].shape]
+    if odd:
+        raise UserError(f'{known.checkpoint.source}: the branch of {name} ({known.method}) is another than in '
+                        f'{new.checkpoint.source} ({new.method}): {odd[0]}')
+
+
+def scores(known, evaluator):
+    """{domain: mIoU} of a Known, whose network stays on the CPU."""
+    place, domains = evaluator.place, [evaluator.domain(name) for name in known.names]
+    checkpoint.check_known(known.checkpoint, domains)
+    model = copy.deepcopy(known.model).to(place.device, memory_format=memory_format(place.device, evaluator.options.precision))
+    return {domain.name: evaluator.score(model, number, domain).miou() for number, domain in enumerate(domains)}
+
+
+def repair(new, found, what):
+    """Puts back the Sources `found`; a line for each old domain."""
+    lines = []
+    for name, source in found.items():
+        moved = put_back(source.known.model, source.number, new.model, new.names.index(name), what)
+        line = f'{name}: {len(moved)} tensors put back from {source.known.checkpoint.source}'
+        if not source.learnt:
+            line += f', in which it was old already; the file of the step that learnt {name} may hold more'
+        lines.append(line)
+    return lines
+
+
+def content_of(known):
+    """The content of the repaired file: what a checkpoint needs, and what the file that was repaired says of itself."""
+    kept = {name: known.checkpoint.content[name] for name in ('epoch', 'options') if name in known.checkpoint.content}
+    if 'best_acc' in known.checkpoint.content:      # numpy's in published files
+        kept['best_acc'] = float(known.checkpoint.content['best_acc'])
+    return {**known.content(), **known.about(), **kept}
+
+
+def table(before, after):
+    """mIoU of every domain before and after, as text."""
+    rows = [[name, tables.number(value), tables.number(after[name]), f'{after[name] - value:+.2f}']
+            for name, value in before.items()]
+    return tables.plain(['domain', 'mIoU before', 'after', 'difference'], rows)
+
+
+def main(argv=None):
+    options = parse(argv)
+    *older, new = known_files(options)
+    found = sources(older, new)
+    with session(options.device) as place:
+        evaluator = Evaluator(options, place) if options.data_root else None
+        before = scores(new, evaluator) if evaluator else None
+        print(*repair(new, found, options.what), sep='\n')
+        checkpoint.save(content_of(new), options.out)
+        print(f'{options.out}: written')
+        if evaluator:
+            print('\n' + table(before, scores(new, evaluator)))
+
+
+if __name__ == '__main__':
+    run_main(main)

@@ -1,0 +1,198 @@
+"""Proves that a step changed nothing of the old domains, or says what it changed.
+
+    python -m mdil verify runs/1/model_best.pth.tar runs/2/model_best.pth.tar
+    python -m mdil verify runs/2/model_best.pth.tar
+    python -m mdil verify STEP1 STEP2 --map keys.json
+
+Every domain that both files know is compared: parameters, buffers, and the logits of fixed
+probe images on the CPU, to the last bit. One file alone is compared with what `train.py`
+wrote beside it when the step began (unchanged.json). Exit status: 0 unchanged, 1 changed,
+2 cannot be told.
+
+Files of other code are compared tensor by tensor with --map, a JSON file
+{domain: {beginning of keys in OLD: what it is in NEW}}, such as
+{"cityscapes": {"backbone.": "backbone.", "head.": "heads.0."}}.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from mdil.datasets.domains import domain_names
+from mdil.models import METHODS, method_name, unchanged
+from mdil.models.checkpoint import load_network, read, read_checkpoint, state_in
+from mdil.models.fingerprint import digests
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_json
+from mdil.utils.parser import Parser
+
+PROBES, HEIGHT, WIDTH = 2, 64, 128
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m mdil verify',
+                    description='Tells whether a step changed the old domains. Exit status: 0 unchanged, 1 changed, 2 '
+                                'cannot be told.')
+    parser.add_argument('state', nargs='+', metavar='OLD NEW | CKPT',
+                        help='files before and after a step, or one file that is compared with its own record')
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help='domains of NEW in order (published files do not name them)')
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                        help='method of a published file, where its keys fit several')
+    parser.add_argument('--map', metavar='FILE', help='JSON: which keys of OLD are which of NEW, for files of other code')
+    parser.add_argument('--json', metavar='FILE', help='write what was found')
+    options = parser.parse_args(argv)
+    if len(options.state) > 2 or options.map and len(options.state) < 2:
+        raise UserError(f'verify compares two files, or one with its own record; {len(options.state)} given'
+                        + (' with --map' if options.map else ''))
+    if options.json:
+        check_writable('--json', options.json, inputs=[*options.state, *filter(None, [options.map])])
+    return options
+
+
+def names_of(checkpoint, given):
+    """Names of a checkpoint's domains; those of a file without names are `given`, or their places."""
+    count = len(checkpoint.found.num_classes)
+    names = checkpoint.domains or [*given, *(f'domain {number}' for number in range(len(given), count))]
+    return [domain_names().get(name.lower(), name) for name in names][:count]
+
+
+def known(path, options):
+    """(names of its domains or None, network) of a file."""
+    checkpoint = read_checkpoint(path)
+    model = load_network(checkpoint, options.method).eval()
+    return checkpoint, model
+
+
+def pairs(old, new, given):
+    """[(name, index in old, index in new)] of the domains that two Checkpoints both know; UserError if there is none.
+
+    Where one file does not name its domains, they are those at the same places of the other.
+    """
+    nameless = old.domains is None or new.domains is None
+    names = names_of(new if old.domains is None else old, given)
+    if nameless:
+        count = min(len(old.found.num_classes), len(new.found.num_classes))
+        return [(names[number] if number < len(names) else f'domain {number}', number, number) for number in range(count)]
+    others = names_of(new, given)
+    found = [(name, number, others.index(name)) for number, name in enumerate(names) if name in others]
+    if not found:
+        raise UserError(f'{old.source} knows {", ".join(names)}, {new.source} knows {", ".join(others)}: no domain is in both')
+    return found
+
+
+def probes():
+    """Images (B, 3, H, W) in [0, 1]: smooth and random ones, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(PROBES, 3, HEIGHT, WIDTH, generator=generator)
+    smooth = torch.rand(1, 3, 4, 8, generator=generator)
+    images[0] = torch.nn.functional.interpolate(smooth, (HEIGHT, WIDTH), mode='bilinear')[0]
+    return images
+
+
+def difference(one, other):
+    """Largest difference of two networks' logits of the probe images; 0.0 where they are equal to the last bit."""
+    with torch.no_grad():
+        a, b = one(probes()), other(probes())
+    return 0.0 if torch.equal(a, b) else (a - b).abs().max().item()
+
+
+def entry(moved, logits=None):
+    """What --json holds of a domain; logits: the largest difference, None if they were not computed."""
+    return {'unchanged': not moved and not logits, 'moved': str(moved), 'parameters': list(moved.parameters),
+            'buffers': list(moved.buffers), 'all_parameters': moved.all_parameters, 'all_buffers': moved.all_buffers,
+            'logits': logits}
+
+
+def compare_networks(options):
+    """{domain: entry} of two files of ours or published ones."""
+    (old, one), (new, other) = (known(path, options) for path in options.state)
+    result = {}
+    for name, number, index in pairs(old, new, options.domains):
+        classes = old.found.num_classes[number], new.found.num_classes[index]
+        if classes[0] != classes[1]:
+            raise UserError(f'{name} has {classes[0]} classes in {old.source} and {classes[1]} in {new.source}')
+        views = one.single(number), other.single(index)
+        moved = unchanged.compare(*(digests(stated(view, file)) for view, file in zip(views, (old, new))),
+                                  f'{name} in {new.source}')
+        result[name] = entry(moved, difference(*views))
+    return result
+
+
+def stated(view, checkpoint):
+    """{key: tensor} of a view; without the counters where the file has none, as early ones."""
+    counted = any(key.endswith(unchanged.COUNTER) for key in checkpoint.found.state)
+    return {key: value for key, value in view.state_dict().items() if counted or not key.endswith(unchanged.COUNTER)}
+
+
+def compare_with_record(options):
+    """{domain: entry} of one file, against the record beside it."""
+    path, = options.state
+    checkpoint, model = known(path, options)
+    record = unchanged.read(Path(path).parent / unchanged.NAME)
+    names = names_of(checkpoint, options.domains or record['domains'])
+    if names[:len(record['domains'])] != record['domains']:
+        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} beside it is of {", ".join(record["domains"])}')
+    return {name: entry(moved) for name, moved in unchanged.moved_since(record, model).items()}
+
+
+def read_map(path):
+    """{domain: {beginning of keys: what it becomes}} of a --map file."""
+    try:
+        found = json.loads(Path(path).read_text())
+        fits = all(isinstance(new, str) for part in found.values() for new in part.values())
+    except OSError as error:
+        raise UserError(f'--map {path} cannot be read ({error.strerror})') from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'--map {path} is not {{domain: {{beginning of keys in OLD: in NEW}}}} ({error})') from None
+    if not found or not fits:
+        raise UserError(f'--map {path} is not {{domain: {{beginning of keys in OLD: in NEW}}}}')
+    return found
+
+
+def mapped(state, prefixes, path, domain):
+    """{key in NEW: tensor} of the tensors of OLD whose keys begin with one of `prefixes`, the longest counting."""
+    result = {}
+    for key, value in state.items():
+        prefix = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
+        if prefix is not None:
+            result[prefixes[prefix] + key.removeprefix(prefix)] = value
+    if not result:
+        raise UserError(f'{path}: no key begins as --map says of {domain} ({", ".join(prefixes)}); the first is '
+                        f'{next(iter(state), "none")!r}')
+    return result
+
+
+def compare_mapped(options):
+    """{domain: entry} of two files of other code."""
+    old, new = ({key.removeprefix('module.'): value for key, value in state_in(read(path), path).items()}
+                for path in options.state)
+    result = {}
+    for domain, prefixes in read_map(options.map).items():
+        before = mapped(old, prefixes, options.state[0], domain)
+        after = {key: new[key] for key in before if key in new}
+        moved = unchanged.compare(digests(before), digests(after), f'{domain} in {options.state[1]}')
+        result[domain] = entry(moved)
+    return result
+
+
+def line(name, found):
+    """What is printed of a domain."""
+    logits = found['logits']
+    shown = 'not computed' if logits is None else f'equal on {PROBES} probe images' if not logits else \
+        f'differ by up to {logits:.3g}'
+    return f'{name}: {"unchanged" if found["unchanged"] else "changed"}; {found["moved"]}; logits {shown}'
+
+
+def main(argv=None):
+    options = parse(argv)
+    compare = compare_mapped if options.map else compare_networks if len(options.state) == 2 else compare_with_record
+    result = compare(options)
+    if options.json:
+        write_json(options.json, {'files': options.state, 'domains': result})
+    print(*(line(name, found) for name, found in result.items()), sep='\n')
+    return 0 if all(found['unchanged'] for found in result.values()) else 1
+
+
+if __name__ == '__main__':
+    run_main(main)

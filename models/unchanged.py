@@ -1,0 +1,105 @@
+"""What of an old domain moved, told from digests; and the record of it that a run keeps beside its checkpoint.
+
+The record, `unchanged.json`: {"version": 1, "state": the file that the step started from,
+"domains": [old domains, in order], "tensors": {name in our files: digest before the step},
+"after": {domain: what moved, in words} once the step has ended}.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdil.models.fingerprint import COUNTER, digests, is_buffer
+from mdil.utils.errors import UserError
+from mdil.utils.files import write_json
+
+NAME, VERSION = 'unchanged.json', 1
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Names of the tensors that differ, and how many there are of either kind."""
+    parameters: tuple
+    buffers: tuple
+    all_parameters: int
+    all_buffers: int
+
+    def __bool__(self):
+        return bool(self.parameters or self.buffers)
+
+    def __str__(self):
+        norms = len({name.rpartition('.')[0] for name in self.buffers})
+        return (f'{len(self.buffers)} buffers of {norms} batch norms, {len(self.parameters)} of {self.all_parameters} '
+                'parameters moved') if self else (
+                f'{self.all_parameters} parameters and {self.all_buffers} buffers equal')
+
+
+def compare(old, new, source):
+    """The Moved between two {name: digest} of one domain; UserError, naming `source`, unless the names are the same.
+
+    Counters of batches, which early files lack, may be in one of them only.
+    """
+    odd = sorted(name for name in old.keys() ^ new.keys() if not name.endswith(COUNTER))
+    if odd:
+        raise UserError(f'{source}: cannot be compared, {odd[0]} is in one of the networks only ({len(odd)} such tensors)')
+    both = sorted(old.keys() & new.keys())
+    moved = [name for name in both if old[name] != new[name]]
+    buffers = sum(map(is_buffer, both))
+    return Moved(tuple(name for name in moved if not is_buffer(name)), tuple(filter(is_buffer, moved)),
+                 len(both) - buffers, buffers)
+
+
+def old_digests(model, count):
+    """{name in our files: digest} of every tensor of the first `count` domains, shared ones included."""
+    state = model.state_dict()
+    return digests({name: state[name] for domain in range(count)
+                    for names in model.view_names(domain) for name in names.values()})
+
+
+def moved_since(record, model):
+    """{domain: Moved} of the old domains of a record in a MultiDomainNet that knows them first."""
+    found, now = {}, old_digests(model, len(record['domains']))
+    for domain, name in enumerate(record['domains']):
+        names = [name for part in model.view_names(domain) for name in part.values()]
+        before = {name: record['tensors'][name] for name in names if name in record['tensors']}
+        found[name] = compare(before, {name: now[name] for name in names}, NAME)
+    return found
+
+
+def begin(folder, model, domains, state):
+    """Writes the record of a step that starts now from the file `state`; domains: names of those it must keep.
+
+    Without such domains there is nothing to record, and an earlier run's record goes.
+    """
+    path = Path(folder) / NAME
+    if not domains:
+        path.unlink(missing_ok=True)
+        return
+    write_json(path, {'version': VERSION, 'state': state, 'domains': domains,
+                      'tensors': old_digests(model, len(domains))})
+
+
+def end(folder, model):
+    """Adds to the record what moved in the step; returns a line for each old domain. [] where there is no record."""
+    path = Path(folder) / NAME
+    if not path.exists():
+        return []
+    record = read(path)
+    found = {name: str(moved) for name, moved in moved_since(record, model).items()}
+    write_json(path, {**record, 'after': found})
+    return [f'{name}: {text}' for name, text in found.items()]
+
+
+def read(path):
+    """The record at `path`; UserError if it is none."""
+    try:
+        record = json.loads(Path(path).read_text())
+        version, names, tensors = record['version'], record['domains'], record['tensors']
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}); train.py writes it in every step after the first, '
+                        'without it give two files: OLD NEW') from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: no record of train.py ({type(error).__name__}: {error})') from None
+    if version != VERSION or not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+                                  and isinstance(tensors, dict)):
+        raise UserError(f'{path}: no record of train.py, or of a later version than this code')
+    return record

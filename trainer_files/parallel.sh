@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=parallel
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The first of DOMAINS, then all later ones at once, each from the first, and joined. The same
+# network, bit by bit, as steps one after another with --branch-from and the first domain.
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
+[ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
+cd "$here"
+source trainer_files/common.sh
+read_arguments "Learns the first of DOMAINS, then all later ones at once by adapters alone, a process each
+(with GPUS=N over N cards), and joins them; results in OUT/parallel, output in log.txt of each step." "$@"
+
+method=(--method adapters-only)
+read -ra domains <<< "$DOMAINS"
+out=$OUT/parallel
+base_folder=$out/step1-${domains[0]}
+set_metric "${method[@]}"
+run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${ENCODER:+--state "$ENCODER"} "${method[@]}"
+base=$(state_of "$base_folder")
+
+# Learns the domain of step $1 from the base, alone on its card, and takes its branch out.
+learn_branch() {
+    local domain=${domains[$1 - 1]} folder=$out/step$1-${domains[$1 - 1]}
+    [ "$GPUS" -le 1 ] || export CUDA_VISIBLE_DEVICES=$((($1 - 2) % 10#$GPUS))
+    GPUS=1 NODES=1 BRANCH=1
+    run_train "$folder" "$(epochs_of "$1")" --domains "${domains[0]}" "$domain" --state "$base" "${method[@]}"
+    run "$PYTHON" -m mdil branches extract "$(state_of "$folder")" --domain "$domain" --out "$folder/$domain.branch" --overwrite
+}
+
+# Where the output of step $1 goes.
+log_of() {
+    if [ -n "$DRY_RUN" ]; then echo /dev/stdout; else echo "$out/step$1-${domains[$1 - 1]}/log.txt"; fi
+}
+
+children=() branches=()
+for ((step = 2; step <= ${#domains[@]}; step++)); do
+    [ -n "$DRY_RUN" ] || mkdir -p "$out/step$step-${domains[step - 1]}"
+    echo "== ${domains[step - 1]}: output in $(log_of "$step")"
+    if [ -n "$DRY_RUN" ]; then (learn_branch "$step"); else (learn_branch "$step") >> "$(log_of "$step")" 2>&1 & fi
+    children+=("${!:-}")
+    branches+=("$out/step$step-${domains[step - 1]}/${domains[step - 1]}.branch")
+done
+
+signalled= failed=
+if [ -z "$DRY_RUN" ]; then
+    trap 'signalled=1; kill -USR1 "${children[@]}" 2> /dev/null || true' USR1
+    trap 'signalled=1; kill -TERM "${children[@]}" 2> /dev/null || true' TERM INT HUP
+    for number in "${!children[@]}"; do
+        while :; do
+            status=0
+            wait "${children[number]}" || status=$?
+            kill -0 "${children[number]}" 2> /dev/null || break
+        done
+        [ "$status" -eq 0 ] || failed="$failed ${domains[number + 1]}"
+    done
+    trap - USR1 TERM INT HUP
+    [ -z "$signalled" ] || interrupted
+    [ -z "$failed" ] || { echo "error: not learnt:$failed; see log.txt in the folder of each" >&2; exit 2; }
+fi
+run "$PYTHON" -m mdil branches add "$base" "${branches[@]}" --out "$out/joined.pth.tar" --overwrite
+run "$PYTHON" -m mdil verify "$base" "$out/joined.pth.tar"
+evaluate_states "$out/results.json" "$base" "$out/joined.pth.tar"
