@@ -28,6 +28,11 @@ class Choice:
     probabilities: dict
     unknown: bool = False
 
+    @property
+    def name(self):
+        """Of the domain whose branch answers."""
+        return max(self.probabilities, key=self.probabilities.get)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -35,12 +40,14 @@ class Prediction:
 
     domain: the Domain whose branch was asked, by `choice`. labels: its class indices (H, W)
     uint8, never void. confidence: (H, W) float32, the probability in [0, 1] of each pixel's
-    answer among the classes that are not void.
+    answer among the classes that are not void. probabilities: (C, H, W) float32, those of all
+    classes but void, where they were asked for, or None.
     """
     domain: object
     choice: Choice
     labels: torch.Tensor
     confidence: torch.Tensor
+    probabilities: torch.Tensor = None
 
     @property
     def shares(self):
@@ -84,16 +91,17 @@ class Predictor:
         return [Choice(index, dict(zip(names, probabilities)), unknown) for index, probabilities, unknown
                 in zip(guess.domain.tolist(), guess.probabilities.tolist(), guess.unknown.tolist())]
 
-    def predict(self, images, domain='auto'):
+    def guess(self, images):
+        """The Choice for each of a list of PIL images in RGB, told from the image."""
+        return self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
+
+    def predict(self, images, domain='auto', probabilities=False):
         """The Predictions of PIL images in RGB, of any sizes, by the branch called `domain` or the one that fits each."""
-        if domain == 'auto':
-            choices = self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
-        else:
-            choices = [self.stated(domain)] * len(images)
-        return self.predict_prepared([self.prepare(image) for image in images], choices)
+        choices = self.guess(images) if domain == 'auto' else [self.stated(domain)] * len(images)
+        return self.predict_prepared([self.prepare(image) for image in images], choices, probabilities)
 
     @torch.inference_mode()
-    def predict_prepared(self, images, choices):
+    def predict_prepared(self, images, choices, probabilities=False):
         """The Predictions of Prepared images, each by the branch of the Choice next to it."""
         groups, found = {}, {}
         for number, (image, choice) in enumerate(zip(images, choices)):
@@ -102,10 +110,10 @@ class Predictor:
             batch = torch.stack([images[number].pixels for number in numbers])
             logits = logits_of(self.model, index, batch, self.place, self.precision)
             for number, own in zip(numbers, logits):
-                found[number] = self.answer(own, images[number].size, choices[number])
+                found[number] = self.answer(own, images[number].size, choices[number], probabilities)
         return [found[number] for number in range(len(images))]
 
-    def answer(self, logits, size, choice):
+    def answer(self, logits, size, choice, probabilities=False):
         """The Prediction of the chosen branch's logits (C, h, w), void their last class, for an image of `size` (H, W)."""
         domain = self.domains[choice.index]
         logits = logits[None, :domain.void].float()
@@ -113,7 +121,8 @@ class Predictor:
             logits = interpolate(logits, size, mode='bilinear', align_corners=False)
         best, labels = logits[0].max(dim=0)
         confidence = (best - logits[0].logsumexp(dim=0)).exp()
-        return Prediction(domain, choice, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu())
+        return Prediction(domain, choice, labels.to(torch.uint8).cpu(), confidence.clamp(max=1).cpu(),
+                          logits[0].softmax(dim=0).cpu() if probabilities else None)
 
 
 def trained_size(checkpoint):

@@ -1,6 +1,23 @@
-"""The project under one name: `mdil.models` is models/ and `mdil.train` is train.py, whatever else is called so."""
+"""The project under one name: `mdil.models` is models/ and `mdil.train` is train.py, whatever else is called so.
+
+The Python interface, `mdil.load` and the like, is imported when it is first asked for.
+"""
+import importlib
 from pathlib import Path
 
 # Installed, everything lies in this folder; in a checkout one above, where `python train.py` expects it.
 if not Path(__file__).with_name('train.py').is_file():
     __path__.append(str(Path(__file__).resolve().parents[1]))
+
+# Name: the module that defines it.
+INTERFACE = {'load': 'mdil.api', 'step_loss': 'mdil.api', 'UserError': 'mdil.utils.errors'}
+
+
+def __getattr__(name):
+    if name in INTERFACE:
+        return getattr(importlib.import_module(INTERFACE[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted({*globals(), *INTERFACE})

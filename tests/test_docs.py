@@ -12,7 +12,8 @@ from PIL import Image
 from mdil.__main__ import TOOLS
 from mdil.datasets.domains import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
-from mdil.models import METHODS, build_model
+from mdil.models import METHODS, build_model, checkpoint
+from mdil.models.identify import statistics_of
 from mdil.training.options import parse_train
 from mdil.training.step_loss import StepLoss
 from mdil.utils.parser import Parser
@@ -168,3 +169,33 @@ def test_the_declarations_of_the_data_page(tmp_path):
     camvid, (layout,) = get_domain('camvid'), found[2].layouts
     assert (found[0].classes, found[0].colors) == (camvid.classes, camvid.colors)
     assert layout.label_kinds[0].values == {0: 2, 1: 0, 7: 0, 26: 1} and set(found[3].layouts[0].lists) == {'train', 'val'}
+
+
+PYTHON = ROOT / 'docs/python.md'
+
+
+@pytest.fixture
+def at_work(tmp_path, monkeypatch, toy):
+    """A working directory with the files that the page on Python speaks of."""
+    for name in ('cityscapes', 'IDD'):
+        pair = find_split(get_domain(name), toy, 'val').pairs[0]
+        Image.open(pair.image).save(tmp_path / 'photo.png')
+    statistics = {name: statistics_of([pair.image for pair in find_split(get_domain(name), toy, 'train').pairs], 0, name)
+                  for name in ('cityscapes', 'IDD')}
+    checkpoint.save({'version': 1, 'state_dict': build_model([20, 27]).state_dict(), 'method': 'mdil',
+                     'domains': [{'name': 'cityscapes', 'classes': 20}, {'name': 'IDD', 'classes': 27}],
+                     'options': {'height': 16, 'width': 32}, 'domain_statistics': statistics}, tmp_path / 'step3.pth')
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_network_used_from_python(at_work, capsys):
+    names = {}
+    exec(code(PYTHON, 'net.predict('), names)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["['cityscapes', 'IDD']", 'IDD False'] and names['labels'].shape == (64, 128)
+
+
+def test_a_loop_of_ones_own():
+    names = {'batches': [(torch.rand(1, 3, 16, 32), torch.zeros(1, 16, 32, dtype=torch.uint8))]}
+    exec(code(PYTHON, 'step_loss'), names)
+    assert names['losses'].keys() == {'loss', 'ce', 'kd'} and names['losses']['kd'] == 0

@@ -1,0 +1,197 @@
+"""A trained network in other programs: `mdil.load`, and `mdil.step_loss` for training loops of their own."""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
+from mdil.datasets.domains import domain_names, get_domain
+from mdil.evaluation.inputs import upright
+from mdil.evaluation.predictor import Predictor, trained_size
+from mdil.losses.terms import CrossEntropy, Distillation
+from mdil.models import checkpoint
+from mdil.models.branches import Known
+from mdil.models.checkpoint import check_known
+from mdil.models.identify import identifier_of
+from mdil.predict import batched
+from mdil.training.options import LAMBDA, TEMPERATURE
+from mdil.training.step_loss import StepLoss, mean_over_batch
+from mdil.utils.files import check_new
+from mdil.utils.parallel import Place, current, pick_device
+from mdil.utils.precision import check_precision, memory_format
+
+BATCH = 6       # images that are segmented at a time
+
+
+def load(file, *, domains=None, method=None, data=None, size=None, device='auto', precision='fp32'):
+    """The Network in a checkpoint, a published one too.
+
+    domains, method: names of the domains, in order, and of the method, of a file that does not say
+    them. data: {name: folder or JSON file} of domains that are not built in; without, their classes
+    are what the checkpoint says. size: (height, width) that images are resized to, multiples of 8
+    (default: that of the training). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
+    'fp16'. Raises `mdil.UserError` where the file cannot be read or the device is not there.
+    """
+    place = Place(current(pick_device(str(device))))
+    check_precision(precision, place.device)
+    known = Known(file, domains, method, data)
+    found = [domain_of(entry, data or {}) for entry in known.entries]
+    check_known(known.checkpoint, found)
+    model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
+    return Network(known, Predictor(model, found, size or trained_size(known.checkpoint), place, precision))
+
+
+def domain_of(entry, data):
+    """The Domain of a checkpoint's entry: as built in or declared at `data`, else as the entry says.
+
+    The label files of the last kind hold class indices, and 255 for void.
+    """
+    name = entry['name']
+    if name.lower() in domain_names() or name in data or 'class_names' not in entry:
+        return get_domain(name, data)
+    count = len(entry['class_names'])
+    colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
+    layout = Layout('', IMAGES, '', (Labels('', train_ids(count)),))
+    return Domain(name, name, tuple(entry['class_names']), colors, (layout,))
+
+
+class Network:
+    """A trained network for several domains; `mdil.load` makes one.
+
+    model: the MultiDomainNet, an nn.Module, for loops of your own. predictor: the
+    evaluation.predictor.Predictor that images go through.
+    """
+
+    def __init__(self, known, predictor):
+        self.known, self.model, self.predictor = known, predictor.model, predictor
+
+    def __repr__(self):
+        return f'Network({self.known.checkpoint.source!r}, domains={self.domains}, method={self.known.method!r})'
+
+    @property
+    def domains(self):
+        """Names of the domains, in the order in which they were learnt."""
+        return [domain.name for domain in self.predictor.domains]
+
+    def classes(self, domain):
+        """Names of the classes of a domain, void left out; a label is an index into them."""
+        return list(self.predictor.domains[self.predictor.index(domain)].classes)
+
+    def predict(self, images, domain='auto', probabilities=False):
+        """The Prediction for an image, or a list of them for a list.
+
+        images: a path, a PIL image, an array (see `to_image`), or a list of these, of any sizes. domain:
+        the name of one, or 'auto': it is told from each image. A Prediction has `labels` (H, W)
+        uint8 class indices, never void; `confidence` (H, W) float32 in [0, 1]; `domain.name`;
+        `choice`, which has the `probabilities` of the domains and whether the image is `unknown`;
+        and with `probabilities` also `probabilities` (C, H, W), of the classes. Tensors are on the CPU.
+
+        Raises `mdil.UserError` for a file that cannot be read, for a domain that the network does not
+        know, and for 'auto' where the checkpoint does not say how images of its domains look.
+        """
+        return self.of_each(images, lambda batch: self.predictor.predict(batch, self.chosen(domain), probabilities))
+
+    def guess_domain(self, images):
+        """The Choice for an image, or a list of them for a list: `name`, `probabilities` of the domains, `unknown`.
+
+        images and errors: as of `predict`. unknown: whether the image is like none of the domains.
+        """
+        if self.chosen('auto') != 'auto':
+            return self.of_each(images, lambda batch: [self.predictor.stated(self.domains[0])] * len(batch))
+        return self.of_each(images, self.predictor.guess)
+
+    def chosen(self, domain):
+        """The `domain` to ask the predictor for: where there is one, there is nothing to tell from the image."""
+        if domain == 'auto' and len(self.domains) == 1:
+            return self.domains[0]
+        if domain == 'auto' and self.predictor.identifier is None:
+            self.predictor.identifier = identifier_of(self.known.about(), self.predictor.domains,
+                                                      self.known.checkpoint.source)
+        return domain
+
+    def of_each(self, images, function):
+        """What `function` gives for lists of PIL images, a batch at a time: a list, or one result for one image."""
+        if not isinstance(images, (list, tuple)):
+            return function([to_image(images)])[0]
+        return [found for batch in batched(map(to_image, images), BATCH) for found in function(batch)]
+
+    def single(self, domain):
+        """The network of one domain, an nn.Module in eval mode: logits (B, C + 1, H, W) of images (B, 3, H, W).
+
+        Images are floats in [0, 1], RGB, with sides that are multiples of 8; void is the last
+        class. The module shares its weights with this network. Raises `mdil.UserError` for an
+        unknown name.
+        """
+        return self.model.single(self.predictor.index(domain)).eval()
+
+    def save(self, file, overwrite=False):
+        """Writes a checkpoint of the network as it now is, which `load`, train.py and all tools read.
+
+        Raises `mdil.UserError` if the file exists (unless `overwrite`) or cannot be written.
+        """
+        check_new('file', file, overwrite)
+        checkpoint.save({**self.known.content(), **self.known.about()}, file)
+
+
+def to_image(image):
+    """The PIL image in RGB of a path, a PIL image or an array.
+
+    Arrays are (H, W, 3) or (H, W), tensors (3, H, W) or (H, W); uint8 in [0, 255], or floats in
+    [0, 1]. A file is turned upright as its EXIF data says. Raises `mdil.UserError` for a file that
+    cannot be read, ValueError for an array of another kind, TypeError for anything else.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return upright(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert('RGB')
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f'a path, a PIL image, an array or a list of these is expected, not a {type(image).__name__}')
+    return Image.fromarray(to_bytes(image)).convert('RGB')
+
+
+def to_bytes(array):
+    """uint8 (H, W, 3) or (H, W) of an array of that shape, uint8 or floats in [0, 1]; ValueError for any other."""
+    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(f'the shape {array.shape} is that of no image; arrays are (H, W, 3), tensors (3, H, W)')
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != 'f' or not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f'the array ({array.dtype}) holds neither uint8 nor floats in [0, 1]; scale it')
+    return np.ascontiguousarray((255 * array).round().astype(np.uint8))
+
+
+def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA, temperature=TEMPERATURE):
+    """The method's loss of a batch, for a training loop of your own: {'loss', 'ce', 'kd'}, 0-d tensors.
+
+    net: a Network, or its `model`. domain: name or index of the domain that is learnt. images:
+    (B, 3, H, W) uint8, or floats in [0, 1]; labels: (B, H, W) class indices, void last; both on the
+    network's device. teacher: the frozen network of the step before, in eval mode, whose domains
+    are the net's but for the new ones; without, there is no 'kd'. class_weights: (C + 1,) of the
+    cross-entropy (default: all equal, void 0).
+
+    loss = ce + lambdac * kd, with kd the mean per-pixel KL divergence of the net's outputs from the
+    teacher's at `temperature`, times its square, summed over the old domains. Call `backward()` on 'loss'.
+    `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
+
+    Raises `mdil.UserError` for a name, IndexError for an index, that the network does not know.
+    """
+    student = net.model if isinstance(net, Network) else net
+    if isinstance(domain, str):
+        domain = net.predictor.index(domain)
+    student.single(domain)      # IndexError
+    options = SimpleNamespace(lambdac=lambdac, temperature=temperature, distillation='kl', distill_domains=None)
+    teacher = teacher.model if isinstance(teacher, Network) else teacher
+    terms = [CrossEntropy(options)] + ([Distillation(options)] if teacher is not None else [])
+    weights = [torch.tensor([1.0] * (count - 1) + [0.0]) for count in student.num_classes]
+    if class_weights is not None:
+        weights[domain] = torch.as_tensor(class_weights, dtype=torch.float32)
+    step = StepLoss(student, teacher, [each.to(images.device) for each in weights], terms)
+    values = {term.name: sum(factor * mean_over_batch(step(images, labels, domain, term.name, part), Place(images.device))[0]
+                             for part, factor in term.parts(SimpleNamespace(teacher=teacher))) for term in terms}
+    return {'loss': sum(term.weight * values[term.name] for term in terms), **values}

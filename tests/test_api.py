@@ -1,0 +1,196 @@
+"""The Python interface: loading, predicting, the loss of a step."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mdil
+from mdil.datasets import get_domain
+from mdil.datasets.pairs import find_split
+from mdil.losses import cross_entropy_parts
+from mdil.models import build_model, checkpoint
+from mdil.models.identify import statistics_of
+from tests.conftest import ROOT
+from tests.test_eval import COUNTS
+from tests.test_predict import expected
+
+NAMES = ['cityscapes', 'IDD']
+SIZE = 32, 64
+
+
+@pytest.fixture(scope='module')
+def file(toy, tmp_path_factory):
+    """The checkpoint of an untrained network of two domains that knows how the toy roads look."""
+    torch.manual_seed(5)
+    paths = {name: [pair.image for pair in find_split(get_domain(name), toy, 'train').pairs] for name in NAMES}
+    path = tmp_path_factory.mktemp('api') / 'two.pth'
+    checkpoint.save({'version': 1, 'state_dict': build_model([COUNTS[name] for name in NAMES]).state_dict(),
+                     'method': 'mdil', 'options': {'height': SIZE[0], 'width': SIZE[1]},
+                     'domains': [{'name': name, 'classes': COUNTS[name]} for name in NAMES],
+                     'domain_statistics': {name: statistics_of(found, 0, name) for name, found in paths.items()}}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def net(file):
+    return mdil.load(file, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def photo(toy):
+    """A validation image of the second domain."""
+    return find_split(get_domain('IDD'), toy, 'val').pairs[0].image
+
+
+def saved(path, entry, **more):
+    """A checkpoint at `path` of a network of the one domain `entry`."""
+    checkpoint.save({'version': 1, 'state_dict': build_model([entry['classes']]).state_dict(), 'method': 'mdil',
+                     'domains': [entry], 'options': {'height': 16, 'width': 32}, **more}, path)
+    return path
+
+
+def test_import_is_cheap():
+    code = 'import mdil, sys; assert not {"torch", "numpy", "PIL"} & sys.modules.keys(); assert "load" in dir(mdil)'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        mdil.lode       # noqa: B018
+
+
+def test_the_branch_asked_for_answers_at_the_images_own_size(net, photo):
+    labels, confidence = expected(net.model, 1, photo)
+    found = net.predict(photo, 'IDD', probabilities=True)
+    assert net.domains == NAMES and net.classes('CS')[0] == 'road' and len(net.classes('IDD')) == 26
+    assert np.array_equal(found.labels, labels) and np.allclose(found.confidence, confidence, atol=1e-5)
+    assert found.domain.name == 'IDD' and found.probabilities.shape == (26, *labels.shape)
+    assert torch.equal(found.probabilities.argmax(0), found.labels.long())
+    assert torch.allclose(found.probabilities.sum(0), torch.tensor(1.0))
+    assert net.predict(photo, 'IDD').probabilities is None
+
+
+def test_every_kind_of_image_gets_the_same_answer(net, photo):
+    image = Image.open(photo).convert('RGB')
+    array = np.asarray(image)
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    labels = net.predict(photo, 'IDD').labels
+    kinds = [str(photo), image, array, array.astype(np.float32) / 255, tensor, tensor / 255, array[:20, :40], array[..., 0]]
+    found = net.predict(kinds, 'IDD')
+    assert all(torch.equal(labels, each.labels) for each in found[:6])
+    assert found[6].labels.shape == (20, 40) and torch.equal(found[7].labels, net.predict(image.getchannel(0), 'IDD').labels)
+    assert net.predict([], 'IDD') == []
+
+
+@pytest.mark.parametrize('image, error, says', [
+    (np.zeros((3, 8, 8), np.uint8), ValueError, 'that of no image'), (np.zeros((8, 8, 3), int), ValueError, 'scale it'),
+    (np.full((8, 8), 1.5), ValueError, 'scale it'), (np.full((8, 8), np.nan), ValueError, 'scale it'),
+    (torch.zeros(0, 8), ValueError, 'that of no image'), (3, TypeError, 'not a int'),
+    ('none.png', mdil.UserError, 'none.png cannot be read')])
+def test_what_is_no_image_is_refused(net, image, error, says):
+    with pytest.raises(error, match=says):
+        net.predict(image, 'IDD')
+
+
+def test_the_domain_is_told_from_the_image(net, toy, photo):
+    other = find_split(get_domain('cityscapes'), toy, 'val').pairs[0].image
+    choices = net.guess_domain([photo, other])
+    assert [choice.name for choice in choices] == ['IDD', 'cityscapes'] and not choices[0].unknown
+    assert sum(choices[0].probabilities.values()) == pytest.approx(1) and list(choices[0].probabilities) == NAMES
+    assert net.guess_domain(photo) == net.predict(photo).choice == choices[0]
+    assert net.predict(photo).domain.name == 'IDD'
+
+
+def test_a_network_of_one_domain_has_nothing_to_tell(tmp_path, photo):
+    net = mdil.load(saved(tmp_path / 'one.pth', {'name': 'camvid', 'classes': 12}), device='cpu')
+    assert net.predict(photo).domain.name == net.guess_domain(photo).name == 'camvid'
+
+
+def test_without_statistics_the_domain_must_be_named(file, tmp_path, photo):
+    content = checkpoint.read(file)
+    del content['domain_statistics']
+    checkpoint.save(content, tmp_path / 'old.pth')
+    net = mdil.load(tmp_path / 'old.pth', device='cpu')
+    with pytest.raises(mdil.UserError, match='mdil identify'):
+        net.predict(photo)
+    with pytest.raises(mdil.UserError, match="does not know the domain 'moon'"):
+        net.predict(photo, 'moon')
+    assert net.predict(photo, 'IDD').labels.shape == (64, 128)
+
+
+def test_a_domain_of_ones_own_is_what_its_checkpoint_says(tmp_path, photo):
+    entry = {'name': 'village', 'classes': 3, 'class_names': ['mud', 'hut'], 'colors': [[1, 2, 3], [4, 5, 6]]}
+    net = mdil.load(saved(tmp_path / 'own.pth', entry), device='cpu')
+    assert net.classes('village') == ['mud', 'hut'] and net.predict(photo).shares.keys() <= {'mud', 'hut'}
+    with pytest.raises(mdil.UserError, match='unknown domain'):
+        mdil.load(saved(tmp_path / 'nameless.pth', {'name': 'village', 'classes': 3}), device='cpu')
+
+
+def test_single_is_a_plain_network_that_shares_the_weights(net):
+    images = torch.rand(1, 3, 16, 32)
+    single = net.single('IDD')
+    assert torch.equal(single(images), net.model(images, 1)) and single(images).shape == (1, 27, 16, 32)
+    assert not single.training and single.encoder.layers[0].conv is net.single('cityscapes').encoder.layers[0].conv
+
+
+def test_save_writes_what_the_network_is_now(file, tmp_path, photo):
+    net = mdil.load(file, device='cpu')
+    with torch.no_grad():
+        net.model.single(1).decoder.output_conv.bias[3] += 100
+    net.save(tmp_path / 'new.pth')
+    again = mdil.load(tmp_path / 'new.pth', device='cpu')
+    assert again.predict(photo).shares == {net.classes('IDD')[3]: 1.0} and again.predictor.size == SIZE
+    with pytest.raises(mdil.UserError, match='exists'):
+        net.save(tmp_path / 'new.pth')
+    net.save(tmp_path / 'new.pth', overwrite=True)
+
+
+@pytest.fixture
+def batch():
+    """Images (2, 3, 16, 32) in [0, 1], and labels of 5 classes, void last."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, 16, 32, generator=generator), torch.randint(0, 5, (2, 16, 32), generator=generator)
+
+
+def test_the_loss_of_a_step_is_cross_entropy_and_distance_to_the_teacher(batch):
+    torch.manual_seed(0)
+    images, labels = batch
+    model, teacher = build_model([4, 5]).eval(), build_model([4]).eval()
+    weights = [1.0, 2, 3, 4, 0]
+    found = mdil.step_loss(model, 1, images, labels, teacher, class_weights=weights, lambdac=0.5, temperature=2)
+    ce = torch.nn.functional.cross_entropy(model(images, 1), labels, torch.tensor(weights))
+    logs = [(network(images, 0) / 2).log_softmax(1) for network in (teacher, model)]
+    kd = (logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()
+    assert torch.allclose(found['ce'], ce) and torch.allclose(found['kd'], 4 * kd, rtol=1e-4)      # T^2 = 4
+    assert torch.allclose(found['loss'], found['ce'] + 0.5 * found['kd'])
+
+
+def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
+    torch.manual_seed(0)
+    images, labels = batch
+    model = build_model([4, 5]).freeze([0], shared=True).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(3):
+        found = mdil.step_loss(model, 1, (255 * images).byte(), labels)
+        optimizer.zero_grad()
+        found['loss'].backward()
+        optimizer.step()
+        losses.append(found['loss'].item())
+    assert found.keys() == {'loss', 'ce'} and losses[-1] < losses[0]
+    own = model.view_names(1)[0].values()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and moved <= set(own)
+
+
+def test_step_loss_takes_names_and_ignores_void(net, batch):
+    images, labels = batch
+    void = torch.full_like(labels, 26)
+    assert mdil.step_loss(net, 'IDD', images, void)['ce'] == 0
+    numerator, denominator = cross_entropy_parts(net.model(images, 1), labels, torch.tensor([1.0] * 26 + [0]))
+    assert mdil.step_loss(net, 'IDD', images, labels)['loss'].item() == pytest.approx((numerator / denominator).item())
+    with pytest.raises(IndexError):
+        mdil.step_loss(net, 2, images, labels)
+    with pytest.raises(mdil.UserError, match='moon'):
+        mdil.step_loss(net, 'moon', images, labels)
