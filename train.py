@@ -190,8 +190,8 @@ def begin(options, place, saved):
     return run, [Dashboard(options), *([Scalars(options, run.epoch)] if options.tensorboard else [])]
 
 
-def learn(options, place):
-    """Learns the step, from its start or from where it stopped."""
+def learn(options, place, watchers=()):
+    """Learns the step, from its start or from where it stopped; watchers: as of `learn_step`."""
     with resume.Interrupt(place) as interrupt:
         with interrupt.at_once():
             saved = find_saved(options)
@@ -205,21 +205,28 @@ def learn(options, place):
             run, displays = begin(options, place, saved)
         while run.epoch < options.num_epochs:
             rate = train_epoch(run, interrupt)
-            finish_epoch(run, rate, displays, interrupt)
+            finish_epoch(run, rate, [*displays, *watchers], interrupt)
         if place.main:
             print(*(f'old domain {line}' for line in unchanged.end(run.folder, run.student)),
                   records.closing_line(run.folder, [data.domain.name for data in run.trained]), sep='\n')
 
 
-def main(argv=None):
-    options = parse_train(argv)
+def learn_step(options, watchers=()):
+    """Learns the step that complete options describe.
+
+    watchers: objects whose `show(line, run)` is called after each epoch with its line of metrics.jsonl.
+    """
     check_kept(options)
     with session(options.device, options.parallel, options.precision, options.cuda_graphs) as place:
         folder = records.make_folder(options.savedir)
         with resume.lock(folder) if place.main else contextlib.nullcontext():
             if place.main:
                 check_kept(options)     # another run may have ended in between
-            learn(options, place)
+            learn(options, place, watchers)
+
+
+def main(argv=None):
+    learn_step(parse_train(argv))
 
 
 if __name__ == '__main__':

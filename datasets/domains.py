@@ -105,11 +105,14 @@ def get_domain(name, paths=None):
 
     paths: {name: folder or JSON file} from `--data NAME=PATH`. A name that is not
     built in is a user's own domain, declared by that JSON file or by `domain.json`
-    in that folder. Raises UserError for a name that is neither.
+    in that folder. A JSON file for a built-in one names lists of its pairs. Raises
+    UserError for a name that is neither.
     """
     known = domain_names()
     paths = {known.get(key.lower(), key): Path(value) for key, value in (paths or {}).items()}
     name = known.get(name.lower(), name)
+    if name in DOMAINS and name in paths and paths[name].suffix == '.json':
+        return read_domain(name, paths[name], DOMAINS[name])
     if name in DOMAINS:
         return replace(DOMAINS[name], folder=str(paths[name].absolute())) if name in paths else DOMAINS[name]
     if name not in paths:

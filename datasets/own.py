@@ -7,6 +7,7 @@ checked, and what does not fit is named in one sentence.
 import json
 import os
 import re
+from dataclasses import replace
 
 from mdil.datasets.declaration import IMAGES, MASKS, VOID_FILE_VALUE, Domain, Labels, Layout
 from mdil.utils.errors import UserError
@@ -21,11 +22,15 @@ class Wrong(ValueError):
     """What is wrong with a domain.json, in words; `read_domain` adds which file."""
 
 
-def read_domain(name, file):
-    """The user's own domain `name` that the JSON file declares; UserError where it cannot be used."""
+def read_domain(name, file, built_in=None):
+    """The domain `name` that the JSON file declares; UserError where it cannot be used.
+
+    built_in: the Domain of that name, to which the file then gives lists of pairs alone; None for a user's own.
+    """
     try:
         spec = json.loads(file.read_text(encoding='utf-8-sig'), object_pairs_hook=without_repeats)
-        return declared(name, file.parent.absolute(), spec)
+        folder = file.parent.absolute()
+        return declared(name, folder, spec) if built_in is None else with_lists(built_in, folder, spec)
     except FileNotFoundError:
         raise UserError(f'domain {name!r}: {file} does not exist; write it as docs/data.md shows') from None
     except OSError as error:
@@ -54,6 +59,14 @@ def declared(name, folder, spec):
     classes, colors = read_classes(spec)
     weights = read_weights(spec['weights'], len(classes)) if 'weights' in spec else None
     return Domain(name, str(folder), classes, colors, (read_layout(spec, folder, classes, colors),), weights=weights)
+
+
+def with_lists(domain, folder, spec):
+    """A built-in Domain whose pairs are those that lists in `folder` name; spec: {"train": file, "val": file}."""
+    if not isinstance(spec, dict) or not spec or not spec.keys() <= set(SPLITS):
+        raise Wrong(f'{domain.name} is built in, so its entries are lists of pairs alone: {", ".join(SPLITS)}')
+    lists = {split: folder / read_text(spec, split) for split in spec}
+    return replace(domain, folder=str(folder), layouts=tuple(replace(layout, lists=lists) for layout in domain.layouts))
 
 
 def read_classes(spec):

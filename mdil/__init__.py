@@ -10,7 +10,8 @@ if not Path(__file__).with_name('train.py').is_file():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 # Name: the module that defines it.
-INTERFACE = {'load': 'mdil.api', 'step_loss': 'mdil.api', 'UserError': 'mdil.utils.errors'}
+INTERFACE = {'load': 'mdil.api', 'step_loss': 'mdil.api', 'learn': 'mdil.learning',
+             'UserError': 'mdil.utils.errors'}
 
 
 def __getattr__(name):

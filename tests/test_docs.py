@@ -199,3 +199,15 @@ def test_a_loop_of_ones_own():
     names = {'batches': [(torch.rand(1, 3, 16, 32), torch.zeros(1, 16, 32, dtype=torch.uint8))]}
     exec(code(PYTHON, 'step_loss'), names)
     assert names['losses'].keys() == {'loss', 'ce', 'kd'} and names['losses']['kd'] == 0
+
+
+def test_learning_from_python(at_work, toy, tmp_path, capsys):
+    (tmp_path / 'DATA').symlink_to(toy)
+    pairs = []
+    for number in range(4):
+        pairs.append((tmp_path / f'image{number}.png', tmp_path / f'label{number}.png'))
+        for path in pairs[-1]:
+            Image.fromarray(np.resize(np.uint8([0, 1]), (16, 32))).save(path)
+    names = {'pairs': pairs}
+    exec(code(PYTHON, 'mdil.learn('), names)
+    assert names['net'].domains == ['cityscapes', 'village'] and capsys.readouterr().out.count("'cityscapes': {'loss'") == 1

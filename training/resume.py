@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import signal
+import threading
 from collections import OrderedDict
 
 import torch
@@ -202,14 +203,16 @@ class Stopped(SystemExit):
 class Interrupt:
     """Notes the signals that ask a run to stop, so that the batch is finished before the run saves and stops.
 
-    place: whose main process says that a signal has come.
+    place: whose main process says that a signal has come. Python gives signals to the main
+    thread alone: in another one nothing is noted, and the program's own handlers stay.
     """
 
     def __init__(self, place):
         self.asked, self.interrupts, self.idle, self.kept, self.place = False, 0, False, {}, place
 
     def __enter__(self):
-        for number in STOPPING:
+        in_main = threading.current_thread() is threading.main_thread()
+        for number in STOPPING if in_main else ():
             kept = signal.getsignal(number)
             # Ignored, it is to be: nohup does that to SIGHUP.
             if number != signal.SIGHUP or kept != signal.SIG_IGN:

@@ -1,0 +1,165 @@
+"""Learning a domain from other programs: `mdil.learn`."""
+import colorsys
+import contextlib
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from mdil.datasets.domains import domain_names
+from mdil.models import get_method
+from mdil.models.checkpoint import read_checkpoint
+from mdil.train import learn_step
+from mdil.training.options import parse_train
+from mdil.training.records import best_and_last, make_folder, mean_miou, read_metrics
+from mdil.training.run import BEST, LATEST, check_kept
+from mdil.utils.errors import UserError
+from mdil.utils.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run left: its folder, the names of the domains it trained, its lines of metrics.jsonl, one an epoch."""
+    folder: Path
+    trained: tuple
+    epochs: tuple
+
+    @property
+    def best(self):
+        """Path of the checkpoint of the best epoch."""
+        return self.folder / BEST
+
+    @property
+    def latest(self):
+        """Path of the checkpoint of the last epoch."""
+        return self.folder / LATEST
+
+    @property
+    def miou(self):
+        """Mean IoU in percent of the best epoch, a mean over the trained domains; None where nothing was validated."""
+        line, _ = best_and_last(self.epochs, self.trained)
+        return line and mean_miou(line, self.trained)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Calls `function` with the record of each epoch."""
+    function: object
+
+    def show(self, line, run):
+        self.function(line)
+
+
+def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on_epoch=None, **options):
+    """Learns a domain after those that the checkpoint `state` knows; returns the Record of the run.
+
+    domain: the name of a built-in domain, or of your own. train, val: [(image, label), ...], paths; without,
+    the files are looked for as train.py does it (options `data_root` and `data`, a dict {name: path}).
+    classes: for a domain of your own given by pairs, names of the classes in the order of the label
+    values 0, 1, ..., 255 being void; or {name: (R, G, B)}. Label files of a built-in domain hold what its own do.
+    on_epoch: called after each epoch with its record, {'epoch', 'train': {'loss', ...}, 'val': {name:
+    {'loss', 'miou'}}, 'lr'}; what it raises ends the run, which `resume=True` continues.
+    options: those of train.py with _ for -, such as num_epochs=20, height=256, method='fine-tune'; True for
+    an option without a value. `domains` names all, in order, where `state` does not say which it knows.
+
+    savedir gets checkpoints and records as of train.py. Lists of pairs are written there too, with `DOMAIN.json`,
+    which later steps name: data={'DOMAIN': 'savedir/DOMAIN.json'}. In the main thread a signal
+    has the run saved, then SystemExit(75); in another thread signals are left alone. Python's, NumPy's
+    and torch's random states are afterwards what they were. Raises `mdil.UserError` for what does not fit.
+    """
+    folder, data = Path(savedir), dict(options.pop('data', {}))
+    check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'), overwrite=options.get('overwrite')))
+    if train is not None:
+        data[domain] = declare(domain, {'train': train, **({} if val is None else {'val': val})}, classes, make_folder(folder))
+    elif val is not None or classes is not None:
+        raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
+    names = options.pop('domains', None) or [*known_domains(state), domain]
+    words = arguments({**options, 'savedir': folder, 'state': state, 'domains': names,
+                       'data': [f'{name}={path}' for name, path in data.items()]})
+    parsed = parse_train(words)
+    with kept_random():
+        learn_step(parsed, [Watcher(on_epoch)] if on_epoch else [])
+    return Record(folder, tuple(get_method(parsed.method).trained(parsed.domains)), tuple(read_metrics(folder)))
+
+
+def declare(name, pairs, classes, folder):
+    """Writes lists of the pairs {split: [(image, label), ...]} of a domain to `folder`, and the JSON file that names them.
+
+    Returns the path of the latter. classes: as of `learn`; UserError where they are missing or surplus.
+    """
+    built_in = domain_names().get(name.lower())
+    if built_in and classes is not None:
+        raise UserError(f'{built_in} is built in and has its classes; leave out classes, or choose another name')
+    if not built_in and not classes:
+        raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label values')
+    if Path(name).name != name:
+        raise UserError(f'{name!r} cannot be the name of a domain: files are called so')
+    spec = {} if built_in else {'classes': described(classes)}
+    for split, found in pairs.items():
+        spec[split] = f'{name}.{split}.txt'
+        write_bytes(folder / spec[split], os.fsencode(''.join(map(listed, found))))
+    write_bytes(folder / f'{name}.json', json.dumps(spec, indent=2).encode())
+    return folder / f'{name}.json'
+
+
+def described(classes):
+    """The classes as domain.json has them; those without colours get hues far apart."""
+    if not isinstance(classes, dict):
+        hues = (0.618 * number % 1 for number in range(len(classes)))
+        colors = ([round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.9)] for hue in hues)
+        classes = dict(zip(classes, colors))
+    return [{'name': name, 'color': list(color)} for name, color in classes.items()]
+
+
+def listed(pair):
+    """The line for a pair (image, label) in a list; UserError for names that no list can hold."""
+    if isinstance(pair, (str, os.PathLike)) or len(pair) != 2:
+        raise UserError(f'{pair!r} is no pair; (path of an image, path of its label) is expected')
+    line = '\t'.join(str(Path(path).absolute()) for path in pair)
+    if line.count('\t') != 1 or len(line.splitlines()) != 1 or line != line.strip():
+        raise UserError(f'{line}: a list cannot hold such names; rename the file')
+    return line + '\n'
+
+
+def write_bytes(path, content):
+    """Writes a file, atomically."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def known_domains(state):
+    """Names of the domains that the checkpoint `state` knows, [] without one; UserError if it does not name them."""
+    checkpoint = state and read_checkpoint(state)
+    if checkpoint and checkpoint.found.num_classes and checkpoint.domains is None:
+        raise UserError(f'{state} holds {checkpoint.found.kind} but no names; pass domains=[...], all in order')
+    return checkpoint and checkpoint.domains or []
+
+
+def arguments(options):
+    """The words of the command line that a dict of options stands for; False and None leave an option out."""
+    words = []
+    for name, value in options.items():
+        option = f'--{name.replace("_", "-")}'
+        if name == 'data':
+            words += [f'{option}={item}' for item in value]
+        elif isinstance(value, (list, tuple)):
+            words += [option, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(option if value is True else f'{option}={value}')
+    return words
+
+
+@contextlib.contextmanager
+def kept_random():
+    """Gives the generators of random numbers back their states afterwards."""
+    plain, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpy)

@@ -1,0 +1,117 @@
+"""mdil.learn: from folders and from lists of pairs, in a thread, what it leaves and what it refuses."""
+import json
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mdil
+from mdil.datasets import get_domain
+from mdil.datasets.pairs import find_split
+from mdil.models import checkpoint
+
+TINY = {'height': 16, 'width': 32, 'batch_size': 4, 'num_workers': 0, 'device': 'cpu', 'num_epochs': 1}
+
+
+def pairs_of(toy, name, split):
+    """[(image, label)] of a toy domain."""
+    return [(pair.image, str(pair.label)) for pair in find_split(get_domain(name), toy, split).pairs]
+
+
+@pytest.fixture(scope='module')
+def village(tmp_path_factory):
+    """Pairs of a domain of one's own, whose names have blanks; labels 0, 1 and 255."""
+    folder, found = tmp_path_factory.mktemp('village green'), []
+    for number in range(4):
+        labels = np.resize(np.uint8([0, 1, 255]), (16, 32))
+        for name, content in (('image', np.uint8(200 * (labels == 1))), ('label', labels)):
+            Image.fromarray(content).save(folder / f'{name} {number}.png')
+        found.append((folder / f'image {number}.png', folder / f'label {number}.png'))
+    return found
+
+
+@pytest.fixture(scope='module')
+def learnt(toy, tmp_path_factory):
+    """The Record of Cityscapes learnt from pairs in a thread, what on_epoch got, and signal handlers seen there."""
+    folder, seen, handlers, records = tmp_path_factory.mktemp('learnt') / 'run', [], [], []
+
+    def on_epoch(line):
+        seen.append(line)
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    def work():
+        records.append(mdil.learn('CS', pairs_of(toy, 'cityscapes', 'train'), pairs_of(toy, 'cityscapes', 'val')[:2],
+                                  savedir=folder, on_epoch=on_epoch, **{**TINY, 'num_epochs': 2}))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return records[0], seen, handlers
+
+
+def test_a_thread_learns_from_pairs_and_says_how_it_goes(learnt):
+    record, seen, handlers = learnt
+    assert [line['epoch'] for line in seen] == [1, 2] and list(record.epochs) == seen
+    assert handlers == [signal.default_int_handler] * 2
+    assert record.miou == max(line['val']['cityscapes']['miou'] for line in seen) and record.trained == ('cityscapes',)
+    options = checkpoint.read(record.latest)['options']
+    assert options['height'] == 16 and len((record.folder / 'CS.val.txt').read_text().splitlines()) == 2
+
+
+def test_pairs_and_folders_give_the_same_network(learnt, toy, tmp_path):
+    record = mdil.learn('cityscapes', savedir=tmp_path, data_root=toy, **{**TINY, 'num_epochs': 2})
+    states = [checkpoint.read(each.latest)['state_dict'] for each in (record, learnt[0])]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert record.epochs[0]['train']['loss'] == learnt[0].epochs[0]['train']['loss']
+
+
+def test_a_domain_of_ones_own_is_learnt_after_another_and_loaded(learnt, village, tmp_path):
+    random.seed(1)
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    record = mdil.learn('village', village, village[:1], classes=['mud', 'hut'], state=learnt[0].best, savedir=tmp_path / '2',
+                        data={'cityscapes': learnt[0].folder / 'CS.json'}, **TINY)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()
+    net = mdil.load(record.best, device='cpu')
+    assert net.domains == ['cityscapes', 'village'] and net.classes('village') == ['mud', 'hut']
+    assert net.predict(village[0][0], 'village').shares.keys() <= {'mud', 'hut'}
+    assert record.trained == ('village',) and record.epochs[0]['val'].keys() == {'cityscapes', 'village'}
+
+
+def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def stop(line):
+        raise Enough
+    options = {**TINY, 'num_epochs': 2, 'savedir': tmp_path / 'run', 'classes': {'mud': (1, 2, 3), 'hut': (4, 5, 6)}}
+    with pytest.raises(Enough):
+        mdil.learn('village', village, village[:1], on_epoch=stop, **options)
+    before = (tmp_path / 'run/village.train.txt').read_bytes()
+    with pytest.raises(mdil.UserError, match='holds a result'):
+        mdil.learn('village', village[:2], village[:1], **options)
+    assert (tmp_path / 'run/village.train.txt').read_bytes() == before
+    record = mdil.learn('village', village, village[:1], resume=True, **options)
+    assert [line['epoch'] for line in record.epochs] == [1, 2]
+    assert json.loads((tmp_path / 'run/village.json').read_text())['classes'][1] == {'name': 'hut', 'color': [4, 5, 6]}
+
+
+@pytest.mark.parametrize('arguments, says', [
+    ({'domain': 'village'}, 'unknown domain'), ({'domain': 'village', 'train': [('a', 'b')]}, 'pass classes'),
+    ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
+    ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'), ({'domain': 'a/b', 'train': [], 'classes': ['mud']}, 'cannot be'),
+    ({'domain': 'CS', 'train': ['a.png']}, 'is no pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
+    ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'), ({'domain': 'CS', 'colour': 3}, '--colour=3'),
+    ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'), ({'domain': 'CS', 'state': 'none.pth'}, 'does not exist')])
+def test_what_does_not_fit_is_said(arguments, says, tmp_path):
+    with pytest.raises(mdil.UserError, match=says):
+        mdil.learn(savedir=tmp_path / 'run', **{**TINY, **arguments})
+
+
+def test_a_json_file_gives_a_built_in_domain_lists_alone(tmp_path):
+    (tmp_path / 'a.json').write_text('{"train": "a.txt", "classes": []}')
+    with pytest.raises(mdil.UserError, match='built in, so its entries are lists'):
+        get_domain('CS', {'CS': tmp_path / 'a.json'})
