@@ -176,9 +176,11 @@ def test_multi_task_rounds_are_the_published_number():
     assert of('smallest') == [2975, 2976, 2976] and of('largest') == [7000] * 3
 
 
-def test_schedule_is_the_published_polynomial():
+def test_optimiser_and_schedule_are_the_published_ones():
     run, _, _ = step_of('mdil', '--num-epochs', '10')
     optimizer, schedule = building.build_optimizer(run.student, run.options)
+    settings = [(group['betas'], group['eps'], group['weight_decay']) for group in optimizer.param_groups]
+    assert type(optimizer) is torch.optim.Adam and settings == [((0.9, 0.999), 1e-8, 1e-4)] * 2
     for epoch in range(1, 11):
         assert optimizer.param_groups[1]['lr'] == pytest.approx(5e-4 * (1 - (epoch - 1) / 10) ** 0.9)
         optimizer.step()
