@@ -37,6 +37,11 @@ def test_the_first_and_the_last_epoch_are_validated_too(run):
     assert [line['epoch'] for line in lines if line['val']] == [1, 3, 4]
 
 
+def test_the_rate_decays_once_an_epoch(run):
+    rates = [line['lr'] for line in records.read_metrics(run[0])]
+    assert rates == pytest.approx([5e-4 * (1 - epoch / 4) ** 0.9 for epoch in range(4)])
+
+
 def test_no_figure_is_minus_zero(run):
     shown = [line for line in run[1] if line.startswith('epoch ')]
     assert len(shown) == 4 and all('kd 0.0000' in line and '-0.0' not in line for line in shown)
