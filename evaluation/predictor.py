@@ -5,9 +5,13 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from mdil.datasets.declaration import Domain
+from mdil.datasets.domains import DOMAINS
 from mdil.evaluation.evaluation import check_stated, load_network_and_domains, logits_of
+from mdil.models.exported import Exported, is_exported
 from mdil.models.identify import appearance, identifier_of
 from mdil.utils.errors import UserError
+from mdil.utils.parallel import Place
 from mdil.utils.parser import data_paths
 
 PUBLISHED_SIZE = 512, 1024      # height, width of files that do not say what they were trained at
@@ -132,8 +136,21 @@ def trained_size(checkpoint):
     return sides if all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
 
 
+def exported_predictor(options):
+    """The Predictor of a network that `python -m mdil export` wrote; it runs on the CPU."""
+    network = Exported(options.state)
+    about = network.about
+    domain = Domain(about['name'], '', tuple(about['class_names']), tuple(map(tuple, about['colors'])), ())
+    known = DOMAINS.get(domain.name)
+    size = None if options.native else options.size or (about['height'], about['width'])
+    return Predictor(network, [known if known and known.classes == domain.classes else domain], size,
+                     Place(torch.device('cpu')))
+
+
 def load_predictor(options, place):
-    """The Predictor of a checkpoint, as the options of predict.py say."""
+    """The Predictor of a checkpoint or an exported network, as the options of predict.py say."""
+    if is_exported(options.state):
+        return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
     check_stated(options.domains, domains, options.state, data_paths(options.data))
     size = None if options.native else options.size or trained_size(checkpoint)

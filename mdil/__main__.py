@@ -22,7 +22,7 @@ TOOLS = {
     'verify': ('mdil.evaluation.verify', 'prove that a step changed nothing of the old domains, or say what'),
     'repair': ('mdil.evaluation.repair', 'put back what later steps changed of old domains'),
     'identify': ('mdil.evaluation.identify', 'add to a checkpoint what --domain auto needs'),
-    'export': ('mdil.models.export', 'write a checkpoint in the published key layout'),
+    'export': ('mdil.evaluation.export', 'write a domain as ONNX, torch.export or OpenVINO, or all in the published layout'),
     'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on a GPU of its own'),
 }
 

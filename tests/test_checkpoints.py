@@ -12,7 +12,8 @@ import torch
 from mdil import eval as evaluation
 from mdil.datasets import get_domain
 from mdil.evaluation.evaluation import check_stated
-from mdil.models import build_model, checkpoint, export
+from mdil.evaluation import export
+from mdil.models import build_model, checkpoint
 from mdil.models.layouts import published_keys, recognise
 from mdil.training import building, resume
 from mdil.utils.errors import UserError

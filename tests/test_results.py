@@ -10,7 +10,8 @@ from mdil import eval as evaluation, train
 from mdil.datasets.domains import DOMAINS
 from mdil.datasets.cache import cached
 from mdil.datasets.segmentation import SegmentationDataset
-from mdil.models import build_model, checkpoint, export
+from mdil.evaluation import export
+from mdil.models import build_model, checkpoint
 from mdil.training.options import parse_train
 from mdil.training.run import BEST, LATEST, PREVIOUS, check_kept
 from mdil.utils.errors import UserError

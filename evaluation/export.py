@@ -1,0 +1,139 @@
+"""Writes a checkpoint for other programs.
+
+    python -m mdil export runs/3/model_best.pth.tar idd.onnx --format onnx --domain IDD
+    python -m mdil export runs/3/model_best.pth.tar idd.xml --format openvino --domain IDD --int8 --calibrate photos/
+    python -m mdil export runs/mdil/step2-BDD/model_best.pth.tar out.pth.tar
+
+onnx, torch and openvino write one domain's network; `predict.py --state` takes the file. The
+format `published`, the default, writes all domains in the key layout of the published code:
+adapter models keep their keys under `module.`; plain networks become the published
+single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N) layout.
+A network that the published code does not have is refused.
+"""
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdil.evaluation.evaluation import load_network_and_domains
+from mdil.evaluation.inputs import find_sources, upright
+from mdil.evaluation.predictor import Predictor, trained_size
+from mdil.models import get_method
+from mdil.models.checkpoint import load_network, read_checkpoint, save
+from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
+from mdil.models.layouts import published_keys
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_new
+from mdil.utils.parallel import Place
+from mdil.utils.parser import Parser
+
+CALIBRATION = 300       # images, evenly chosen of a folder: what NNCF asks for by default
+
+
+def parse(argv=None):
+    parser = Parser(prog='python -m mdil export', description='Writes a checkpoint for other programs.')
+    parser.add_argument('state', help='a checkpoint of train.py')
+    parser.add_argument('out', help='the file to write')
+    parser.add_argument('--format', choices=('published', *WRITERS), default='published',
+                        help='the published key layout, ONNX, torch.export or OpenVINO')
+    parser.add_argument('--domain', metavar='NAME', help='the domain whose network is written; not for published')
+    parser.add_argument('--int8', action='store_true', help='8-bit weights and activations (NNCF), for openvino')
+    parser.add_argument('--calibrate', metavar='FOLDER', help='images that --int8 takes the ranges of activations from')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
+    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='place of a domain of your own')
+    options = parser.parse_args(argv)
+    options.domains, options.method, options.precision = None, None, 'fp32'
+    check(options)
+    return options
+
+
+def check(options):
+    """Refuses options that contradict one another."""
+    if options.format == 'published' and (options.domain or options.int8):
+        raise UserError('--format published writes all domains in float32; leave out --domain and --int8, or choose another '
+                        'format')
+    if options.int8 and options.format != 'openvino':
+        raise UserError(f'--int8 needs --format openvino, not {options.format}')
+    if options.int8 != bool(options.calibrate):
+        raise UserError('--int8 and --calibrate FOLDER, a folder of typical images, go together')
+    suffixes = [suffix for suffix, name in SUFFIXES.items() if name == options.format]
+    if suffixes and Path(options.out).suffix.lower() != suffixes[0]:
+        raise UserError(f'--format {options.format}: OUT must end in {suffixes[0]}, so that predict.py knows it')
+
+
+def about(domain, size):
+    """The metadata of an exported network: domain, classes and their colours, size (height, width), void's index."""
+    return {**domain.entry, 'void': domain.void, 'height': size[0], 'width': size[1],
+            'input': 'images (B, 3, H, W), RGB, floats in [0, 1], sides multiples of 8',
+            'output': f'logits (B, {domain.num_classes}, H, W), void last'}
+
+
+def calibrated(predictor, sources, model):
+    """The OpenVINO model in 8 bits, its ranges taken from images."""
+    nncf, = needed('nncf')
+    chosen = [sources[index] for index in np.linspace(0, len(sources) - 1, min(len(sources), CALIBRATION)).astype(int)]
+    read = lambda source: predictor.prepare(upright(source.path)).pixels[None].numpy().astype(np.float32) / 255
+    return nncf.quantize(model, nncf.Dataset(chosen, read), subset_size=len(chosen))
+
+
+def chosen_branch(options, domains):
+    """Index of --domain, or of the only one."""
+    if options.domain is None and len(domains) > 1:
+        raise UserError(f'{options.state} knows {", ".join(domain.name for domain in domains)}; choose one by --domain')
+    return Predictor(torch.nn.Identity(), domains, None, None).index(options.domain or domains[0].name)
+
+
+def export_network(options):
+    """Writes one domain's network; prints how far its outputs are from PyTorch's."""
+    place = Place(torch.device('cpu'))
+    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    index, size = chosen_branch(options, domains), trained_size(checkpoint)
+    network, domain = model.single(index).eval().requires_grad_(False).to(memory_format=torch.contiguous_format), domains[index]
+    example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    write = WRITERS[options.format]
+    if options.int8:
+        predictor = Predictor(model, domains, size, place)
+        sources = [source for source in find_sources([options.calibrate]) if not source.is_video]
+        write = partial(write, quantise=partial(calibrated, predictor, sources))
+    write(network, example, options.out, about(domain, size))
+    apart, agree = difference(network, Exported(options.out), size)
+    print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'
+          f'{", int8" if options.int8 else ""}; logits at most {apart:.1e} of their largest from PyTorch\'s, '
+          f'{100 * agree:.2f} % of the answers equal')
+
+
+@torch.inference_mode()
+def difference(network, exported, size):
+    """(largest difference of logits relative to the largest logit, share of equal answers) at two sizes and batches."""
+    random, apart, agree = torch.Generator().manual_seed(1), [], []
+    for batch, sides in ((1, size), (3, (64, 96))):
+        images = torch.rand(batch, 3, *sides, generator=random)
+        want, got = network(images), exported(images)
+        apart.append(((got - want).abs().max() / want.abs().max()).item())
+        agree.append((got.argmax(1) == want.argmax(1)).double().mean().item())
+    return max(apart), min(agree)
+
+
+def export_published(options):
+    """Writes all domains in the published key layout."""
+    checkpoint = read_checkpoint(options.state)
+    model = load_network(checkpoint)
+    method = checkpoint.method or 'mdil'
+    row, counts = get_method(method), checkpoint.found.num_classes
+    if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):
+        raise UserError(f'{options.state}: the published code has no network of --method {method}')
+    keys = published_keys(model.state_dict(), counts, row.adapter, multi_task=row.joint)
+    save({'epoch': int(checkpoint.content.get('epoch', 0)), 'arch': 'ERFNet', 'state_dict': keys,
+          'best_acc': float(checkpoint.content.get('best_acc', 0))}, options.out)
+    print(f'{options.out}: {checkpoint.found.kind}, {len(keys)} tensors, e.g. {next(iter(keys))}')
+
+
+def main(argv=None):
+    options = parse(argv)
+    check_new('OUT', options.out, options.overwrite, inputs=[options.state])
+    (export_published if options.format == 'published' else export_network)(options)
+
+
+if __name__ == '__main__':
+    run_main(main)
