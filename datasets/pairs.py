@@ -137,12 +137,17 @@ def listed_split(layout, base, split):
         if image in first:
             raise UserError(f'{file} line {number} repeats the image of line {first[image]}')
         first[image] = number
-        kind = next((kind for kind in layout.label_kinds if label.name.lower().endswith(kind.suffix.lower())),
-                    layout.label_kinds[0])
-        pairs.append(Pair(image, label, kind.values, kind.by_color))
+        pairs.append(pair_of(layout, image, label))
     if not pairs:
         raise UserError(f'{file} lists no pairs; each line is: image, space, label')
     return Split(tuple(pairs))
+
+
+def pair_of(layout, image, label):
+    """The Pair of two paths; the label is of the kind whose suffix it has, else of the first."""
+    kind = next((kind for kind in layout.label_kinds if label.name.lower().endswith(kind.suffix.lower())),
+                layout.label_kinds[0])
+    return Pair(image, label, kind.values, kind.by_color)
 
 
 def listed_pair(layout, base, split, line, place):

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from mdil.datasets.augment import augment, draw
-from mdil.datasets.pairs import find_split, report_unpaired
+from mdil.datasets.pairs import Split, find_split, report_unpaired
 from mdil.utils.errors import UserError
 
 try:
@@ -202,14 +202,15 @@ class SegmentationDataset(Dataset):
     With `augmented`, flip and shift are drawn from (seed, epoch, number); without, that
     is left to `augment_batch`, or not wanted. padding: as `augment` takes it. `stored`
     holds the resized pairs where there is a cache (see datasets.cache), `counts` the pixels
-    of each class of the labels (C,) where they were counted.
+    of each class of the labels (C,) where they were counted. pairs: Pairs to take instead of
+    those of the split below `root`.
     """
 
-    def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void'):
+    def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void', pairs=None):
         self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
         self.padding = padding
         self.folder = Path(root) / domain.folder
-        found = find_split(domain, root, split)
+        found = find_split(domain, root, split) if pairs is None else Split(tuple(pairs))
         report_unpaired(domain, split, found)
         self.pairs, self.stored, self.counts = found.pairs, None, None
 

@@ -15,6 +15,8 @@ INTERFACE = {'load': 'mdil.api', 'step_loss': 'mdil.api', 'learn': 'mdil.learnin
 
 
 def __getattr__(name):
+    if name == 'published':
+        return importlib.import_module('mdil.published')
     if name in INTERFACE:
         return getattr(importlib.import_module(INTERFACE[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -9,6 +9,10 @@ from PIL import Image
 
 from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
 from mdil.datasets.domains import domain_names, get_domain
+from mdil.datasets.loading import EvalBatches, make_loader
+from mdil.datasets.pairs import pair_of
+from mdil.datasets.segmentation import SegmentationDataset
+from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
 from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
@@ -17,8 +21,10 @@ from mdil.models.branches import Known
 from mdil.models.checkpoint import check_known
 from mdil.models.identify import identifier_of
 from mdil.predict import batched
+from mdil.training.building import plain_weights
 from mdil.training.options import LAMBDA, TEMPERATURE
 from mdil.training.step_loss import StepLoss, mean_over_batch
+from mdil.utils.errors import UserError
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, current, pick_device
 from mdil.utils.precision import check_precision, memory_format
@@ -127,6 +133,24 @@ class Network:
         """
         return self.model.single(self.predictor.index(domain)).eval()
 
+    def evaluate(self, domain, pairs):
+        """{'miou', 'accuracy': percent, 'iou': {class: IoU in [0, 1]}} of a domain's branch on [(image, label), ...].
+
+        Pairs are paths; label files hold what those of the domain do. Images and labels are resized
+        to the size of the training, as train.py validates. A class that occurs neither in a label
+        nor in an answer has the IoU NaN and does not count. Raises `mdil.UserError` for an unknown name,
+        no pair at all, and files that cannot be read.
+        """
+        index, place = self.predictor.index(domain), self.predictor.place
+        known = self.predictor.domains[index]
+        if not pairs:
+            raise UserError(f'no pairs to evaluate {known.name} on')
+        found = [pair_of(known.layouts[0], Path(image), Path(label)) for image, label in pairs]
+        data = SegmentationDataset(known, '', 'given', self.predictor.size, pairs=found)
+        loader = make_loader(data, EvalBatches(len(data), BATCH), 0, pin=False)
+        score = evaluate(self.model, index, loader, plain_weights(known), place, self.predictor.precision, known.name)
+        return figures(score.own, known.classes, published=False)
+
     def save(self, file, overwrite=False):
         """Writes a checkpoint of the network as it now is, which `load`, train.py and all tools read.
 
@@ -166,7 +190,8 @@ def to_bytes(array):
     return np.ascontiguousarray((255 * array).round().astype(np.uint8))
 
 
-def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA, temperature=TEMPERATURE):
+def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA,
+              temperature=TEMPERATURE):
     """The method's loss of a batch, for a training loop of your own: {'loss', 'ce', 'kd'}, 0-d tensors.
 
     net: a Network, or its `model`. domain: name or index of the domain that is learnt. images:
@@ -192,6 +217,9 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     if class_weights is not None:
         weights[domain] = torch.as_tensor(class_weights, dtype=torch.float32)
     step = StepLoss(student, teacher, [each.to(images.device) for each in weights], terms)
-    values = {term.name: sum(factor * mean_over_batch(step(images, labels, domain, term.name, part), Place(images.device))[0]
-                             for part, factor in term.parts(SimpleNamespace(teacher=teacher))) for term in terms}
+    place, values = Place(images.device), {term.name: 0.0 for term in terms}
+    for term in terms:
+        for part, factor in term.parts(SimpleNamespace(teacher=teacher)):
+            value, _ = mean_over_batch(step(images, labels, domain, term.name, part), place)
+            values[term.name] = values[term.name] + factor * value
     return {'loss': sum(term.weight * values[term.name] for term in terms), **values}

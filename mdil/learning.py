@@ -73,9 +73,11 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     and torch's random states are afterwards what they were. Raises `mdil.UserError` for what does not fit.
     """
     folder, data = Path(savedir), dict(options.pop('data', {}))
-    check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'), overwrite=options.get('overwrite')))
+    check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
+                               overwrite=options.get('overwrite')))
     if train is not None:
-        data[domain] = declare(domain, {'train': train, **({} if val is None else {'val': val})}, classes, make_folder(folder))
+        pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
+        data[domain] = declare(domain, pairs, classes, make_folder(folder))
     elif val is not None or classes is not None:
         raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
     names = options.pop('domains', None) or [*known_domains(state), domain]
@@ -88,7 +90,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
 
 
 def declare(name, pairs, classes, folder):
-    """Writes lists of the pairs {split: [(image, label), ...]} of a domain to `folder`, and the JSON file that names them.
+    """Writes lists of the pairs {split: [(image, label), ...]} of a domain to `folder`, and the JSON file of them.
 
     Returns the path of the latter. classes: as of `learn`; UserError where they are missing or surplus.
     """
@@ -96,7 +98,8 @@ def declare(name, pairs, classes, folder):
     if built_in and classes is not None:
         raise UserError(f'{built_in} is built in and has its classes; leave out classes, or choose another name')
     if not built_in and not classes:
-        raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label values')
+        raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
+                        'values')
     if Path(name).name != name:
         raise UserError(f'{name!r} cannot be the name of a domain: files are called so')
     spec = {} if built_in else {'classes': described(classes)}

@@ -1,4 +1,5 @@
 """The Python interface: loading, predicting, the loss of a step."""
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import mdil
+from mdil import eval as evaluation
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
 from mdil.losses import cross_entropy_parts
@@ -75,10 +77,12 @@ def test_every_kind_of_image_gets_the_same_answer(net, photo):
     array = np.asarray(image)
     tensor = torch.tensor(array).permute(2, 0, 1)
     labels = net.predict(photo, 'IDD').labels
-    kinds = [str(photo), image, array, array.astype(np.float32) / 255, tensor, tensor / 255, array[:20, :40], array[..., 0]]
+    kinds = [str(photo), image, array, array.astype(np.float32) / 255, tensor, tensor / 255]
+    kinds += [array[:20, :40], array[..., 0]]
     found = net.predict(kinds, 'IDD')
     assert all(torch.equal(labels, each.labels) for each in found[:6])
-    assert found[6].labels.shape == (20, 40) and torch.equal(found[7].labels, net.predict(image.getchannel(0), 'IDD').labels)
+    assert found[6].labels.shape == (20, 40)
+    assert torch.equal(found[7].labels, net.predict(image.getchannel(0), 'IDD').labels)
     assert net.predict([], 'IDD') == []
 
 
@@ -145,6 +149,19 @@ def test_save_writes_what_the_network_is_now(file, tmp_path, photo):
     net.save(tmp_path / 'new.pth', overwrite=True)
 
 
+def test_evaluate_gives_what_eval_py_does(file, net, toy, tmp_path):
+    pairs = [(pair.image, pair.label) for pair in find_split(get_domain('IDD'), toy, 'val').pairs]
+    found = net.evaluate('IDD', pairs)
+    evaluation.main(['--state', str(file), '--data-root', str(toy), '--height', '32', '--device', 'cpu',
+                     '--num-workers', '0', '--json', str(tmp_path / 'e.json')])
+    entry = json.loads((tmp_path / 'e.json').read_text())['domains']['IDD']
+    assert found['miou'] == entry['miou'] and found['accuracy'] == entry['accuracy']
+    with pytest.raises(mdil.UserError, match='no pairs to evaluate IDD'):
+        net.evaluate('IDD', [])
+    with pytest.raises(mdil.UserError, match='none.png cannot be read'):
+        net.evaluate('IDD', [('none.png', 'none.png')])
+
+
 @pytest.fixture
 def batch():
     """Images (2, 3, 16, 32) in [0, 1], and labels of 5 classes, void last."""
@@ -194,3 +211,26 @@ def test_step_loss_takes_names_and_ignores_void(net, batch):
         mdil.step_loss(net, 2, images, labels)
     with pytest.raises(mdil.UserError, match='moon'):
         mdil.step_loss(net, 'moon', images, labels)
+
+
+def test_the_published_network_has_the_published_keys(file):
+    net = mdil.published.Net([20, 20], nb_tasks=2, cur_task=1).eval()
+    published = dict(line.split('\t') for line in (ROOT / 'tests/state_dict_keys_rap_20_20.txt').read_text().splitlines())
+    own = {key: str(list(value.shape)) for key, value in net.state_dict().items()}
+    assert len(own) == 680 and own == published
+    images = torch.rand(1, 3, 16, 32)
+    assert torch.equal(net(images), net(images, 1)) and not torch.equal(net(images), net(images, 0))
+    other = mdil.published.Net([20, 27], 2)
+    other.load_state_dict(checkpoint.read(file)['state_dict'])
+    assert torch.allclose(other.eval()(images), mdil.load(file, device='cpu').single('cityscapes')(images), atol=1e-5)
+    assert mdil.published.Net(20).num_classes == [20]
+    for numbers in (([20], 2), ([20, 20], 2, 2), (20, 2)):
+        with pytest.raises(ValueError, match='contradict'):
+            mdil.published.Net(*numbers)
+
+
+def test_hub_loads_without_an_installation(file, tmp_path):
+    code = (f'import torch; net = torch.hub.load({str(ROOT)!r}, "load", {str(file)!r}, device="cpu", source="local"); '
+            'import mdil; mdil.load; print(net.domains)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f'{NAMES}\n', done.stderr

@@ -209,3 +209,11 @@ def test_learning_from_python(at_work, toy, tmp_path, capsys):
     names = {'pairs': pairs}
     exec(code(PYTHON, 'mdil.learn('), names)
     assert names['net'].domains == ['cityscapes', 'village'] and capsys.readouterr().out.count("'cityscapes': {'loss'") == 1
+
+
+def test_hub_and_published_network(at_work, capsys):
+    names = {'checkout': str(ROOT)}
+    exec(code(PYTHON, 'torch.hub'), names)
+    assert names['net'].domains == ['cityscapes', 'IDD'] and names['model'].num_classes == [20, 27]
+    exec(code(PYTHON, 'mdil.published'), names)
+    assert capsys.readouterr().out.endswith('680\n') and names['logits'].shape == (1, 20, 64, 128)

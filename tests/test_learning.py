@@ -71,13 +71,14 @@ def test_pairs_and_folders_give_the_same_network(learnt, toy, tmp_path):
 def test_a_domain_of_ones_own_is_learnt_after_another_and_loaded(learnt, village, tmp_path):
     random.seed(1)
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    record = mdil.learn('village', village, village[:1], classes=['mud', 'hut'], state=learnt[0].best, savedir=tmp_path / '2',
-                        data={'cityscapes': learnt[0].folder / 'CS.json'}, **TINY)
+    record = mdil.learn('village', village, village[:1], classes=['mud', 'hut'], state=learnt[0].best,
+                        savedir=tmp_path / '2', data={'cityscapes': learnt[0].folder / 'CS.json'}, **TINY)
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
     assert (np.random.get_state()[1] == before[2]).all()
     net = mdil.load(record.best, device='cpu')
     assert net.domains == ['cityscapes', 'village'] and net.classes('village') == ['mud', 'hut']
     assert net.predict(village[0][0], 'village').shares.keys() <= {'mud', 'hut'}
+    assert net.evaluate('village', village[:1])['miou'] == record.miou
     assert record.trained == ('village',) and record.epochs[0]['val'].keys() == {'cityscapes', 'village'}
 
 
@@ -102,10 +103,12 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
 @pytest.mark.parametrize('arguments, says', [
     ({'domain': 'village'}, 'unknown domain'), ({'domain': 'village', 'train': [('a', 'b')]}, 'pass classes'),
     ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
-    ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'), ({'domain': 'a/b', 'train': [], 'classes': ['mud']}, 'cannot be'),
+    ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'),
+    ({'domain': 'a/b', 'train': [], 'classes': ['mud']}, 'cannot be'),
     ({'domain': 'CS', 'train': ['a.png']}, 'is no pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
-    ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'), ({'domain': 'CS', 'colour': 3}, '--colour=3'),
-    ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'), ({'domain': 'CS', 'state': 'none.pth'}, 'does not exist')])
+    ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'),
+    ({'domain': 'CS', 'colour': 3}, '--colour=3'), ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'),
+    ({'domain': 'CS', 'state': 'none.pth'}, 'does not exist')])
 def test_what_does_not_fit_is_said(arguments, says, tmp_path):
     with pytest.raises(mdil.UserError, match=says):
         mdil.learn(savedir=tmp_path / 'run', **{**TINY, **arguments})
