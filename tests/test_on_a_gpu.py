@@ -17,7 +17,7 @@ from mdil.models import METHODS, build_model
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
-from mdil.training.run import like_their_weights
+from mdil.training.run import Run, like_their_weights
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import EAGER, Graphed
 from mdil.utils.parallel import Place, session
@@ -131,6 +131,20 @@ def test_graphs_need_one_gpu(monkeypatch):
     monkeypatch.setattr(nn.Module, 'to', lambda self, *_, **__: self)
     with pytest.raises(UserError, match='one GPU, not several'):
         run_on('cuda', 'mdil', graphs=True)
+
+
+@pytest.mark.parametrize('recipe, tf32', [('corrected', True), ('released', False)])
+def test_the_released_recipe_computes_in_full_float32(recipe, tf32, monkeypatch):
+    class BuildsNoData(Exception):
+        pass
+
+    def build_data(*_):
+        raise BuildsNoData
+    monkeypatch.setattr(building, 'build_data', build_data)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
+    with pytest.raises(BuildsNoData):
+        Run(parse_train(['--domains', 'cityscapes', '--savedir', 'x', '--recipe', recipe]), Place(torch.device('cpu')))
+    assert torch.backends.cudnn.allow_tf32 is tf32
 
 
 class Recorder:

@@ -79,6 +79,8 @@ class Run:
 
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed, options.deterministic)
+        # What torch does on GPUs by itself, TF32 in convolutions, is not float32 to rounding.
+        torch.backends.cudnn.allow_tf32 = options.recipe != 'released'
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
         if place.main:
