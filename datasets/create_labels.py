@@ -164,7 +164,7 @@ def up_to_date(target, source):
 def find_sources(datadir, encoding, out=None):
     """[(path, suffix, folder of the label image)] of the annotations under `datadir`/gtFine, one per frame.
 
-    Label images go beside the annotations, or into the same folders below `out`.
+    Label images go next to the annotations, or into the same folders below `out`.
     """
     folder = Path(datadir) / 'gtFine'
     found = files_by_key(folder, encoding.sources)
@@ -176,7 +176,7 @@ def find_sources(datadir, encoding, out=None):
 
 
 def prepare(datadir, out, dataset):
-    """Sees to it that label images can be written, and that the images lie beside them; UserError if that fails."""
+    """Sees to it that label images can be written, and that the images lie next to them; UserError if that fails."""
     if not out:
         if not os.access(Path(datadir) / 'gtFine', os.W_OK):
             raise UserError(f'{datadir}/gtFine cannot be written to; --out FOLDER takes the label images instead')

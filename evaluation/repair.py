@@ -21,7 +21,7 @@ from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, machine_options, positive, size_options
 from mdil.utils.precision import memory_format
 
-# What an Evaluator asks of its options beside those below.
+# What an Evaluator asks of its options besides those below.
 EVALUATION = {'split': 'val', 'resolution': 'published', 'published_metric': False, 'common_classes': False}
 
 

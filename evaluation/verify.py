@@ -6,7 +6,7 @@
 
 Every domain that both files know is compared: parameters, buffers, and the logits of fixed
 probe images on the CPU, to the last bit. One file alone is compared with what `train.py`
-wrote beside it when the step began (unchanged.json). Exit status: 0 unchanged, 1 changed,
+wrote next to it when the step began (unchanged.json). Exit status: 0 unchanged, 1 changed,
 2 cannot be told.
 
 Files of other code are compared tensor by tensor with --map, a JSON file
@@ -126,13 +126,13 @@ def stated(view, checkpoint):
 
 
 def compare_with_record(options):
-    """{domain: entry} of one file, against the record beside it."""
+    """{domain: entry} of one file, against the record next to it."""
     path, = options.state
     checkpoint, model = known(path, options)
     record = unchanged.read(Path(path).parent / unchanged.NAME)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
-        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} beside it is of {", ".join(record["domains"])}')
+        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is of {", ".join(record["domains"])}')
     return {name: entry(moved) for name, moved in unchanged.moved_since(record, model).items()}
 
 

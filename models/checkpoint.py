@@ -44,7 +44,7 @@ DEEPEST, MOST = 8, 10 ** 5      # levels of nesting and objects, more than any c
 
 
 class NumberType:
-    """Stands for numpy.dtype in old files, which hold numpy scalars such as best_acc beside tensors."""
+    """Stands for numpy.dtype in old files, which hold numpy scalars such as best_acc among tensors."""
 
     def __init__(self, code, *_):
         if code not in NUMBERS:

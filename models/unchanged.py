@@ -1,4 +1,4 @@
-"""What of an old domain moved, told from digests; and the record of it that a run keeps beside its checkpoint.
+"""What of an old domain moved, told from digests; and the record of it that a run keeps next to its checkpoint.
 
 The record, `unchanged.json`: {"version": 1, "state": the file that the step started from,
 "domains": [old domains, in order], "tensors": {name in our files: digest before the step},

@@ -1,4 +1,4 @@
-"""verify: equal to the last bit or named; files of the published code and of others; what cannot be told is said."""
+"""verify: equal to the last bit or named; files of the published code and of others; what cannot be told is named."""
 import json
 
 import pytest
@@ -106,7 +106,7 @@ def test_a_record_is_of_the_file_beside_it(files, tmp_path):
     unchanged.begin(tmp_path, new, ['cityscapes'], 'old')
     assert run(after) == 0
     unchanged.begin(tmp_path, new, ['BDD'], 'old')
-    with pytest.raises(UserError, match='knows cityscapes, IDD, but unchanged.json beside it is of BDD'):
+    with pytest.raises(UserError, match='knows cityscapes, IDD, but unchanged.json next to it is of BDD'):
         run(after)
 
 

@@ -8,7 +8,7 @@ from mdil.datasets.judgement import content_digest
 from mdil.utils.errors import UserError
 from mdil.utils.workers import in_threads
 
-# What is compared -> how it is said.
+# What is compared -> how it is worded.
 KINDS = {'pairs': 'which images and labels there are', 'images': 'sizes of image files', 'labels': 'content of labels',
          'values': 'meaning of label values', 'classes': 'class names', 'weights': 'class weights'}
 
