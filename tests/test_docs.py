@@ -20,7 +20,7 @@ from mdil.utils.parser import Parser
 from tests.conftest import ROOT
 from tests.test_trainer_files import commands, script
 
-PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('examples/*/*.md')])
 SCRIPTS = {'train.py': 'mdil.train', 'eval.py': 'mdil.eval', 'predict.py': 'mdil.predict'}
 
 

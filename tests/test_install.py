@@ -19,7 +19,7 @@ from tests.conftest import ROOT, run_script
 FOREIGN = ('models', 'datasets', 'utils')
 # Imports go from a level to those below it.
 LEVELS = [('utils',), ('datasets', 'losses'), ('models',), ('training',), ('evaluation',), ('train', 'eval', 'predict'),
-          ('api', 'learning', 'published', ''), ('__main__', 'report', 'plot_tsne', 'benchmarks', 'hubconf')]
+          ('api', 'learning', 'published', ''), ('__main__', 'report', 'plot_tsne', 'benchmarks', 'hubconf', 'examples')]
 LOAD_ALL = ('import importlib, sys, mdil.__main__ as main\n'
             'for module, _ in main.TOOLS.values(): assert callable(importlib.import_module(module).main), module\n'
             'assert not {"visdom", "matplotlib", "sklearn", "av"} & sys.modules.keys()\n'
