@@ -40,6 +40,10 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     are what the checkpoint says. size: (height, width) that images are resized to, multiples of 8
     (default: that of the training). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
     'fp16'. Raises `mdil.UserError` where the file cannot be read or the device is not there.
+
+        >>> net = mdil.load('step3.pth', device='cpu')
+        >>> net.domains
+        ['cityscapes', 'IDD']
     """
     place = Place(current(pick_device(str(device))))
     check_precision(precision, place.device)
@@ -97,6 +101,12 @@ class Network:
 
         Raises `mdil.UserError` for a file that cannot be read, for a domain that the network does not
         know, and for 'auto' where the checkpoint does not say how images of its domains look.
+
+            >>> found = net.predict('photo.png')
+            >>> found.domain.name, found.labels.shape, found.confidence.dtype
+            ('IDD', torch.Size([64, 128]), torch.float32)
+            >>> net.predict(['photo.png', numpy.zeros((20, 30, 3))], domain='IDD')[1].labels.shape
+            torch.Size([20, 30])
         """
         return self.of_each(images, lambda batch: self.predictor.predict(batch, self.chosen(domain), probabilities))
 
@@ -104,6 +114,10 @@ class Network:
         """The Choice for an image, or a list of them for a list: `name`, `probabilities` of the domains, `unknown`.
 
         images and errors: as of `predict`. unknown: whether the image is like none of the domains.
+
+            >>> choice = net.guess_domain('photo.png')
+            >>> choice.name, choice.unknown, list(choice.probabilities)
+            ('IDD', False, ['cityscapes', 'IDD'])
         """
         if self.chosen('auto') != 'auto':
             return self.of_each(images, lambda batch: [self.predictor.stated(self.domains[0])] * len(batch))
@@ -130,6 +144,9 @@ class Network:
         Images are floats in [0, 1], RGB, with sides that are multiples of 8; void is the last
         class. The module shares its weights with this network. Raises `mdil.UserError` for an
         unknown name.
+
+            >>> net.single('IDD')(torch.rand(1, 3, 64, 128)).shape
+            torch.Size([1, 27, 64, 128])
         """
         return self.model.single(self.predictor.index(domain)).eval()
 
@@ -205,6 +222,12 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
 
     Raises `mdil.UserError` for a name, IndexError for an index, that the network does not know.
+
+        >>> images, labels = torch.rand(2, 3, 16, 32), torch.zeros(2, 16, 32, dtype=torch.uint8)
+        >>> losses = mdil.step_loss(net, 'IDD', images, labels)
+        >>> losses['loss'].backward()
+        >>> sorted(losses)
+        ['ce', 'loss']
     """
     student = net.model if isinstance(net, Network) else net
     if isinstance(domain, str):

@@ -71,8 +71,13 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     which later steps name: data={'DOMAIN': 'savedir/DOMAIN.json'}. In the main thread a signal
     has the run saved, then SystemExit(75); in another thread signals are left alone. Python's, NumPy's
     and torch's random states are afterwards what they were. Raises `mdil.UserError` for what does not fit.
+
+        >>> record = mdil.learn('cityscapes', data_root='DATA', savedir='runs/1', num_epochs=1, height=16, device='cpu')
+        learning cityscapes (mdil) on cpu: ...
+        >>> len(record.epochs), record.best.name
+        (1, 'model_best.pth.tar')
     """
-    folder, data = Path(savedir), dict(options.pop('data', {}))
+    folder, data = Path(savedir).expanduser(), dict(options.pop('data', {}))
     check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                overwrite=options.get('overwrite')))
     if train is not None:

@@ -1,4 +1,5 @@
 """The documentation: its code runs, its commands are accepted, its links lead somewhere."""
+import doctest
 import importlib
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mdil
 from mdil.__main__ import TOOLS
 from mdil.datasets.domains import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
@@ -217,3 +219,15 @@ def test_hub_and_published_network(at_work, capsys):
     assert names['net'].domains == ['cityscapes', 'IDD'] and names['model'].num_classes == [20, 27]
     exec(code(PYTHON, 'mdil.published'), names)
     assert capsys.readouterr().out.endswith('680\n') and names['logits'].shape == (1, 20, 64, 128)
+
+
+def test_the_examples_of_docstrings(at_work, toy, tmp_path):
+    (tmp_path / 'DATA').symlink_to(toy)
+    names = {'mdil': mdil, 'torch': torch, 'numpy': np}
+    runner, found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS), []
+    for member in (mdil.load, mdil.api.Network, mdil.step_loss, mdil.learn):
+        for test in doctest.DocTestFinder().find(member, globs=names):
+            test.globs = names      # what one example made, the next uses
+            found += test.examples
+            runner.run(test, clear_globs=False)
+    assert runner.summarize().failed == 0 and len(found) > 10
