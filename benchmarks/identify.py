@@ -37,6 +37,7 @@ def parse(argv=None):
     parser = Parser(prog='python -m benchmarks.identify', description='How well the domain is told from an image.')
     parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains that are told apart')
     parser.add_argument('--state', metavar='CKPT', help='network whose layers and branches are compared (default: random)')
+    parser.add_argument('--look-alone', action='store_true', help='leave out the layers and branches of the network')
     parser.add_argument('--alike', action='store_true', help='store all images alike first')
     parser.add_argument('--frames', type=positive, default=10, help='images of a sequence')
     parser.add_argument('--seed', type=natural, default=0, help='seed of the random network')
@@ -112,8 +113,8 @@ def observe(domain, split, model, options):
         start = time.process_time()
         look = appearance(image)
         seconds += time.process_time() - start
-        looks.append({'look': look, **layer_statistics(model, image)})
-        if split == 'val':
+        looks.append({'look': look, **({} if options.look_alone else layer_statistics(model, image))})
+        if split == 'val' and not options.look_alone:
             scores.append(branch_scores(model, image))
     gather = lambda entries: {name: torch.stack([entry[name] for entry in entries]) for name in (entries or [{}])[0]}
     return gather(looks), gather(scores), 1000 * seconds / len(looks)

@@ -145,7 +145,9 @@ def sentences(found, images):
         yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
     else:
         error = '' if found['error'] is None else f' +- {found["error"]:.1f}'
-        yield (f'expected mIoU of that branch: {found["expected_miou"]:.1f}{error} (on its own validation '
+        # Networks trust themselves too much where they have never been.
+        bound = 'at most ' if found['worth'] else ''
+        yield (f'expected mIoU of that branch: {bound}{found["expected_miou"]:.1f}{error} (on its own validation '
                f'images {found["own_miou"]:.1f})')
     yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
            'no new branch is needed: most images are like those that this one was trained on')

@@ -86,6 +86,8 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
     said = capsys.readouterr().out
     assert '100 % are like no domain' in said and 'a new branch is worth training' in said
     assert 'expected mIoU: not known without labelled validation images of IDD (no val images' in said
+    run(tmp_path / 'strict.pth', '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', toy)
+    assert 'expected mIoU of that branch: at most ' in capsys.readouterr().out
 
 
 def test_advice_segments_nothing(knowing, photos, tmp_path):  # noqa: F811

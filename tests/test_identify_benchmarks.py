@@ -13,7 +13,7 @@ NAMES = ['cityscapes', 'BDD', 'IDD']
 
 def test_every_kind_of_look_is_scored_on_the_validation_images(toy, tmp_path):
     arguments = ['--data-root', str(toy), '--domains', *NAMES, '--frames', '3']
-    for name, more in (('plain', []), ('alike', ['--alike'])):
+    for name, more in (('plain', []), ('alike', ['--alike', '--look-alone'])):
         identify.main([*arguments, *more, '--out', str(tmp_path / name)])
     plain, alike = (json.loads((tmp_path / name).read_text()) for name in ('plain', 'alike'))
     assert plain['images'] == {name: {'train': 8, 'val': 4} for name in NAMES}
@@ -24,7 +24,7 @@ def test_every_kind_of_look_is_scored_on_the_validation_images(toy, tmp_path):
         assert found['accuracy'] == pytest.approx(100 * right / 12)
     assert plain['kinds']['look']['features'] == FEATURES and plain['kinds']['look']['accuracy'] == 100
     assert plain['kinds']['layers 1, 2']['features'] == 2 * (16 + 64)
-    assert (plain['alike'], alike['alike']) == (False, True)
+    assert (plain['alike'], alike['alike']) == (False, True) and list(alike['kinds']) == ['look']
 
 
 def test_windows_are_whole_unless_there_is_one_alone():
