@@ -65,7 +65,8 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     on_epoch: called after each epoch with its record, {'epoch', 'train': {'loss', ...}, 'val': {name:
     {'loss', 'miou'}}, 'lr'}; what it raises ends the run, which `resume=True` continues.
     options: those of train.py with _ for -, such as num_epochs=20, height=256, method='fine-tune'; True for
-    an option without a value. `domains` names all, in order, where `state` does not say which it knows.
+    an option without a value, while False and None leave one out. `domains` names all, in order,
+    where `state` does not say which it knows.
 
     savedir gets checkpoints and records as of train.py. Lists of pairs are written there too, with `DOMAIN.json`,
     which later steps name: data={'DOMAIN': 'savedir/DOMAIN.json'}. In the main thread a signal
@@ -82,7 +83,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
                                overwrite=options.get('overwrite')))
     if train is not None:
         pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
-        data[domain] = declare(domain, pairs, classes, make_folder(folder))
+        data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
     elif val is not None or classes is not None:
         raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
     names = options.pop('domains', None) or [*known_domains(state), domain]
@@ -94,10 +95,11 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     return Record(folder, tuple(get_method(parsed.method).trained(parsed.domains)), tuple(read_metrics(folder)))
 
 
-def declare(name, pairs, classes, folder):
+def declare(name, pairs, classes, folder, overwrite=False):
     """Writes lists of the pairs {split: [(image, label), ...]} of a domain to `folder`, and the JSON file of them.
 
-    Returns the path of the latter. classes: as of `learn`; UserError where they are missing or surplus.
+    Returns the path of the latter. classes: as of `learn`; UserError where they are missing or surplus,
+    and for files there that say something else, unless `overwrite`.
     """
     built_in = domain_names().get(name.lower())
     if built_in and classes is not None:
@@ -110,8 +112,8 @@ def declare(name, pairs, classes, folder):
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'
-        write_bytes(folder / spec[split], os.fsencode(''.join(map(listed, found))))
-    write_bytes(folder / f'{name}.json', json.dumps(spec, indent=2).encode())
+        write_bytes(folder / spec[split], os.fsencode(''.join(map(listed, found))), overwrite)
+    write_bytes(folder / f'{name}.json', json.dumps(spec, indent=2).encode(), overwrite)
     return folder / f'{name}.json'
 
 
@@ -134,8 +136,11 @@ def listed(pair):
     return line + '\n'
 
 
-def write_bytes(path, content):
-    """Writes a file, atomically."""
+def write_bytes(path, content, overwrite):
+    """Writes a file, atomically; UserError if there is one of other content, unless `overwrite`."""
+    if not overwrite and path.exists() and path.read_bytes() != content:
+        raise UserError(f'{path} exists and is of other pairs or classes; give those, use another savedir, or '
+                        'replace it with overwrite=True')
     write_atomically(path, lambda file: file.write(content))
 
 

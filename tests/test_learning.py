@@ -95,8 +95,11 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     with pytest.raises(mdil.UserError, match='holds a result'):
         mdil.learn('village', village[:2], village[:1], **options)
     assert (tmp_path / 'run/village.train.txt').read_bytes() == before
+    with pytest.raises(mdil.UserError, match='village.train.txt exists and is of other pairs'):
+        mdil.learn('village', village[:2], village[:1], resume=True, **options)
     record = mdil.learn('village', village, village[:1], resume=True, **options)
     assert [line['epoch'] for line in record.epochs] == [1, 2]
+    assert (record.best.name, record.latest.name) == ('model_best.pth.tar', 'checkpoint.pth.tar')
     assert json.loads((tmp_path / 'run/village.json').read_text())['classes'][1] == {'name': 'hut', 'color': [4, 5, 6]}
 
 
