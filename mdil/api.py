@@ -14,7 +14,7 @@ from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset
 from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
-from mdil.evaluation.predictor import Predictor, trained_size
+from mdil.evaluation.predictor import SIDE, Predictor, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models import checkpoint
 from mdil.models.branches import Known
@@ -39,12 +39,14 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     them. data: {name: folder or JSON file} of domains that are not built in; without, their classes
     are what the checkpoint says. size: (height, width) that images are resized to, multiples of 8
     (default: that of the training). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
-    'fp16'. Raises `mdil.UserError` where the file cannot be read or the device is not there.
+    'fp16'. Raises `mdil.UserError` where the file cannot be read, the device is not there, or the size is none.
 
         >>> net = mdil.load('step3.pth', device='cpu')
         >>> net.domains
         ['cityscapes', 'IDD']
     """
+    if size is not None and not (len(size) == 2 and all(side > 0 and side % SIDE == 0 for side in size)):
+        raise UserError(f'size {size}: (height, width) is expected, positive multiples of {SIDE}')
     place = Place(current(pick_device(str(device))))
     check_precision(precision, place.device)
     known = Known(file, domains, method, data)

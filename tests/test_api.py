@@ -130,6 +130,26 @@ def test_a_domain_of_ones_own_is_what_its_checkpoint_says(tmp_path, photo):
         mdil.load(saved(tmp_path / 'nameless.pth', {'name': 'village', 'classes': 3}), device='cpu')
 
 
+def test_a_published_file_is_told_its_domains(tmp_path, photo):
+    torch.save({'state_dict': {f'module.{key}': value for key, value in build_model([20, 27]).state_dict().items()}},
+               tmp_path / 'p.pth')
+    with pytest.raises(mdil.UserError, match='no names'):
+        mdil.load(tmp_path / 'p.pth', device='cpu')
+    net = mdil.load(tmp_path / 'p.pth', domains=['CS', 'idd'], size=(16, 32), device='cpu')
+    assert net.domains == NAMES and net.predictor.size == (16, 32)
+    net.save(tmp_path / 'ours.pth')
+    again = mdil.load(tmp_path / 'ours.pth', size=(16, 32), device='cpu')
+    assert again.domains == NAMES and torch.equal(again.predict(photo, 'IDD').labels, net.predict(photo, 'IDD').labels)
+
+
+@pytest.mark.parametrize('options, says', [
+    ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
+    ({'device': 'moon'}, 'no device of torch'), ({'method': 'fine-tune'}, 'not a network of')])
+def test_what_cannot_be_loaded_is_said(file, options, says):
+    with pytest.raises(mdil.UserError, match=says):
+        mdil.load(file, **{'device': 'cpu', **options})
+
+
 def test_single_is_a_plain_network_that_shares_the_weights(net):
     images = torch.rand(1, 3, 16, 32)
     single = net.single('IDD')
@@ -215,7 +235,8 @@ def test_step_loss_takes_names_and_ignores_void(net, batch):
 
 def test_the_published_network_has_the_published_keys(file):
     net = mdil.published.Net([20, 20], nb_tasks=2, cur_task=1).eval()
-    published = dict(line.split('\t') for line in (ROOT / 'tests/state_dict_keys_rap_20_20.txt').read_text().splitlines())
+    lines = (ROOT / 'tests/state_dict_keys_rap_20_20.txt').read_text().splitlines()
+    published = dict(line.split('\t') for line in lines)
     own = {key: str(list(value.shape)) for key, value in net.state_dict().items()}
     assert len(own) == 680 and own == published
     images = torch.rand(1, 3, 16, 32)
