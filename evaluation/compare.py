@@ -118,7 +118,11 @@ def mean_miou(result):
 
 
 def summary_table(results):
-    """Forgetting of every earlier domain, mean mIoU and, where known, transfers and Delta_m% of each method."""
+    """Forgetting of every earlier domain, mean mIoU and, where known, transfers and Delta_m% of each method.
+
+    Also, where known, the validation of the last step's best and last epoch: the best was
+    chosen on the images that are reported.
+    """
     sequences = [result['summary'] for seeds in results.values() for result in seeds]
     old = list(dict.fromkeys(name for summary in sequences for name in summary['forgetting']))
     figures = {**{f'forgotten of {name}': lambda result, name=name: result['summary']['forgetting'].get(name)
@@ -126,9 +130,20 @@ def summary_table(results):
     for key, label in tables.TRANSFERS:
         if any(summary.get(key) is not None for summary in sequences):
             figures[label] = lambda result, key=key: result['summary'].get(key)
+    note = ()
+    if all(last_training(result) for seeds in results.values() for result in seeds):
+        note = ('best epoch, last epoch: mIoU of what the last step learns, as validated while training; the best is '
+                'chosen on these very images.',)
+        for which in ('best', 'last'):
+            figures[f'{which} epoch'] = lambda result, which=which: last_training(result)[which]['miou']
     rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
             for name, seeds in results.items()]
-    return Table('Methods', 'methods', ['method', *figures], [rows])
+    return Table('Methods', 'methods', ['method', *figures], [rows], note)
+
+
+def last_training(result):
+    """What `evaluation.epochs.training_of` found for the last step; None if nothing."""
+    return result['steps'][-1].get('training')
 
 
 def kept_and_lost(name, seeds):

@@ -370,6 +370,23 @@ def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['comparison.md', 'comparison.tex']
 
 
+def test_compare_shows_the_last_epoch_next_to_the_best(tmp_path, capsys):
+    """Where every folder knows both; the best was chosen on the reported images."""
+    for name, best, last in (('one', 41.5, 38.25), ('two', 33.75, 33.5)):
+        path = seed_results(tmp_path / name, [{'CS': 60.0}, {'CS': 50.0, 'IDD': best}]) / 'results.json'
+        result = json.loads(path.read_text())
+        result['steps'][-1]['training'] = {'best': {'epoch': 3, 'miou': best}, 'last': {'epoch': 9, 'miou': last}}
+        path.write_text(json.dumps(result))
+    arguments = [f'one={tmp_path}/one', f'two={tmp_path}/two', '--out', str(tmp_path / 'out'), '--no-picture']
+    compare.main(arguments)
+    lines = [line.split() for line in capsys.readouterr().out.partition('method ')[2].splitlines()]
+    assert lines[0][-4:] == ['best', 'epoch', 'last', 'epoch']
+    assert [line[-2:] for line in lines if line[:1] in (['one'], ['two'])] == [['41.50', '38.25'], ['33.75', '33.50']]
+    seed_results(tmp_path / 'three', [{'CS': 60.0}, {'CS': 50.0, 'IDD': 40.0}])
+    compare.main([*arguments, f'three={tmp_path}/three'])
+    assert 'last epoch' not in capsys.readouterr().out
+
+
 def test_compare_refuses_what_is_not_alike(tmp_path):
     folder = seed_results(tmp_path / 'a', [{'CS': 1.0}, {'CS': 1.0, 'IDD': 2.0}])
     for name, other, message in (
