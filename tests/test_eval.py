@@ -383,7 +383,7 @@ def test_compare_shows_the_last_epoch_next_to_the_best(tmp_path, capsys):
     assert lines[0][-4:] == ['best', 'epoch', 'last', 'epoch']
     assert [line[-2:] for line in lines if line[:1] in (['one'], ['two'])][:2] == [['41.50', '38.25'], ['33.75', '33.50']]
     seed_results(tmp_path / 'three', [{'CS': 60.0}, {'CS': 50.0, 'IDD': 40.0}])
-    compare.main([*arguments, f'three={tmp_path}/three'])
+    compare.main([f'three={tmp_path}/three', *arguments])
     assert 'last epoch' not in capsys.readouterr().out
 
 
