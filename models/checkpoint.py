@@ -240,7 +240,9 @@ def named_classes(value):
 
 def class_names(entry):
     """Whether the names of the classes in a domain's {name, classes, class_names} are as many as it says, or absent."""
-    names = entry.get('class_names', [''] * (entry['classes'] - 1))
+    if 'class_names' not in entry:
+        return True
+    names = entry['class_names']
     return (isinstance(names, list) and len(names) == entry['classes'] - 1
             and all(isinstance(name, str) for name in names))
 
