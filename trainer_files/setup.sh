@@ -7,6 +7,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+case ${1:-} in
+    ''|dev) ;;
+    --help|-h) sed -n '2,6s/^# //p' trainer_files/setup.sh; exit 0 ;;
+    *) echo "error: unknown argument '$1'; give dev or nothing" >&2; exit 2 ;;
+esac
 requirements=requirements.txt
 [ "${1:-}" = dev ] && requirements=requirements-dev.txt
 stamp=.venv/.$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements")
