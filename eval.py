@@ -20,6 +20,7 @@ from mdil.models import METHODS, method_name
 from mdil.models.identify import identifier_of
 from mdil.training import records
 from mdil.training.paper import REFUSED
+from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json, write_text
 from mdil.utils.parallel import session
@@ -89,6 +90,9 @@ def check_options(options):
     complete_size(options)
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
+            if Path(getattr(options, name)).name in WRITTEN:
+                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is what a run calls its own files; '
+                                'choose another name')
             check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]

@@ -19,7 +19,9 @@ def judge(domain, split, pixels):
     elif absent:
         remarks.append(f'{len(absent)} of {len(domain.classes)} classes occur in no training image: '
                        + ', '.join(map(repr, absent)))
-    if void >= MOSTLY:
+    if void == 1:
+        faults.append(f'all {split} pixels are void')
+    elif void >= MOSTLY:
         remarks.append(f'{100 * void:.0f} % of the {split} pixels are void')
     return faults, remarks
 

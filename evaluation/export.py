@@ -132,6 +132,8 @@ def export_published(options):
 def main(argv=None):
     options = parse(argv)
     check_new('OUT', options.out, options.overwrite, inputs=[options.state])
+    if options.format == 'openvino':
+        check_new('OUT', Path(options.out).with_suffix('.bin'), options.overwrite, inputs=[options.state])
     (export_published if options.format == 'published' else export_network)(options)
 
 

@@ -261,6 +261,7 @@ def test_much_void_is_noted(tmp_path):
     assert judged(tmp_path, row, row)[1:] == (([], ['83 % of the train pixels are void']),
                                               ([], ['83 % of the val pixels are void']))
     assert judged(tmp_path, [0, 1] * 4 + [255] * 4, 0) == (True, ([], []), ([], []))
+    assert not judged(tmp_path, [0, 1] * 6, 255)[0]
 
 
 def test_masks_of_0_and_255_are_unfit_unless_declared(tmp_path):

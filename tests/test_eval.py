@@ -311,6 +311,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--json', '{file}/x.json'], '--json .*x.json cannot be written to: .*name another place'),
     (['--csv', '{folder}'], '--csv .* is a folder, a file name is expected'),
     (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two kinds of results go into one file'),
+    (['--json', '{folder}/metrics.jsonl'], '--json .*metrics.jsonl is what a run calls its own files'),
     (['--save-overlays', '{file}'], '--save-overlays .* cannot be written to'),
     (['--save-panels', '{folder}/panels.bmp2'], 'figures are .png, .pdf or .svg, not .bmp2'),
     (['--images', '0'], '--images chooses the images of --save-panels'),

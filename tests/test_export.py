@@ -114,6 +114,9 @@ def test_an_export_replaces_no_file_unasked(state, tmp_path):
     with pytest.raises(UserError, match='OUT .*x exists'):
         export.main([str(state), str(tmp_path / 'x')])
     export.main([str(state), str(tmp_path / 'x'), '--overwrite'])
+    (tmp_path / 'y.bin').write_bytes(b'precious')
+    with pytest.raises(UserError, match='OUT .*y.bin exists'):
+        export.main([str(state), str(tmp_path / 'y.xml'), '--format', 'openvino', '--domain', 'CS'])
 
 
 def test_another_file_is_refused_by_name(tmp_path):

@@ -108,6 +108,8 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
     ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'),
     ({'domain': 'a/b', 'train': [], 'classes': ['mud']}, 'cannot be'),
+    ({'domain': 'village', 'train': [('a', 'b')], 'classes': {'mud', 'hut'}}, 'give a list of names'),
+    ({'domain': 'village', 'train': [('a', 'b')], 'classes': ['mud', 'hut', 'mud']}, "two classes are called 'mud'"),
     ({'domain': 'CS', 'train': ['a.png']}, 'is no pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
     ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'),
     ({'domain': 'CS', 'colour': 3}, '--colour=3'), ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'),

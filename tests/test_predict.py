@@ -273,6 +273,8 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'photos', '--native', '--height', '64'], '--native keeps'),
     (['--input', 'photos', '--width', '64'], '--width is given without'),
     (['--input', 'photos', '--json', 'notes.json'], 'was not written by predict.py'),
+    (['--input', 'photos', '--json', 'photos/a.png'], 'a.png is a file that is read'),
+    (['--input', 'photos', '--json', 'out/a.png'], 'is what the answer for .*a.png is called'),
     (['--input', 'photos', '--label-ids', 'colours'], 'invalid choice')])
 def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
