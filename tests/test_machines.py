@@ -40,8 +40,9 @@ def test_two_machines_learn_the_same_weights_and_go_on_when_one_was_killed(toy, 
     ends = on_two_machines(tmp_path, *arguments, DIES='2')
     assert [status for status, _ in ends] == [2, 2], ends
     killed, other = sorted((said for _, said in ends), key=lambda said: 'SIGKILL' not in said)
-    assert killed == 'error: process 1 was ended by SIGKILL (out of memory?); --resume continues from the last checkpoint\n'
-    assert other.splitlines()[-1].startswith('error: another process of this run has ended'), other
+    # The launcher that ends later may find that the other one no longer listens, which torch reports, too.
+    assert 'error: process 1 was ended by SIGKILL (out of memory?); --resume continues from the last checkpoint\n' in killed
+    assert 'error: another process of this run has ended' in other, other
     assert checkpoint.read(folder / 'checkpoint.pth.tar')['batch'] == 2
     shutil.copytree(folder, tmp_path / 'alone')
 

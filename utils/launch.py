@@ -51,8 +51,8 @@ def main(argv=None):
     except SignalException:
         return STOPPED
     except (RendezvousError, ConnectionError) as error:
-        raise UserError(f'the machines do not meet ({" ".join(str(error).split())[:150]}); see that all name the same '
-                        'first machine, and that its port is open') from None
+        raise UserError(f'the machines do not meet, or no longer ({" ".join(str(error).split())[:150]}); see what the '
+                        'others say, that all name the same first machine, and that its port is open') from None
     return 0
 
 
