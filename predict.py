@@ -127,8 +127,8 @@ def check_targets(options, sources):
     """UserError if two images would be written to one file, or one would replace an input."""
     inputs, owners = {source.path.absolute() for source in sources}, {}
     record = Path(options.json).absolute() if options.json else None
-    if record in inputs or record in {Path(path).absolute() for path in options.input}:
-        raise UserError(f'--json {options.json} is a file that is read; name another file to write')
+    if options.json:
+        check_writable('--json', options.json, inputs=[*options.input, *inputs])
     for source in sources:
         for path in targets(options, source.name).values():
             if path.absolute() == record:

@@ -77,23 +77,25 @@ def calibrated(predictor, sources, model):
     return nncf.quantize(model, nncf.Dataset(chosen, read), subset_size=len(chosen))
 
 
-def chosen_branch(options, domains):
+def chosen_branch(options, predictor):
     """Index of --domain, or of the only one."""
-    if options.domain is None and len(domains) > 1:
-        raise UserError(f'{options.state} knows {", ".join(domain.name for domain in domains)}; choose one by --domain')
-    return Predictor(torch.nn.Identity(), domains, None, None).index(options.domain or domains[0].name)
+    names = [domain.name for domain in predictor.domains]
+    if options.domain is None and len(names) > 1:
+        raise UserError(f'{options.state} knows {", ".join(names)}; choose one by --domain')
+    return predictor.index(options.domain or names[0])
 
 
 def export_network(options):
     """Writes one domain's network; prints how far its outputs are from PyTorch's."""
     place = Place(torch.device('cpu'))
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
-    index, size = chosen_branch(options, domains), trained_size(checkpoint)
+    size = trained_size(checkpoint)
+    predictor = Predictor(model, domains, size, place)
+    index = chosen_branch(options, predictor)
     network, domain = model.single(index).eval().requires_grad_(False).to(memory_format=torch.contiguous_format), domains[index]
     example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     write = WRITERS[options.format]
     if options.int8:
-        predictor = Predictor(model, domains, size, place)
         sources = [source for source in find_sources([options.calibrate]) if not source.is_video]
         write = partial(write, quantise=partial(calibrated, predictor, sources))
     write(network, example, options.out, about(domain, size))

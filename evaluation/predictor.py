@@ -5,17 +5,16 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from mdil.datasets.declaration import Domain
-from mdil.datasets.domains import DOMAINS
+from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
+from mdil.datasets.domains import domain_names, get_domain
 from mdil.evaluation.evaluation import check_stated, load_network_and_domains, logits_of
-from mdil.models.exported import Exported, is_exported
+from mdil.models.exported import SIDE, Exported, is_exported
 from mdil.models.identify import appearance, identifier_of
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from mdil.utils.parser import data_paths
 
 PUBLISHED_SIZE = 512, 1024      # height, width of files that do not say what they were trained at
-SIDE = 8                        # the network takes sides that are multiples of it
 
 
 @dataclass(frozen=True)
@@ -136,15 +135,25 @@ def trained_size(checkpoint):
     return sides if all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
 
 
+def domain_of(entry, data):
+    """The Domain of an entry of a checkpoint or an exported file: as built in or declared at `data`, else as the entry says.
+
+    The label files of the last kind hold class indices, and 255 for void.
+    """
+    name = entry['name']
+    if name.lower() in domain_names() or name in data or 'class_names' not in entry:
+        return get_domain(name, data)
+    count = len(entry['class_names'])
+    colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
+    layout = Layout('', IMAGES, '', (Labels('', train_ids(count)),))
+    return Domain(name, name, tuple(entry['class_names']), colors, (layout,))
+
+
 def exported_predictor(options):
     """The Predictor of a network that `python -m mdil export` wrote; it runs on the CPU."""
     network = Exported(options.state)
-    about = network.about
-    domain = Domain(about['name'], '', tuple(about['class_names']), tuple(map(tuple, about['colors'])), ())
-    known = DOMAINS.get(domain.name)
-    size = None if options.native else options.size or (about['height'], about['width'])
-    return Predictor(network, [known if known and known.classes == domain.classes else domain], size,
-                     Place(torch.device('cpu')))
+    size = None if options.native else options.size or (network.about['height'], network.about['width'])
+    return Predictor(network, [domain_of(network.about, data_paths(options.data))], size, Place(torch.device('cpu')))
 
 
 def load_predictor(options, place):

@@ -58,7 +58,7 @@ def names_of(checkpoint, given):
 
 
 def known(path, options):
-    """(names of its domains or None, network) of a file."""
+    """(Checkpoint, network in eval mode) of a file."""
     checkpoint = read_checkpoint(path)
     model = load_network(checkpoint, options.method).eval()
     return checkpoint, model

@@ -7,18 +7,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
-from mdil.datasets.domains import domain_names, get_domain
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset
 from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
-from mdil.evaluation.predictor import SIDE, Predictor, trained_size
+from mdil.evaluation.predictor import Predictor, domain_of, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models import checkpoint
 from mdil.models.branches import Known
 from mdil.models.checkpoint import check_known
+from mdil.models.exported import SIDE
 from mdil.models.identify import identifier_of
 from mdil.predict import batched
 from mdil.training.building import plain_weights
@@ -54,20 +53,6 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
     return Network(known, Predictor(model, found, size or trained_size(known.checkpoint), place, precision))
-
-
-def domain_of(entry, data):
-    """The Domain of a checkpoint's entry: as built in or declared at `data`, else as the entry says.
-
-    The label files of the last kind hold class indices, and 255 for void.
-    """
-    name = entry['name']
-    if name.lower() in domain_names() or name in data or 'class_names' not in entry:
-        return get_domain(name, data)
-    count = len(entry['class_names'])
-    colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
-    layout = Layout('', IMAGES, '', (Labels('', train_ids(count)),))
-    return Domain(name, name, tuple(entry['class_names']), colors, (layout,))
 
 
 class Network:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mdil.datasets.domains import domain_names
+from mdil.datasets.own import Wrong, read_classes
 from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
@@ -120,15 +121,20 @@ def declare(name, pairs, classes, folder, overwrite=False):
 def described(classes):
     """The classes as domain.json has them; those without colours get hues far apart."""
     if not isinstance(classes, dict):
-        if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        if not isinstance(classes, (list, tuple)):
             raise UserError(f'classes is {classes!r}; give a list of names in the order of the label values, or a dict of '
                             'names and colours')
-        if twice := [name for name in classes if classes.count(name) > 1]:
-            raise UserError(f'two classes are called {twice[0]!r}; give each a name of its own')
         hues = (0.618 * number % 1 for number in range(len(classes)))
         colors = ([round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.9)] for hue in hues)
-        classes = dict(zip(classes, colors))
-    return [{'name': name, 'color': list(color)} for name, color in classes.items()]
+        named = zip(classes, colors)
+    else:
+        named = classes.items()
+    entries = [{'name': name, 'color': list(color)} for name, color in named]
+    try:
+        read_classes({'classes': entries})
+    except Wrong as error:
+        raise UserError(f'classes: {error}') from None
+    return entries
 
 
 def listed(pair):

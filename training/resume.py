@@ -17,13 +17,12 @@ from mdil.utils.errors import UserError
 from mdil.utils.files import locked
 from mdil.utils.output import say
 from mdil.utils.parallel import tell
-from mdil.utils.workers import STOPPING
+from mdil.utils.workers import INTERRUPTED, STOPPING
 
 # Options that change no result, or only where the data lies; a change of the second kind is reported.
 HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root', 'data',
             'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
-INTERRUPTED = 75        # exit status: saved on a signal, run again with --resume
 
 
 # What a run's checkpoint holds besides what every checkpoint may: (test, what it has to be).

@@ -15,9 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.workers import STOPPING
-
-STOPPED = 75        # exit status of train.py where a signal stopped it
+from mdil.utils.workers import INTERRUPTED, STOPPING
 
 
 def end_of(failed):
@@ -49,7 +47,7 @@ def main(argv=None):
     except ChildFailedError as failed:
         return end_of(failed)
     except SignalException:
-        return STOPPED
+        return INTERRUPTED
     except (RendezvousError, ConnectionError) as error:
         raise UserError(f'the machines do not meet, or no longer ({" ".join(str(error).split())[:150]}); see what the '
                         'others say, that all name the same first machine, and that its port is open') from None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mdil.utils.errors import UserError
 
 STOPPING = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM     # signals that ask a run to stop
+INTERRUPTED = 75        # exit status of a run that a signal stopped: saved, run again with --resume
 PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
 
 
