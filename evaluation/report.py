@@ -8,13 +8,13 @@ options, versions and revision; what is not there yet is left out and said.
 """
 import argparse
 import base64
-import html
 import io
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,24 +31,17 @@ from mdil.utils.parallel import Place, pick_device
 from mdil.utils.parser import Parser, data_paths, show
 
 PICTURE_WIDTH = 512
-HEATED = ('steps', 'heads', 'classes')      # keys of tables whose figures are coloured
 LINES = ('#1f6fb4', '#d95f02', '#1b8a5a', '#8e44ad', '#b8860b', '#c0392b', '#5d6d7e', '#16a085')
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2329; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2em; border-bottom: 1px solid #ccd3d9; } p.about { color: #55606a; }
-table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .18em .7em; text-align: right; border-bottom: 1px solid #e6eaed; } th { background: #f3f5f7; }
-th:first-child, td:first-child { text-align: left; } tbody + tbody { border-top: 2px solid #9aa5ae; }
-p.title { font-weight: 600; margin: 1.2em 0 -.5em; }
-.row { display: flex; flex-wrap: wrap; gap: .3em 2em; align-items: flex-start; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; }
-.curves img, .pictures img { width: 100%; display: block; }
-.pictures { display: grid; gap: .3em; margin: .4em 0; overflow-x: auto; } figure { margin: 0; }
-figcaption { font-size: 13px; color: #55606a; } td.other { background: #fff3cd; }
-.key { white-space: nowrap; margin-right: .9em; }
-.key i { display: inline-block; width: .8em; height: .8em; border: 1px solid #888; margin-right: .3em; }
-.record td, .record th { text-align: left; overflow-wrap: anywhere; min-width: 7em; vertical-align: top; }
-"""
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+
+
+@dataclass
+class Results:
+    """Of results.json: number of steps evaluated, a paragraph about the protocol, Tables of all domains, of the classes."""
+    steps: int
+    about: str
+    tables: list
+    classes: list
 
 
 def parse(argv=None):
@@ -77,44 +70,23 @@ def find_steps(folder):
 
 
 def read_results(folder):
-    """What results.json in a sequence's folder says, None if there is none yet.
-
-    (Number of steps evaluated, paragraph about the protocol, Tables of all domains, of the classes.)
-    """
+    """What results.json in a sequence's folder says, None if there is none yet."""
     path = Path(folder) / 'results.json'
     if not path.exists():
         return None
     try:
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
-        return len(results['steps']), tables.describe(results['protocol']), shown, classes
+        return Results(len(results['steps']), tables.describe(results['protocol']), shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
 
 
-def element(name, content, **attributes):
-    """An HTML element; `content` is HTML already."""
-    given = ''.join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return f'<{name}{given}>{content}</{name}>'
-
-
-def cell(text, heated):
-    """A table's cell; figures from 0 to 100 on green, the more the higher."""
-    value = float(text) if heated and re.fullmatch(r'\d+\.\d+', text) else None
-    style = {'style': f'background: rgba(40, 150, 90, {min(value, 100) / 160:.2f})'} if value is not None else {}
-    return element('td', html.escape(text), **style)
-
-
-def html_table(table):
-    """A tables.Table as HTML."""
-    heated = table.key.split('-')[0] in HEATED
-    head = element('thead', element('tr', ''.join(element('th', html.escape(text)) for text in table.header)))
-    groups = [element('tbody', ''.join(element('tr', ''.join(cell(text, heated and number == 0) for text in row))
-                                       for row in group)) for number, group in enumerate(table.groups) if group]
-    notes = ''.join(element('p', html.escape(note), class_='about') for note in table.notes)
-    title = element('p', html.escape(table.title), class_='title')
-    return element('div', title + element('table', head + ''.join(groups)) + notes)
+def heat(text):
+    """CSS of a table's cell: figures from 0 to 100 on green, the more the higher; '' of other text."""
+    return (f'background: rgba(40, 150, 90, {min(float(text), 100) / 160:.2f})' if re.fullmatch(r'\d+\.\d+', text)
+            else '')
 
 
 def training_table(steps):
@@ -132,25 +104,8 @@ def training_table(steps):
     return tables.Table('mIoU while training', 'steps', ['step', 'epoch', *names], [rows], (note,))
 
 
-def result_parts(steps, results):
-    """HTML of the tables: what eval.py found, or what was validated while training."""
-    training = training_table(steps)
-    while_training = html_table(training) if training else element('p', 'Nothing is validated yet.')
-    if results is None:
-        return element('p', 'Not evaluated yet (no results.json): these figures come from the training runs.',
-                       class_='about') + while_training
-    count, about, shown, classes = results
-    parts = [element('p', html.escape(about), class_='about'), *map(html_table, shown)]
-    if count < len(steps):
-        parts.append(element('p', f'{count} of {len(steps)} steps are evaluated so far.', class_='about'))
-    parts.append(while_training)
-    if classes:
-        parts.append(element('h2', 'Classes') + element('div', ''.join(map(html_table, classes)), class_='row'))
-    return ''.join(parts)
-
-
 def curve_picture(plot, steps):
-    """SVG (bytes) of a dashboard.Plot with every step's start marked."""
+    """Address of the SVG of a dashboard.Plot with every step's start marked."""
     figure = pictures.new_figure(figsize=(5.6, 3.3))
     axis = figure.subplots()
     for number, (name, points) in enumerate(plot.lines.items()):
@@ -171,28 +126,19 @@ def curve_picture(plot, steps):
         text.set_parse_math(False)
     file = io.BytesIO()
     figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
-    return file.getvalue()
+    return address(file, 'image/svg+xml')
 
 
-def embedded(kind, content, words):
-    """HTML of a picture (bytes of the MIME type `kind`) described by `words`."""
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(words)}" src="data:{kind};base64,{data}">'
+def address(file, kind):
+    """The data: address of a file in memory, of the MIME type `kind`."""
+    return f'data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-def curve_parts(steps):
-    """HTML of the learning curves."""
-    figures = [element('figure', element('figcaption', html.escape(plot.title))
-                       + embedded('image/svg+xml', curve_picture(plot, steps), plot.title)) for plot in curves(steps)]
-    return element('div', ''.join(figures), class_='curves') if figures else element('p', 'No epoch is finished yet.')
-
-
-def image_figure(pixels, caption):
-    """HTML of a picture (H, W, 3) uint8 with its caption."""
+def jpeg(pixels):
+    """Address of a picture (H, W, 3) uint8."""
     file = io.BytesIO()
     Image.fromarray(shrunk(pictures.enlarged(pixels), PICTURE_WIDTH)).save(file, 'JPEG', quality=90, subsampling=0)
-    return element('figure', embedded('image/jpeg', file.getvalue(), caption)
-                   + element('figcaption', html.escape(caption)))
+    return address(file, 'image/jpeg')
 
 
 @dataclass
@@ -224,58 +170,45 @@ def dataset_of(name, trained, options):
 
 
 def domain_pictures(name, learnt, options, place):
-    """HTML of a domain's image with the most classes: input, truth, prediction of each Learnt that knows it."""
+    """A domain's image with the most classes: its input, truth and prediction of each Learnt that knows it.
+
+    {'pictures': [(caption, address)], 'classes': [(name, color)] of what they show}
+    """
     learnt = [step for step in learnt if name in step.names]
     dataset = dataset_of(name, learnt[0].options, options)
     domain, index = dataset.domain, pictures.richest(dataset)
     image, truth = dataset.load(index)
     pixels = pictures.hwc(image, truth.shape)
-    cells = [image_figure(pixels, dataset.pairs[index].image.name),
-             image_figure(pictures.overlay(pixels, truth, domain.palette, 0.8), 'truth (void: no colour)')]
+    cells = [(dataset.pairs[index].image.name, jpeg(pixels)),
+             ('truth (void: no colour)', jpeg(pictures.overlay(pixels, truth, domain.palette, 0.8)))]
     shown = set(truth.unique().tolist())
     for step in learnt:
         predicted = pictures.predict(step.model, step.names.index(name), image, truth, place)
         shown |= set(predicted.unique().tolist())
         score = tables.number(pictures.image_miou(truth, predicted, domain))
-        cells.append(image_figure(pictures.overlay(pixels, predicted, domain.palette, 0.8),
-                                  f'{step.title}, mIoU of this image {score}'))
-    keys = ' '.join(element('span', element('i', '', style=f'background: rgb{domain.palette[kind]}')
-                            + html.escape(domain.classes[kind]), class_='key')
-                    for kind in sorted(shown) if kind != domain.void)
-    grid = element('div', ''.join(cells), class_='pictures',
-                   style=f'grid-template-columns: repeat({min(len(cells), 3)}, minmax(220px, 1fr))')
-    return grid + element('p', keys, class_='about')
+        cells.append((f'{step.title}, mIoU of this image {score}',
+                      jpeg(pictures.overlay(pixels, predicted, domain.palette, 0.8))))
+    classes = [(domain.classes[kind], domain.palette[kind]) for kind in sorted(shown) if kind != domain.void]
+    return {'pictures': cells, 'classes': classes}
 
 
-def picture_parts(steps, options, place):
-    """HTML of the predictions; it names domains whose data is missing."""
-    learnt = networks(steps, place)
-    if not learnt:
-        return element('p', 'No step has a best checkpoint yet.')
-    parts, names = [], list(dict.fromkeys(name for step in learnt for name in step.names))
-    for name in tqdm(names, desc='predictions', leave=False, disable=None):
+def predictions(steps, options, place):
+    """[(domain, its `domain_pictures`, or why there are none)]."""
+    learnt, found = networks(steps, place), []
+    for name in tqdm(dict.fromkeys(name for step in learnt for name in step.names), desc='predictions', leave=False,
+                     disable=None):
         try:
-            content = domain_pictures(name, learnt, options, place)
+            found.append((name, domain_pictures(name, learnt, options, place)))
         except UserError as error:
-            content = element('p', html.escape(f'No pictures: {error}'))
-        parts.append(element('h3', html.escape(name)) + content)
-    return ''.join(parts)
+            found.append((name, str(error)))
+    return found
 
 
-def record_table(steps, key):
-    """HTML of opts.json's part `key`, a column for each step; what differs between steps is marked."""
+def recorded(steps, key):
+    """[(name, [its value in each step, '' where it is missing])] of opts.json's part `key`."""
     parts = [step.record.get(key, {}) for step in steps]
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    rows = []
-    for name in names:
-        values = [show(part.get(name)) if name in part else '' for part in parts]
-        mark = {'class_': 'other'} if len(set(values)) > 1 else {}
-        rows.append(element('tr', element('td', html.escape(name)) + ''.join(
-            element('td', html.escape(value), **mark) for value in values)))
-    titles = ['', *(f'step {number} ({step.title})' for number, step in enumerate(steps, 1))]
-    head = element('tr', ''.join(element('th', html.escape(title)) for title in titles))
-    table = element('table', head + ''.join(rows))
-    return element('div', table, class_='record') if rows else element('p', 'Not recorded.')
+    return [(name, [show(part.get(name)) if name in part else '' for part in parts])
+            for name in dict.fromkeys(name for part in parts for name in part)]
 
 
 def progress(steps):
@@ -291,19 +224,13 @@ def progress(steps):
 def page(folder, options, place):
     """The HTML document about the sequence in `folder`."""
     steps, results = find_steps(folder), read_results(folder)
-    folder, method = Path(folder).absolute(), method_name(steps[-1].options.get('method'))
-    about = f'{method}: {METHODS[method].about}. ' if method in METHODS else ''
-    revisions = dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps)
-    body = [element('h1', html.escape(f'{folder.parent.name} / {folder.name}')),
-            element('p', html.escape(f'{about}{progress(steps)} Revision of the code: {", ".join(revisions)}.'),
-                    class_='about'),
-            element('h2', 'Results'), result_parts(steps, results),
-            element('h2', 'Learning curves'), curve_parts(steps),
-            element('h2', 'Predictions'), picture_parts(steps, options, place),
-            element('h2', 'Versions'), record_table(steps, 'versions'),
-            element('h2', 'Options'), record_table(steps, 'options')]
-    head = f'<meta charset="utf-8"><title>{html.escape(folder.name)}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+    method = method_name(steps[-1].options.get('method'))
+    return TEMPLATES.get_template('report.html').render(
+        folder=Path(folder).absolute(), about=f'{method}: {METHODS[method].about}. ' if method in METHODS else '',
+        progress=progress(steps), steps=steps, results=results, training=training_table(steps),
+        revisions=dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps),
+        curves=[(plot.title, curve_picture(plot, steps)) for plot in curves(steps)],
+        predictions=predictions(steps, options, place), recorded=recorded, heat=heat)
 
 
 def main(argv=None):

@@ -23,6 +23,7 @@ LEVELS = [('utils',), ('datasets', 'losses'), ('models',), ('training',), ('eval
 LOAD_ALL = ('import importlib, sys, mdil.__main__ as main\n'
             'for module, _ in main.TOOLS.values(): assert callable(importlib.import_module(module).main), module\n'
             'assert not {"visdom", "matplotlib", "sklearn", "av"} & sys.modules.keys()\n'
+            'importlib.import_module("mdil.evaluation.report").TEMPLATES.get_template("report.html")\n'
             'import mdil.models; assert callable(mdil.load) and callable(mdil.learn) and mdil.published.Net(20)\n'
             'print(mdil.models.__file__, sum(p.numel() for p in mdil.models.build_model([20, 20]).parameters()))')
 
