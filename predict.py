@@ -8,9 +8,11 @@
 Every image gets `answers/<its path below the input, less the suffix>.png`: class indices, of the
 image's own size. Void is never an answer. Which domain's branch answers is told from each image;
 --domain names one instead. What exists is skipped, so a run that was stopped goes on where it
-ended. --advise writes nothing but says which branch fits images of a new place, how well it is
-expected to do there, and whether a new branch is worth training.
+ended; answers of another network or other settings are not mixed with it. --advise writes
+nothing but says which branch fits images of a new place, how well it is expected to do there,
+and whether a new branch is worth training.
 """
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from mdil.evaluation.advise import advise, sentences
 from mdil.evaluation.inputs import KINDS, Item, find_sources, items_of, upright
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models import METHODS, method_name
+from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, looks_of
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, write_json, written_through
@@ -36,6 +39,7 @@ from mdil.utils.workers import in_threads
 
 # What can be saved of an image, and how the file's name ends.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
+MADE_BY = 'predict.json'        # in --out: what made the answers there
 
 
 def predict_parser():
@@ -129,6 +133,8 @@ def check_targets(options, sources):
     record = Path(options.json).absolute() if options.json else None
     if options.json:
         check_writable('--json', options.json, inputs=[*options.input, *inputs])
+    if record == Path(options.out).absolute() / MADE_BY:
+        raise UserError(f'--json {options.json} is where predict.py notes how the answers were made; name another file')
     for source in sources:
         for path in targets(options, source.name).values():
             if path.absolute() == record:
@@ -156,13 +162,57 @@ def read_records(options):
     return records
 
 
-def wanted(options, sources, records):
-    """Yields the Items that lack a result."""
+def settings(options, predictor):
+    """What the answers depend on, as MADE_BY has it."""
+    files = [Path(options.state)]
+    if files[0].suffix.lower() == '.xml':       # of OpenVINO; the weights are in another file
+        files.append(files[0].with_suffix('.bin'))
+    digest = hashlib.sha256(b''.join(map(Path.read_bytes, files))).hexdigest()
+    return {'network': digest[:SHOWN], 'domains': ' '.join(domain.name for domain in predictor.domains),
+            'domain': branch_of(options, predictor), 'sequence': options.sequence,
+            'size': 'x'.join(map(str, predictor.size[::-1])) if predictor.size else 'native',
+            'label-ids': options.label_ids, 'precision': options.precision}
+
+
+def answer_to(options, source):
+    """The path of an answer to a Source that exists, or None."""
+    paths = ((Path(options.out) / source.name).glob('*.png') if source.is_video
+             else filter(Path.exists, targets(options, source.name).values()))
+    return next(iter(paths), None)
+
+
+def claim(options, predictor, sources):
+    """Writes to --out what makes the answers; UserError if others are there already, unless --overwrite."""
+    path, made = Path(options.out) / MADE_BY, settings(options, predictor)
+    before, there = read_object(path), filter(None, map(partial(answer_to, options), sources))
+    other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
+    if not options.overwrite and other:
+        raise UserError(f'--out {options.out} holds answers that were made otherwise: {"; ".join(other)}; choose '
+                        'another --out, or replace them with --overwrite')
+    if not options.overwrite and not before and (path.exists() or any(there)):
+        raise UserError(f'--out {options.out} holds files that predict.py did not write; choose another --out, or '
+                        'replace them with --overwrite')
+    write_json(path, {'state': str(options.state), **made})
+
+
+def read_object(path):
+    """The object in a JSON file, {} if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def wanted(options, sources, records, skipped):
+    """Yields the Items that lack a result; the keys of the others go to the list `skipped`."""
     for source in sources:
         for item in items_of(source):
             paths = targets(options, item.name).values()
             if options.overwrite or options.json and item.key not in records or not all(map(Path.exists, paths)):
                 yield item
+            else:
+                skipped.append(item.key)
 
 
 def batched(iterable, size):
@@ -210,13 +260,20 @@ def record(prediction):
             'confidence': prediction.confidence.mean().item(), 'classes': prediction.shares}
 
 
+def branch_of(options, predictor):
+    """Name of the domain whose branch answers for all images, or 'auto'."""
+    if predictor.identifier:
+        return 'auto'
+    return predictor.domains[0 if options.domain in (None, 'auto') else predictor.index(options.domain)].name
+
+
 class Chooser:
     """Which branch answers for each image: the named domain's, the only one, or the one that fits the image."""
 
     def __init__(self, options, predictor):
         self.predictor, self.sequence = predictor, options.sequence
-        name = predictor.domains[0].name if options.domain in (None, 'auto') else options.domain
-        self.stated, self.sequences = None if predictor.identifier else predictor.stated(name), {}
+        self.stated = None if predictor.identifier else predictor.stated(branch_of(options, predictor))
+        self.sequences = {}
 
     def __call__(self, batch):
         """The Choices for a list of Loaded."""
@@ -234,9 +291,9 @@ class Chooser:
 
 
 def predict_all(options, predictor, sources, records):
-    """Predicts what is missing and adds it to `records`; returns (images, those like no known domain, errors)."""
-    choose, count, unknown, errors = Chooser(options, predictor), 0, 0, []
-    items = tqdm(wanted(options, sources, records), unit='image', disable=None,
+    """Predicts what is missing and adds it to `records`; returns what was done in words, and errors."""
+    choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
+    items = tqdm(wanted(options, sources, records, skipped), unit='image', disable=None,
                  total=None if any(source.is_video for source in sources) else len(sources))
     for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers), options.batch_size):
         errors += [loaded.error for loaded in batch if loaded.error]
@@ -247,7 +304,9 @@ def predict_all(options, predictor, sources, records):
             records[loaded.item.key] = record(prediction)
             unknown += prediction.choice.unknown
         count += len(batch)
-    return count, unknown, errors
+    there = f', {len(skipped)} were there already' if skipped else ''
+    odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
+    return f'{count} images predicted{odd}{there}', errors
 
 
 def run(options, place):
@@ -256,13 +315,13 @@ def run(options, place):
     check_targets(options, sources)
     records = read_records(options)
     predictor = load_predictor(options, place)
+    claim(options, predictor, sources)
     try:
-        count, unknown, errors = predict_all(options, predictor, sources, records)
+        done, errors = predict_all(options, predictor, sources, records)
     finally:
         if options.json:
             write_json(options.json, records)
-    odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
-    print(f'{options.out}: {count} images predicted{odd}', file=sys.stderr)
+    print(f'{options.out}: {done}', file=sys.stderr)
     if errors:
         raise UserError(f'{len(errors)} images were left out, e.g. {errors[0]}')
 

@@ -96,7 +96,7 @@ def pixels(path):
 def test_a_folder_keeps_its_tree_and_every_image_its_size(model, state, photos, tmp_path):
     run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--json', tmp_path / 'r.json', '--save',
         'labels', 'color', 'overlay', 'confidence')
-    assert len([path for path in (tmp_path / 'out').rglob('*') if path.is_file()]) == 12
+    assert len(list((tmp_path / 'out').rglob('*.png'))) == 12
     records = json.loads((tmp_path / 'r.json').read_text())
     assert set(records) == {str(path) for path in photos.rglob('*.*')}
     for name, source in (('a', 'a.png'), ('sub/b', 'sub/b.JPG'), ('sub/c', 'sub/c.png')):
@@ -151,7 +151,7 @@ def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, 
     run(tmp_path / 'strict.pth', tmp_path / 'out', '--input', mixed[0], '--json', tmp_path / 'r.json')
     found = {Path(path): entry['domain'] for path, entry in json.loads((tmp_path / 'r.json').read_text()).items()}
     assert found == {path: 'unknown' if name == 'IDD' else name for path, name in mixed[1].items()}
-    assert len(list((tmp_path / 'out').iterdir())) == 8
+    assert len(list((tmp_path / 'out').glob('*.png'))) == 8
     assert '8 images predicted, 4 of them like no domain that the network knows' in capsys.readouterr().err
 
 
@@ -214,6 +214,30 @@ def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
     assert (tmp_path / 'out/a.png').read_bytes() != b'kept'
 
 
+def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, photos, tmp_path, capsys):
+    def answers():
+        return {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*.png')}
+    first = '--input', photos, '--domain', 'CS'
+    run(state, tmp_path / 'out', *first)
+    before = answers()
+    run(state, tmp_path / 'out', *first, '--save', 'labels', 'color')       # more of the same
+    (photos / 'd.png').write_bytes((photos / 'a.png').read_bytes())
+    run(state, tmp_path / 'out', *first)
+    assert capsys.readouterr().err.endswith('out: 1 images predicted, 3 were there already\n')
+    for file, arguments, said in ((knowing, first, 'network .*, now'),
+                                  (state, (*first, '--height', 64), 'size 64x32, now 128x64'),
+                                  (state, ('--input', photos, '--domain', 'IDD'), 'domain cityscapes, now IDD'),
+                                  (state, (*first, '--label-ids', 'files'), 'label-ids train, now files')):
+        with pytest.raises(UserError, match=f'made otherwise: {said}.*another --out.*--overwrite'):
+            run(file, tmp_path / 'out', *arguments)
+    assert before.items() <= answers().items()
+    run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--overwrite')
+    assert not before.items() & answers().items()
+    (tmp_path / 'out/predict.json').unlink()
+    with pytest.raises(UserError, match='holds files that predict.py did not write'):
+        run(state, tmp_path / 'out', *first)
+
+
 def test_an_interrupted_run_goes_on_where_it_ended(monkeypatch, state, photos, tmp_path):
     arguments = ['--input', photos, '--domain', 'CS', '--json', tmp_path / 'r.json', '--batch-size', 1]
     saved, real = [], predict.save
@@ -274,6 +298,7 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'photos', '--width', '64'], '--width is given without'),
     (['--input', 'photos', '--json', 'notes.json'], 'was not written by predict.py'),
     (['--input', 'photos', '--json', 'photos/a.png'], 'a.png is a file that is read'),
+    (['--input', 'photos', '--json', 'out/predict.json'], 'predict.json is where predict.py notes'),
     (['--input', 'photos', '--json', 'out/a.png'], 'is what the answer for .*a.png is called'),
     (['--input', 'photos', '--label-ids', 'colours'], 'invalid choice')])
 def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
