@@ -22,7 +22,7 @@ from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_writable, write_json, write_text
+from mdil.utils.files import check_results, check_writable, write_json, write_text
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 
@@ -95,6 +95,8 @@ def check_options(options):
                                 'choose another name')
             check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
+    if options.json:
+        check_results('--json', options.json, ('domains', 'steps'))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
         raise UserError('two kinds of results go into one file: ' + ', '.join(map(str, paths)))

@@ -22,7 +22,7 @@ from mdil.datasets.judgement import copied_files, judge, shared_files
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
 from mdil.utils.errors import UserError, printable, run_main
-from mdil.utils.files import write_json
+from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, positive
 from mdil.utils.workers import in_parallel
 
@@ -192,6 +192,8 @@ def main(arguments=None):
     """Checks what the command line names; 0 if it is fit to train on, else UserError."""
     options = check_parser().parse_args(arguments)
     paths, file = data_paths(options.data), output_file(options.json)
+    if file:
+        check_results('--json', file, ('fit', 'domains'))
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
     reports = []
     for domain in domains.values():

@@ -92,6 +92,8 @@ def check_name(name, number):
     """Wrong unless `name` can be the name of class `number`."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise Wrong(f'the name of class {number} must be a text that is not empty')
+    if name != name.strip():
+        raise Wrong(f'the name of class {number}, {name!r}, begins or ends with a blank; leave it out')
     if name.lower() == 'void':
         raise Wrong('void is not a class: leave it out of "classes" and give its label value as "void"')
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdil.utils.errors import UserError, printable
+from mdil.utils.files import same_file
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ def listed_pair(layout, base, split, line, place):
     if found is None:
         absent = next(path for path in ways[0] if not os.path.isfile(path))
         raise UserError(f'{place}: {absent} is not a file')
+    if same_file(*found):
+        raise UserError(f'{place} names {found[0]} as the image and as its label')
     return found
 
 

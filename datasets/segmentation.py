@@ -38,9 +38,12 @@ def lookup_table(values):
 
 
 def decoded(path):
-    """The image at `path`, decoded; UserError if it cannot be."""
+    """The image at `path`, decoded; UserError if it cannot be, or if there are several."""
     try:
         with Image.open(path, formats=FORMATS) as image:
+            count = getattr(image, 'n_frames', 1)
+            if count > 1 and image.format != 'MPO':     # of a phone: the photo first, then what belongs to it
+                raise UserError(f'{path} holds {count} images, one is expected; save the right one as a file of its own')
             image.load()
             return image
     except Image.UnidentifiedImageError:
@@ -56,17 +59,23 @@ def open_image(path):
     Grey, palette, CMYK and images with alpha are converted; more than 8 bits per
     channel is a UserError, as Pillow would clip them.
     """
-    image = decoded(path)
+    return in_rgb(decoded(path), path)
+
+
+def in_rgb(image, name):
+    """A PIL image in RGB; UserError that begins with `name` if it has more than 8 bits per channel."""
     if image.mode.startswith(('I', 'F')):
-        raise UserError(f'{path}: mode {image.mode}, but 8 bits per channel are expected; convert it')
+        raise UserError(f'{name}: mode {image.mode}, but 8 bits per channel are expected; convert it')
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def open_label(pair):
     """The label image of `pair` at the file's own size: 8-bit single channel, or RGB where colours are classes."""
-    if pair.by_color:
-        return open_image(pair.label)
     label = decoded(pair.label)
+    if label.format in ('JPEG', 'MPO'):
+        raise UserError(f'{pair.label}: a label stored as JPEG, which changes label values; store labels as PNG')
+    if pair.by_color:
+        return in_rgb(label, pair.label)
     if label.mode not in ('L', 'P'):
         hint = '; a colour image? "by_color" in domain.json' if label.mode.startswith('RGB') else ''
         raise UserError(f'{pair.label}: label image has mode {label.mode}, 8-bit single-channel is expected{hint}')
@@ -111,7 +120,7 @@ def colors_to_classes(label, pair):
     wrong = numbers[known[places] != numbers]
     if len(wrong):
         colors = [[int(number) >> shift & 255 for shift in (16, 8, 0)] for number in np.unique(wrong)[:4]]
-        raise UserError(f'{pair.label}: the colors {colors} are not in the class list (soft edges, or JPEG? "values" '
+        raise UserError(f'{pair.label}: the colors {colors} are not in the class list (soft edges? "values" '
                         f'in domain.json can give a class to further colors){CHECK_HINT}')
     return np.array([pair.values[number] for number in known.tolist()], dtype=np.uint8)[places]
 

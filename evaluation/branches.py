@@ -47,15 +47,15 @@ def action(actions, name, text):
 
 
 def size(state):
-    """(numbers, bytes) of a dict of tensors."""
+    """(values, bytes) of a dict of tensors."""
     return (sum(value.numel() for value in state.values()),
             sum(value.numel() * value.element_size() for value in state.values()))
 
 
 def row(name, classes, state):
     """A row of `list`: name, classes, size and fingerprint of tensors."""
-    numbers, held = size(state)
-    return [name, classes, f'{numbers:,}', tables.number(held / 2 ** 20), fingerprint(state)[:SHOWN]]
+    values, held = size(state)
+    return [name, classes, f'{values:,}', tables.number(held / 2 ** 20), fingerprint(state)[:SHOWN]]
 
 
 def listing(known):
@@ -64,7 +64,7 @@ def listing(known):
             for number, entry in enumerate(known.entries)]
     rows.append(row('shared by all', '', shared_state(known.model)))
     return (f'{known.checkpoint.source}: {known.method}, {known.checkpoint.found.kind}\n\n'
-            + tables.plain(['domain', 'classes', 'numbers', 'MiB', 'fingerprint'], rows))
+            + tables.plain(['domain', 'classes', 'values', 'MiB', 'fingerprint'], rows))
 
 
 def make(known, options):

@@ -53,7 +53,10 @@ def folders_of(options, known):
         name, equals, folder = item.partition('=')
         if not (name and equals and folder):
             raise UserError(f'--images {item!r} is not NAME=FOLDER')
-        folders[known.names[known.index(name)]] = Path(folder)
+        name = known.names[known.index(name)]
+        if name in folders:
+            raise UserError(f'--images names {name} twice; its images must be in one folder')
+        folders[name] = Path(folder)
     return folders
 
 

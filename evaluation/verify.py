@@ -23,7 +23,7 @@ from mdil.models import METHODS, method_name, unchanged
 from mdil.models.checkpoint import load_network, read, read_checkpoint, state_in
 from mdil.models.fingerprint import digests
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_writable, write_json
+from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser
 
 PROBES, HEIGHT, WIDTH = 2, 64, 128
@@ -46,7 +46,7 @@ def parse(argv=None):
         raise UserError(f'verify compares two files, or one with its own record; {len(options.state)} given'
                         + (' with --map' if options.map else ''))
     if options.json:
-        check_writable('--json', options.json, inputs=[*options.state, *filter(None, [options.map])])
+        check_results('--json', options.json, ('files', 'domains'), [*options.state, *filter(None, [options.map])])
     return options
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
-from mdil.datasets.segmentation import SegmentationDataset
+from mdil.datasets.segmentation import SegmentationDataset, in_rgb
 from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
 from mdil.evaluation.predictor import Predictor, domain_of, trained_size
@@ -169,12 +169,12 @@ def to_image(image):
 
     Arrays are (H, W, 3) or (H, W), tensors (3, H, W) or (H, W); uint8 in [0, 255], or floats in
     [0, 1]. A file is turned upright as its EXIF data says. Raises `mdil.UserError` for a file that
-    cannot be read, ValueError for an array of another kind, TypeError for anything else.
+    cannot be read and for images of 16 bits, ValueError for an array of another kind, TypeError for anything else.
     """
     if isinstance(image, (str, os.PathLike)):
         return upright(Path(image))
     if isinstance(image, Image.Image):
-        return image.convert('RGB')
+        return in_rgb(image, 'the image')
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()

@@ -27,10 +27,11 @@ class Moved:
         return bool(self.parameters or self.buffers)
 
     def __str__(self):
+        if not self:
+            return f'{self.all_parameters} parameters and {self.all_buffers} buffers equal'
         norms = len({name.rpartition('.')[0] for name in self.buffers})
-        return (f'{len(self.buffers)} buffers of {norms} batch norms, {len(self.parameters)} of {self.all_parameters} '
-                'parameters moved') if self else (
-                f'{self.all_parameters} parameters and {self.all_buffers} buffers equal')
+        buffers = f'{len(self.buffers)} buffers of {norms} batch norms, ' if norms else ''
+        return f'{buffers}{len(self.parameters)} of {self.all_parameters} parameters moved'
 
 
 def compare(old, new, source):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from mdil import train
 from mdil.datasets import SegmentationDataset, get_domain
-from mdil.datasets.segmentation import FAST, decode_png
+from mdil.datasets.pairs import Pair
+from mdil.datasets.segmentation import FAST, decode_png, open_image, open_label
 from mdil.losses import cross_entropy_parts
 from mdil.models import checkpoint
 from mdil.training.building import DomainData
@@ -64,6 +65,29 @@ def test_sixteen_bit_labels_are_refused(folder):
     Image.fromarray(np.full(SIZE, 3, np.uint16)).save(folder / 'trainannot/x0.png')
     with pytest.raises(UserError, match='x0.png: label image has mode I'):
         load(folder)
+
+
+@pytest.mark.parametrize('name', ['x0.png', 'x0.jpg'])
+def test_labels_stored_as_jpeg_are_refused(folder, name):
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / 'trainannot' / name, format='JPEG')
+    for by_color in (False, True):
+        with pytest.raises(UserError, match=f'{name}: a label stored as JPEG'):
+            open_label(Pair(folder / 'train/x0.png', folder / 'trainannot' / name, {0: 0}, by_color))
+
+
+@pytest.mark.parametrize('kind', ['TIFF', 'PNG', 'WEBP'])
+def test_files_of_several_images_are_refused(folder, kind):
+    pages = [Image.new('L', SIZE[::-1], level) for level in (0, 200)]
+    pages[0].save(folder / 'x', format=kind, save_all=True, append_images=pages[1:])
+    for read in (lambda: open_image(folder / 'x'), lambda: open_label(Pair(None, folder / 'x', {}))):
+        with pytest.raises(UserError, match='x holds 2 images, one is expected'):
+            read()
+
+
+def test_a_phones_photo_with_more_behind_it_is_read(folder):
+    red, grey = Image.new('RGB', SIZE[::-1], 'red'), Image.new('RGB', SIZE[::-1], 'grey')
+    red.save(folder / 'x.jpg', format='MPO', save_all=True, append_images=[grey])
+    assert open_image(folder / 'x.jpg').getpixel((0, 0))[0] > 250
 
 
 def test_palette_labels_keep_their_indices(folder):

@@ -165,6 +165,7 @@ def test_the_tool_gives_an_older_file_what_training_would_have(toy, steps, tmp_p
 
 def test_the_tool_names_what_is_wrong(toy, steps, tmp_path):
     for items, message in ((['BDD=x'], 'knows cityscapes, IDD, not BDD'), (['IDD'], 'is not NAME=FOLDER'),
+                           ([f'IDD={tmp_path}', f'idd={tmp_path}'], 'names IDD twice'),
                            ([f'IDD={tmp_path}/gone'], 'no images there')):
         with pytest.raises(UserError, match=message):
             tool.main([str(steps[1]), '--out', str(tmp_path / 'x'), '--data-root', str(toy), '--images', *items])

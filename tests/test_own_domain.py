@@ -54,6 +54,8 @@ WRONG = {
     'no color': ({'classes': [{'name': 'x'}]}, '"color": .R, G, B'),
     'name is a number': ({'classes': [{'name': 3, 'color': [0, 0, 0]}]}, 'name of class 0 must be a text'),
     'name is empty': ({'classes': [{'name': ' ', 'color': [0, 0, 0]}]}, 'name of class 0 must be a text'),
+    'name with a blank': ({'classes': [{'name': 'road ', 'color': [0, 0, 0]}]}, "'road ', begins or ends with a blank"),
+    'void with a blank': ({'classes': [{'name': ' void', 'color': [0, 0, 0]}]}, "' void', begins or ends with a blank"),
     'an id that nothing reads': ({'classes': [{'name': 'x', 'color': [0, 0, 0], 'id': 7}]}, 'nothing else'),
     'color of two': ({'classes': color(1, [1, 2])}, "color of class 'car' must be"),
     'color too large': ({'classes': color(1, [1, 2, 256])}, "color of class 'car' must be"),
@@ -216,6 +218,7 @@ def test_names_in_lists_may_hold_any_bytes(tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('im/a.png gt/a.png\nim/x.png gt/a.png', r'train.txt line 2: .*im/x.png is not a file'),
+    ('im/a.png im/../im/a.png', 'line 1 names .*im/a.png as the image and as its label'),
     ('im/a.png gt/x.png', 'line 1: .*gt/x.png is not a file'), ('im/a.png', 'line 1 has one name'),
     ('im/a.png gt/a.png\n\nim/a.png gt/a.png', 'line 3 repeats the image of line 1'), ('\n', 'lists no pairs')])
 def test_a_list_that_is_wrong_names_the_line(tmp_path, text, message):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdil.eval import eval_parser
-from mdil.models import checkpoint
+from mdil.models import METHODS, checkpoint
 from mdil.training.options import parse_train
 from tests.conftest import ROOT, wait_for
 
@@ -91,9 +91,14 @@ def test_epochs_are_those_of_train_py_unless_set():
     assert [option.num_epochs for option in map(parse_train, commands(text))] == [150, 150, 200]
 
 
-@pytest.mark.parametrize('argument', ['SELECT=first', 'METRIC=x', 'RECIPE=x', '--recipe'])
+@pytest.mark.parametrize('argument', ['SELECT=first', 'METRIC=x', 'RECIPE=x', '--recipe', 'EVALUATE=never', 'METHODS=x', 'PYTHON=/nope'])
 def test_settings_that_are_none_of_their_words_are_refused(argument):
     assert ' is not ' in script('mdil', argument, expect=2)
+
+
+def test_the_scripts_know_every_method():
+    words = re.search('ALL_METHODS="(.*)"', (ROOT / 'trainer_files/common.sh').read_text())[1].split()
+    assert set(words) == {*METHODS, 'ours'}
 
 
 def test_the_earlier_name_runs_the_same_commands():
@@ -110,7 +115,8 @@ def test_help_and_unknown_arguments():
     ('HEIGHT=a[$(touch MADE)]', 'HEIGHT=a.* is not a whole number'), ('WIDTH=-8', 'WIDTH=-8 is not'),
     ('WORKERS=', 'WORKERS= is not'), ('SEED=1e3', 'SEED=1e3 is not'), ('BATCH=99999999999', 'BATCH=9+ is not'),
     ('EPOCHS=5 3', 'EPOCHS="5 3" has 2 numbers for 3 domains'), ('EPOCHS=5 x 3', "'x' is not a whole number"),
-    ('EPOCHS=0', "'0' is not"), ('DOMAINS=', 'DOMAINS is empty'), ('DOMAINS=  ', 'DOMAINS is empty'),
+    ('EPOCHS=0', "'0' is not"), ('DOMAINS=', 'DOMAINS is empty'), ('DATA=', 'DATA is empty'),
+    ('OUT=', 'OUT is empty'), ('DOMAINS=  ', 'DOMAINS is empty'),
     ('NODES=2', 'NODES=2 needs HOST=NAME, the first machine'), ('NODE=1', 'NODE=1 of NODES=1'),
     ('TRAIN_ARGS=--cache "x', 'a quote is not closed')])
 def test_settings_are_checked_before_anything_runs(tmp_path, setting, message):

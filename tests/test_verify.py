@@ -32,7 +32,7 @@ def files(tmp_path):
 @pytest.mark.parametrize('key, text', [
     ('encoder.layers.1.bns_1.0.running_mean', '1 buffers of 1 batch norms, 0 of 278 parameters moved'),
     ('encoder.layers.1.bns_1.0.num_batches_tracked', '1 buffers of 1 batch norms, 0 of 278 parameters moved; logits equal'),
-    ('encoder.initial_block.conv.weight', '0 buffers of 0 batch norms, 1 of 278 parameters moved; logits differ by up to'),
+    ('encoder.initial_block.conv.weight', 'cityscapes: changed; 1 of 278 parameters moved; logits differ by up to'),
     ('decoder.0.output_conv.bias', '1 of 278 parameters moved'),
     ('decoder.1.output_conv.bias', 'cityscapes: unchanged; 278 parameters and 117 buffers equal; logits equal')])
 def test_one_bit_of_the_old_domain_is_noticed_and_none_of_the_new_one(files, capsys, key, text):
@@ -55,6 +55,17 @@ def test_the_command_ends_with_0_1_and_2(files, tmp_path):
     assert entry['parameters'] == ['decoder.output_conv.bias'] and entry['buffers'] == [] and entry['logits'] > 0
     assert 'no domain is in both' in run_script('-m', 'mdil', 'verify', before, save_network(
         tmp_path / 'bdd', network(['BDD']), ['BDD'], 'mdil'), expect=2).stderr
+
+
+def test_json_replaces_its_own_kind_alone(files, tmp_path):
+    _, before, _, after = files
+    (tmp_path / 'notes').write_text('{"mine": 1}')
+    for _ in range(2):
+        run(before, after, '--json', tmp_path / 'j')
+    for arguments in ((before, after, '--json', tmp_path / 'notes'), (before, after, '--json', after)):
+        with pytest.raises(UserError, match='exists and holds something else|is a file that is read'):
+            run(*arguments)
+    assert (tmp_path / 'notes').read_text() == '{"mine": 1}'
 
 
 def test_domains_are_told_by_their_names_not_their_places(files, tmp_path):

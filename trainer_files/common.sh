@@ -23,6 +23,7 @@ SELECT=${SELECT:-best}                          # epoch that is evaluated and go
 METRIC=${METRIC:-}                              # plain or published mIoU of eval.py; else by the recipe
 TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
 DRY_RUN=${DRY_RUN:-}
+ALL_METHODS="mdil ours adapters-only fine-tune feature-extraction lwf series-adapters domain-bn adapters-shared-bn multi-task single-task"
 
 # Prints the settings, as --help does.
 show_settings() { cat << END
@@ -67,10 +68,18 @@ refuse() { echo "error: $1" >&2; exit 2; }
 
 # Refuses settings that are none of their words.
 check_words() {
+    local method
     [ -n "${DOMAINS// /}" ] || refuse "DOMAINS is empty: name the domains to learn, in order"
+    [ -n "$DATA" ] || refuse "DATA is empty: name the folder that holds the data sets"
+    [ -n "$OUT" ] || refuse "OUT is empty: name the folder that results go to"
     DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/}
     case $RECIPE in ''|corrected|released) ;; *) refuse "--recipe $RECIPE is not corrected or released" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
+    case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
+    for method in ${METHODS:-}; do
+        case " $ALL_METHODS " in *" $method "*) ;; *) refuse "METHODS: '$method' is not one of $ALL_METHODS" ;; esac
+    done
+    [ -z "${PYTHON:-}" ] || command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON is not a program"
     case $METRIC in ''|plain|published) ;; *) refuse "METRIC=$METRIC is not plain or published" ;; esac
 }
 

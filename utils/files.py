@@ -170,6 +170,19 @@ def check_new(option, path, overwrite, inputs=()):
         raise UserError(f'{option} {path} exists; name another file, or replace it with --overwrite')
 
 
+def check_results(option, path, entries, inputs=()):
+    """As `check_writable` of a file; UserError too if one is there that is no JSON object with the `entries` of ours."""
+    check_writable(option, path, inputs=inputs)
+    if not os.path.isfile(path) or not os.path.getsize(path) or written_through(path):
+        return
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not set(entries) <= found.keys():
+        raise UserError(f'{option} {path} exists and holds something else; name another file')
+
+
 @contextlib.contextmanager
 def locked(path, busy=None):
     """Holds the lock file `path` for this process; a dead process holds nothing.
