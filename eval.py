@@ -8,7 +8,8 @@
 
 One checkpoint gives mIoU, pixel accuracy and the IoU of every class for each domain; several
 give the step x domain matrix with forgetting and transfer. Void pixels never count. Images and
-labels are resized to --width x --height, the published protocol, unless --resolution says native.
+labels are resized to --width x --height, the published protocol, unless --resolution says native;
+the default is the size of the training, 1024x512 for files that do not say.
 """
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order, check_stated
+from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, method_name
 from mdil.models.identify import identifier_of
 from mdil.training import records
@@ -52,7 +54,7 @@ def eval_parser():
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
     group = parser.add_argument_group('how it is scored')
-    size_options(group)
+    size_options(group, None)
     group.add_argument('--resolution', choices=('published', 'native'), default='published',
                        help="labels resized as published, or logits upsampled to each label's own size")
     group.add_argument('--published-metric', action='store_true', help='absent classes count 0 in the mIoU')
@@ -163,11 +165,22 @@ def draw_panels(options, networks, known, datasets, chosen, place):
     pictures.save_panels(options.save_panels, datasets, models, place, chosen, options.precision)
 
 
+def size_of_training(files, contents):
+    """(height, width) that checkpoints of these contents were trained at; UserError if they differ."""
+    sizes = list(map(trained_size, contents))
+    if len(set(sizes)) > 1:
+        shown = ', '.join(f'{file} {width}x{height}' for file, (height, width) in zip(files, sizes))
+        raise UserError(f'the checkpoints were trained at different sizes ({shown}); choose one for all by --height')
+    return sizes[0]
+
+
 def run(options, place):
     """Evaluates all checkpoints, makes the pictures; returns what --json writes."""
     evaluator, steps = Evaluator(options, place), []
     networks, known, contents = zip(*map(evaluator.load_with_content, options.state))
     check_order(options.state, known)
+    if options.height is None:
+        options.height, options.width = size_of_training(options.state, contents)
     check_stated(options.domains, known[-1], options.state[-1], evaluator.paths)
     identifier = identifier_of(contents[-1], known[-1], options.state[-1]) if options.domain == 'auto' else None
     datasets = [evaluator.loader(domain).dataset for domain in known[-1]]

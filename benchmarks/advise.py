@@ -57,7 +57,7 @@ def ask(state, options, place):
     checkpoint, model, domains = load_network_and_domains(state, options, place)
     options.domains = [domain.name for domain in asked]
     identifier, found = identifier_of(checkpoint.content, domains, state), {}
-    splits = {domain.name: SegmentationDataset(domain, options.data_root, 'val', trained_size(checkpoint))
+    splits = {domain.name: SegmentationDataset(domain, options.data_root, 'val', trained_size(checkpoint.content))
               for domain in (*asked, *domains)}
     for domain in asked:
         guess = identifier.guess(looks_of([pair.image for pair in splits[domain.name].pairs[1::2]], options.num_workers,

@@ -89,7 +89,7 @@ def export_network(options):
     """Writes one domain's network; prints how far its outputs are from PyTorch's."""
     place = Place(torch.device('cpu'))
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
-    size = trained_size(checkpoint)
+    size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)
     network, domain = model.single(index).eval().requires_grad_(False).to(memory_format=torch.contiguous_format), domains[index]

@@ -128,11 +128,11 @@ class Predictor:
                           logits[0].softmax(dim=0).cpu() if probabilities else None)
 
 
-def trained_size(checkpoint):
-    """(height, width) that a checkpoint was trained at; the published size where it does not say."""
-    options = checkpoint.content.get('options', {})
-    sides = options.get('height'), options.get('width')
-    return sides if all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
+def trained_size(content):
+    """(height, width) that a checkpoint of this content was trained at; the published size where it does not say."""
+    options = content.get('options', {})
+    sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
+    return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
 
 
 def domain_of(entry, data):
@@ -162,7 +162,7 @@ def load_predictor(options, place):
         return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
     check_stated(options.domains, domains, options.state, data_paths(options.data))
-    size = None if options.native else options.size or trained_size(checkpoint)
+    size = None if options.native else options.size or trained_size(checkpoint.content)
     auto = options.domain == 'auto' or options.domain is None and len(domains) > 1
     identifier = identifier_of(checkpoint.content, domains, options.state) if auto else None
     return Predictor(model, domains, size, place, options.precision, identifier)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mdil.evaluation import tables
 from mdil.evaluation.evaluation import Evaluator
+from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, checkpoint, method_name
 from mdil.models.branches import WHAT, Known, put_back
 from mdil.models.fingerprint import branch_state
@@ -48,7 +49,7 @@ def parse(argv=None):
     group = data_options(parser)
     group.set_defaults(data_root=None)
     group = parser.add_argument_group('evaluation before and after, with --data-root')
-    size_options(group)
+    size_options(group, None)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
     machine_options(parser)
@@ -134,6 +135,8 @@ def main(argv=None):
     options = parse(argv)
     *older, new = known_files(options)
     found = sources(older, new)
+    if options.height is None:
+        options.height, options.width = trained_size(new.checkpoint.content)
     with session(options.device) as place:
         evaluator = Evaluator(options, place) if options.data_root else None
         before = scores(new, evaluator) if evaluator else None

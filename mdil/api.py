@@ -52,7 +52,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
-    return Network(known, Predictor(model, found, size or trained_size(known.checkpoint), place, precision))
+    return Network(known, Predictor(model, found, size or trained_size(known.checkpoint.content), place, precision))
 
 
 class Network:

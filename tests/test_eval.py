@@ -98,6 +98,24 @@ def test_published_protocol_equals_scikit_learn(toy, states, sequence):
     assert sequence[1]['protocol']['resolution'] == 'published'
 
 
+def test_the_size_is_that_of_the_training_unless_stated(toy, states, tmp_path, capsys):
+    for number, (path, height) in enumerate(zip(states, (32, 16)), 1):
+        checkpoint.save({**checkpoint.read(path), 'options': {'height': height, 'width': 64}}, tmp_path / f'{number}.pth')
+    words = ['--data-root', str(toy), '--num-workers', '0', '--device', 'cpu', '--limit-batches', '1', '--state']
+    evaluation.main([*words, str(tmp_path / '1.pth'), '--json', str(tmp_path / 'r.json')])
+    protocol = json.loads((tmp_path / 'r.json').read_text())['protocol']
+    assert (protocol['height'], protocol['width']) == (32, 64) and 'at 64x32: images' in capsys.readouterr().out
+    with pytest.raises(UserError, match='different sizes .*1.pth 64x32, .*2.pth 64x16.; choose one for all by --height'):
+        evaluation.main([*words, str(tmp_path / '1.pth'), str(tmp_path / '2.pth')])
+    run(toy, '--state', tmp_path / '1.pth', tmp_path / '2.pth', '--limit-batches', 1)
+    with pytest.raises(UserError, match='--width is given without --height'):
+        evaluation.main([*words, str(tmp_path / '1.pth'), '--width', '64'])
+    (tmp_path / 'notes').write_text('mine')
+    with pytest.raises(UserError, match='notes exists and holds something else'):
+        evaluation.main([*words, str(tmp_path / '1.pth'), '--json', str(tmp_path / 'notes')])
+    assert (tmp_path / 'notes').read_text() == 'mine'
+
+
 @pytest.fixture(scope='module')
 def uneven(toy, tmp_path_factory):
     """BDD images and labels of the toy roads, one of them of twice the size."""

@@ -13,7 +13,6 @@ from mdil.datasets import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
 from mdil.evaluation.predictor import PUBLISHED_SIZE, Predictor, trained_size
 from mdil.models import build_model, checkpoint
-from mdil.models.checkpoint import Checkpoint
 from mdil.models.identify import Sequence, appearance, statistics_of
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import Place
@@ -313,7 +312,7 @@ def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
 
 
 def test_the_size_of_the_training_is_what_the_file_says():
-    size = lambda **options: trained_size(Checkpoint('', None, content={'options': options} if options else {}))
+    size = lambda **options: trained_size({'options': options} if options else {})
     assert size(height=64, width=128) == (64, 128)
     assert size() == size(height='64', width=128) == size(height=60, width=128) == PUBLISHED_SIZE
 

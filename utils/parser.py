@@ -109,15 +109,21 @@ def data_paths(items):
     return paths
 
 
-def size_options(group):
-    """Adds the size that images are resized to."""
-    group.add_argument('--height', type=side, default=512, help='image height, a multiple of 8')
+def size_options(group, height=512):
+    """Adds the size that images are resized to; height: the default, None for that of a checkpoint's training."""
+    group.add_argument('--height', type=side, default=height,
+                       help='image height, a multiple of 8' + ('' if height else ' (default: that of the training)'))
     group.add_argument('--width', type=side, default=argparse.SUPPRESS,
                        help='image width, a multiple of 8 (default: twice the height)')
 
 
 def complete_size(options):
-    """Sets width to twice the height unless it was given."""
+    """Sets width to twice the height unless it was given; None where the height is."""
+    if options.height is None:
+        if getattr(options, 'width', None):
+            raise UserError('--width is given without --height')
+        options.width = None
+        return
     options.width = getattr(options, 'width', 2 * options.height)
 
 
