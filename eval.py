@@ -181,7 +181,7 @@ def run(options, place):
     check_order(options.state, known)
     if options.height is None:
         options.height, options.width = size_of_training(options.state, contents)
-    check_stated(options.domains, known[-1], options.state[-1], evaluator.paths)
+    check_stated(options.domains, known[-1], options.state[-1])
     identifier = identifier_of(contents[-1], known[-1], options.state[-1]) if options.domain == 'auto' else None
     datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None

@@ -24,7 +24,8 @@ PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
 FAST = decode_image is not None and torch.backends.cpu.get_cpu_capability().startswith('AVX')
 # what Pillow raises for damaged files
-UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error,
+              Image.DecompressionBombError)
 ORIENTATION = 0x0112    # EXIF tag
 CHECK_HINT = '; python -m datasets.check finds all such files'
 

@@ -72,6 +72,8 @@ class Predictor:
 
     def index(self, name):
         """Index of the domain called `name`, or by an alias; UserError if the network does not know it."""
+        if not isinstance(name, str):
+            raise TypeError(f'the name of a domain is expected, not {name!r}')
         for index, domain in enumerate(self.domains):
             if name.lower() in map(str.lower, (domain.name, *domain.aliases)):
                 return index
@@ -161,7 +163,7 @@ def load_predictor(options, place):
     if is_exported(options.state):
         return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
-    check_stated(options.domains, domains, options.state, data_paths(options.data))
+    check_stated(options.domains, domains, options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
     auto = options.domain == 'auto' or options.domain is None and len(domains) > 1
     identifier = identifier_of(checkpoint.content, domains, options.state) if auto else None

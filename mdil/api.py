@@ -1,5 +1,6 @@
 """A trained network in other programs: `mdil.load`, and `mdil.step_loss` for training loops of their own."""
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from PIL import Image
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset, in_rgb
-from mdil.evaluation.evaluation import evaluate, figures
+from mdil.evaluation.evaluation import check_stated, evaluate, figures
 from mdil.evaluation.inputs import upright
 from mdil.evaluation.predictor import Predictor, domain_of, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
@@ -19,6 +20,7 @@ from mdil.models.branches import Known
 from mdil.models.checkpoint import check_known
 from mdil.models.exported import SIDE
 from mdil.models.identify import identifier_of
+from mdil.models.multi_domain import MultiDomainNet
 from mdil.predict import batched
 from mdil.training.building import plain_weights
 from mdil.training.options import LAMBDA, TEMPERATURE
@@ -29,6 +31,26 @@ from mdil.utils.parallel import Place, current, pick_device
 from mdil.utils.precision import check_precision, memory_format
 
 BATCH = 6       # images that are segmented at a time
+PATH = str, os.PathLike
+PRECISIONS = 'fp32', 'bf16', 'fp16'
+
+
+def expect(name, value, types, wanted):
+    """TypeError unless the argument called `name` is of one of `types`."""
+    if not isinstance(value, types):
+        raise TypeError(f'{name}: {wanted} is expected, not a {type(value).__name__}')
+
+
+def is_size(value):
+    """Whether it is (height, width) that the network takes."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(
+        isinstance(side, Integral) and side > 0 and side % SIDE == 0 for side in value)
+
+
+def check_pair(pair):
+    """UserError unless it is (path of an image, path of its label)."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(path, PATH) for path in pair):
+        raise UserError(f'{pair!r} is no pair; (path of an image, path of its label) is expected')
 
 
 def load(file, *, domains=None, method=None, data=None, size=None, device='auto', precision='fp32'):
@@ -44,13 +66,21 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         >>> net.domains
         ['cityscapes', 'IDD']
     """
-    if size is not None and not (len(size) == 2 and all(side > 0 and side % SIDE == 0 for side in size)):
+    expect('file', file, PATH, 'a path')
+    expect('domains', domains, (list, tuple, type(None)), 'a list of names')
+    for name in domains or ():
+        expect('domains', name, str, 'a name')
+    expect('data', data, (dict, type(None)), 'a dict {name: path}')
+    if size is not None and not is_size(size):
         raise UserError(f'size {size}: (height, width) is expected, positive multiples of {SIDE}')
+    if precision not in PRECISIONS:
+        raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(current(pick_device(str(device))))
     check_precision(precision, place.device)
     known = Known(file, domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
+    check_stated(domains, found, file)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
     return Network(known, Predictor(model, found, size or trained_size(known.checkpoint.content), place, precision))
 
@@ -149,6 +179,8 @@ class Network:
         known = self.predictor.domains[index]
         if not pairs:
             raise UserError(f'no pairs to evaluate {known.name} on')
+        for pair in pairs:
+            check_pair(pair)
         found = [pair_of(known.layouts[0], Path(image), Path(label)) for image, label in pairs]
         data = SegmentationDataset(known, '', 'given', self.predictor.size, pairs=found)
         loader = make_loader(data, EvalBatches(len(data), BATCH), 0, pin=False)
@@ -160,6 +192,7 @@ class Network:
 
         Raises `mdil.UserError` if the file exists (unless `overwrite`) or cannot be written.
         """
+        expect('file', file, PATH, 'a path')
         check_new('file', file, overwrite)
         checkpoint.save({**self.known.content(), **self.known.about()}, file)
 
@@ -194,6 +227,44 @@ def to_bytes(array):
     return np.ascontiguousarray((255 * array).round().astype(np.uint8))
 
 
+def model_of(name, net):
+    """The MultiDomainNet of a Network, or what is one."""
+    model = net.model if isinstance(net, Network) else net
+    expect(name, model, MultiDomainNet, 'a Network, or its model,')
+    return model
+
+
+def index_of(net, domain):
+    """Index of a domain of a Network, or of its model, given by name (a Network alone has names) or index."""
+    if isinstance(domain, str):
+        expect('net', net, Network, 'a Network, which knows domains by name,')
+        return net.predictor.index(domain)
+    expect('domain', domain, Integral, 'a name or an index')
+    model_of('net', net).single(domain)     # IndexError
+    return domain
+
+
+def check_numbers(lambdac, temperature):
+    """ValueError unless they are finite numbers of at least 0, and above 0."""
+    for name, value, least in (('lambdac', lambdac, 'of at least 0'), ('temperature', temperature, 'above 0')):
+        if not isinstance(value, Real) or not 0 <= value < float('inf') or value == 0 and least == 'above 0':
+            raise ValueError(f'{name}: a finite number {least} is expected, not {value!r}')
+
+
+def check_batch(images, labels, classes):
+    """TypeError, ValueError unless a network of so many classes, void included, learns from images with these labels."""
+    expect('images', images, torch.Tensor, 'a tensor')
+    expect('labels', labels, torch.Tensor, 'a tensor')
+    if images.ndim != 4 or images.shape[1] != 3 or labels.shape != (len(images), *images.shape[2:]):
+        raise ValueError(f'images {tuple(images.shape)} and labels {tuple(labels.shape)}: (B, 3, H, W) and (B, H, W) '
+                         'are expected')
+    if images.dtype != torch.uint8 and not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f'the images ({images.dtype}) hold neither uint8 nor floats in [0, 1]; scale them')
+    if labels.is_floating_point() or labels.dtype == torch.bool or ((labels < 0) | (labels >= classes)).any():
+        raise ValueError(f'the labels ({labels.dtype}) are no class indices: whole numbers from 0 to {classes - 1}, which '
+                         'is void')
+
+
 def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA,
               temperature=TEMPERATURE):
     """The method's loss of a batch, for a training loop of your own: {'loss', 'ce', 'kd'}, 0-d tensors.
@@ -208,7 +279,8 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     teacher's at `temperature`, times its square, summed over the old domains. Call `backward()` on 'loss'.
     `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
 
-    Raises `mdil.UserError` for a name, IndexError for an index, that the network does not know.
+    Raises `mdil.UserError` for a name, IndexError for an index, that the network does not know; TypeError
+    and ValueError for arguments of other types, shapes and ranges.
 
         >>> images, labels = torch.rand(2, 3, 16, 32), torch.zeros(2, 16, 32, dtype=torch.uint8)
         >>> losses = mdil.step_loss(net, 'IDD', images, labels)
@@ -216,16 +288,18 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
         >>> sorted(losses)
         ['ce', 'loss']
     """
-    student = net.model if isinstance(net, Network) else net
-    if isinstance(domain, str):
-        domain = net.predictor.index(domain)
-    student.single(domain)      # IndexError
+    student, domain = model_of('net', net), index_of(net, domain)
+    check_batch(images, labels, student.num_classes[domain])
+    check_numbers(lambdac, temperature)
     options = SimpleNamespace(lambdac=lambdac, temperature=temperature, distillation='kl', distill_domains=None)
-    teacher = teacher.model if isinstance(teacher, Network) else teacher
+    teacher = None if teacher is None else model_of('teacher', teacher)
     terms = [CrossEntropy(options)] + ([Distillation(options)] if teacher is not None else [])
     weights = [torch.tensor([1.0] * (count - 1) + [0.0]) for count in student.num_classes]
     if class_weights is not None:
         weights[domain] = torch.as_tensor(class_weights, dtype=torch.float32)
+        if weights[domain].shape != (student.num_classes[domain],):
+            raise ValueError(f'class_weights {tuple(weights[domain].shape)}: {student.num_classes[domain]} numbers are '
+                             'expected, void last')
     step = StepLoss(student, teacher, [each.to(images.device) for each in weights], terms)
     place, values = Place(images.device), {term.name: 0.0 for term in terms}
     for term in terms:

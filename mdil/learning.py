@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,16 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.datasets.own import Wrong, read_classes
+from mdil.api import PATH, check_pair, expect
 from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
 from mdil.training.options import parse_train
 from mdil.training.records import best_and_last, make_folder, mean_miou, read_metrics
-from mdil.training.run import BEST, LATEST, check_kept
+from mdil.training.run import BEST, LATEST, check_kept, results_in
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
+from mdil.utils.workers import INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,68 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
 
     savedir gets checkpoints and records as of train.py. Lists of pairs are written there too, with `DOMAIN.json`,
     which later steps name: data={'DOMAIN': 'savedir/DOMAIN.json'}. In the main thread a signal
-    has the run saved, then SystemExit(75); in another thread signals are left alone. Python's, NumPy's
-    and torch's random states are afterwards what they were. Raises `mdil.UserError` for what does not fit.
+    has the run saved, then KeyboardInterrupt; in another thread signals are left alone. Python's, NumPy's
+    and torch's random states are afterwards what they were. Where no run came of it, no lists are left. Raises
+    `mdil.UserError` for what does not fit, TypeError for arguments of other types.
 
         >>> record = mdil.learn('cityscapes', data_root='DATA', savedir='runs/1', num_epochs=1, height=16, device='cpu')
         learning cityscapes (mdil) on cpu: ...
         >>> len(record.epochs), record.best.name
         (1, 'model_best.pth.tar')
     """
-    folder, data = Path(savedir).expanduser(), dict(options.pop('data', {}))
+    check_types(domain, train, val, savedir, state, on_epoch, options)
+    folder, data = Path(savedir).expanduser(), dict(options.pop('data', None) or {})
     check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                overwrite=options.get('overwrite')))
-    if train is not None:
-        pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
-        data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
-    elif val is not None or classes is not None:
-        raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
-    names = options.pop('domains', None) or [*known_domains(state), domain]
-    words = arguments({**options, 'savedir': folder, 'state': state, 'domains': names,
-                       'data': [f'{name}={path}' for name, path in data.items()]})
-    parsed = parse_train(words)
-    with kept_random():
-        learn_step(parsed, [Watcher(on_epoch)] if on_epoch else [])
+    with taken_back(folder, domain):
+        if train is not None:
+            pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
+            data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
+        elif val is not None or classes is not None:
+            raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
+        names = options.pop('domains', None) or [*known_domains(state), domain]
+        words = arguments({**options, 'savedir': folder, 'state': state, 'domains': names,
+                           'data': [f'{name}={path}' for name, path in data.items()]})
+        parsed = parse_train(words)
+        with kept_random(), as_interrupt():
+            learn_step(parsed, [Watcher(on_epoch)] if on_epoch else [])
     return Record(folder, tuple(get_method(parsed.method).trained(parsed.domains)), tuple(read_metrics(folder)))
+
+
+def check_types(domain, train, val, savedir, state, on_epoch, options):
+    """TypeError if one of the arguments of `learn` is of another type than it says."""
+    expect('domain', domain, str, 'a name')
+    for name, pairs in (('train', train), ('val', val)):
+        expect(name, pairs, (Iterable, type(None)), 'a list of pairs')
+    expect('savedir', savedir, PATH, 'a path')
+    expect('state', state, (*PATH, type(None)), 'a path')
+    expect('on_epoch', on_epoch, (Callable, type(None)), 'a function')
+    expect('domains', options.get('domains'), (list, tuple, type(None)), 'a list of names')
+    expect('data', options.get('data'), (dict, type(None)), 'a dict {name: path}')
+
+
+@contextlib.contextmanager
+def taken_back(folder, name):
+    """Removes what `declare` wrote of the domain `name` where no run came of it."""
+    files = {folder / f'{name}{ending}' for ending in ('.train.txt', '.val.txt', '.json')}
+    made = {path for path in files if not path.exists()}
+    try:
+        yield
+    except BaseException:
+        for path in made if not results_in(folder) else ():
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def as_interrupt():
+    """Turns the end of a run that a signal stopped into KeyboardInterrupt: it is not this program's end."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        raise KeyboardInterrupt('a signal stopped the run, which is saved; resume=True continues') from None
 
 
 def declare(name, pairs, classes, folder, overwrite=False):
@@ -129,7 +171,7 @@ def described(classes):
         named = zip(classes, colors)
     else:
         named = classes.items()
-    entries = [{'name': name, 'color': list(color)} for name, color in named]
+    entries = [{'name': name, 'color': list(color) if isinstance(color, Iterable) else color} for name, color in named]
     try:
         read_classes({'classes': entries})
     except Wrong as error:
@@ -139,8 +181,7 @@ def described(classes):
 
 def listed(pair):
     """The line for a pair (image, label) in a list; UserError for names that no list can hold."""
-    if isinstance(pair, (str, os.PathLike)) or len(pair) != 2:
-        raise UserError(f'{pair!r} is no pair; (path of an image, path of its label) is expected')
+    check_pair(pair)
     line = '\t'.join(str(Path(path).absolute()) for path in pair)
     if line.count('\t') != 1 or len(line.splitlines()) != 1 or line != line.strip():
         raise UserError(f'{line}: a list cannot hold such names; rename the file')

@@ -144,11 +144,21 @@ def test_a_published_file_is_told_its_domains(tmp_path, photo):
 
 
 @pytest.mark.parametrize('options, says', [
-    ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
+    ({'domains': ['BDD', 'IDD']}, '--domains BDD IDD contradicts .*which knows cityscapes IDD'), ({'precision': 'int8'}, 'is not one of'),
+    ({'size': 3}, 'multiples of 8'), ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
     ({'device': 'moon'}, 'no device of torch'), ({'method': 'fine-tune'}, 'not a network of')])
 def test_what_cannot_be_loaded_is_said(file, options, says):
     with pytest.raises(mdil.UserError, match=says):
         mdil.load(file, **{'device': 'cpu', **options})
+
+
+def test_other_types_are_refused_at_the_door(file, net):
+    for act in (lambda: mdil.load(3), lambda: mdil.load(file, domains='CS'), lambda: mdil.load(file, data=['x']),
+                lambda: net.predict(None), lambda: net.predict(np.zeros((8, 8)), 3), lambda: net.classes(0), lambda: net.save(None)):
+        with pytest.raises(TypeError, match='is expected, not'):
+            act()
+    with pytest.raises(mdil.UserError, match="'a.png' is no pair"):
+        net.evaluate('IDD', ['a.png'])
 
 
 def test_single_is_a_plain_network_that_shares_the_weights(net):
@@ -220,6 +230,22 @@ def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
     own = model.view_names(1)[0].values()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert moved and moved <= set(own)
+
+
+@pytest.mark.parametrize('change, error, says', [
+    ({'temperature': 0}, ValueError, 'temperature: a finite number above 0'), ({'lambdac': -1}, ValueError, 'lambdac: a finite'),
+    ({'labels': lambda x: x.float()}, ValueError, 'labels .torch.float32. are no class indices: .* 0 to 4'),
+    ({'labels': lambda x: x + 5}, ValueError, 'no class indices'), ({'labels': lambda x: x[:, None]}, ValueError, r'\(B, H, W\)'),
+    ({'images': lambda x: 255 * x}, ValueError, 'images .torch.float32. hold neither'),
+    ({'images': lambda x: x.numpy()}, TypeError, 'images: a tensor is expected, not a ndarray'),
+    ({'class_weights': [1.0, 0.0]}, ValueError, 'class_weights .2,.: 5 numbers'), ({'domain': 2}, IndexError, 'domain 2'),
+    ({'domain': 'IDD'}, TypeError, 'a Network, which knows domains by name'), ({'domain': None}, TypeError, 'a name or an index'),
+    ({'net': None}, TypeError, 'net: a Network, or its model'), ({'teacher': 'x'}, TypeError, 'teacher: a Network')])
+def test_step_loss_refuses_what_would_spoil_it(batch, change, error, says):
+    given = {'net': build_model([4, 5]), 'domain': 1, 'images': batch[0], 'labels': batch[1], 'teacher': build_model([4]).eval()}
+    given |= {name: value(given[name]) if callable(value) else value for name, value in change.items()}
+    with pytest.raises(error, match=says):
+        mdil.step_loss(**given)
 
 
 def test_step_loss_takes_names_and_ignores_void(net, batch):

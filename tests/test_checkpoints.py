@@ -196,9 +196,9 @@ def test_domains_that_contradict_the_file_are_refused(tmp_path):
         evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--domains', 'BDD', 'CS'])
     for names in (['CS'], ['CS', 'BDD', 'IDD'], ['CS', 'camvid']):
         with pytest.raises(UserError, match='contradicts'):
-            check_stated(names, [CS, BDD], 'x', {})
+            check_stated(names, [CS, BDD], 'x')
     for names in (None, ['city', 'bdd100k']):
-        check_stated(names, [CS, BDD], 'x', {})
+        check_stated(names, [CS, BDD], 'x')
 
 
 class Attack:

@@ -1,5 +1,6 @@
 """mdil.learn: from folders and from lists of pairs, in a thread, what it leaves and what it refuses."""
 import json
+import os
 import random
 import signal
 import threading
@@ -117,6 +118,22 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
 def test_what_does_not_fit_is_said(arguments, says, tmp_path):
     with pytest.raises(mdil.UserError, match=says):
         mdil.learn(savedir=tmp_path / 'run', **{**TINY, **arguments})
+    assert not list(tmp_path.rglob('*.txt')) + list(tmp_path.rglob('*.json'))
+
+
+@pytest.mark.parametrize('arguments', [{'domain': 5}, {'train': 5}, {'savedir': None}, {'state': 5}, {'on_epoch': 3},
+                                       {'domains': 'CS'}, {'data': 'x'}])
+def test_other_types_are_refused_at_the_door(arguments, tmp_path):
+    with pytest.raises(TypeError, match=f'{next(iter(arguments))}: .* is expected, not a'):
+        mdil.learn(**{'domain': 'CS', 'savedir': tmp_path, **TINY, **arguments})
+
+
+def test_a_signal_stops_the_run_and_not_the_program(village, tmp_path):
+    options = {**TINY, 'num_epochs': 2, 'savedir': tmp_path, 'classes': ['mud', 'hut']}
+    with pytest.raises(KeyboardInterrupt, match='saved; resume=True continues'):
+        mdil.learn('village', village, village[:1], on_epoch=lambda line: os.kill(os.getpid(), signal.SIGTERM), **options)
+    record = mdil.learn('village', village, village[:1], resume=True, **options)
+    assert [line['epoch'] for line in record.epochs] == [1, 2]
 
 
 def test_a_json_file_gives_a_built_in_domain_lists_alone(tmp_path):
