@@ -1,5 +1,6 @@
 """One process or several, one device or several."""
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -14,6 +15,8 @@ from torch import nn
 from mdil.utils.errors import UserError
 from mdil.utils.precision import check_precision
 from mdil.utils.workers import end_with
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
     """
     torch.backends.cudnn.benchmark = True       # images are all of one size
     allow_open_files()
+    keep_freed_memory()
     launched = launcher()
     if parallel == 'ddp' and launched is None:
         raise UserError('--parallel ddp needs a launcher: torchrun --nproc_per_node N train.py ...')
@@ -73,6 +77,14 @@ def allow_open_files():
     if now != resource.RLIM_INFINITY and now < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def keep_freed_memory():
+    """Has glibc keep freed memory for the next batch: to give it back and fault it in anew costs 5 % of a step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):      # another C library
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        glibc.mallopt(M_MMAP_MAX, 0)
 
 
 @dataclass(frozen=True)
