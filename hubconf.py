@@ -6,6 +6,6 @@ __all__ = ['load', 'network']
 dependencies = ['torch', 'torchvision', 'numpy', 'PIL', 'tqdm']
 
 
-def network(num_classes, method='mdil'):
+def network(num_classes, method='mdil', network='erfnet'):
     """An untrained network for domains of `num_classes` classes each, void included; see mdil.models.build_model."""
-    return build_model(num_classes, method)
+    return build_model(num_classes, method, network)

@@ -34,6 +34,13 @@ class TrainBatches:
         batches = -(-self.samples // self.batch_size)
         return min(batches, self.limit or batches)
 
+    @property
+    def fewest(self):
+        """Images of this rank in the smallest batch of an epoch."""
+        left = self.samples % self.batch_size
+        whole = not left or len(self) * self.batch_size <= self.samples
+        return -(-(self.batch_size if whole else left) // self.world)
+
     def order(self):
         """Sample numbers of the epoch."""
         random = np.random.default_rng((self.seed, self.epoch, 0, ORDER))

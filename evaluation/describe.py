@@ -23,7 +23,7 @@ from mdil.utils.errors import UserError, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
 
 # What of the options is shown, in this order; what a file does not hold is left out.
-TRAINING = ('domains', 'method', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'no_dropout', 'lambdac',
+TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'no_dropout', 'lambdac',
             'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch', 'frozen_encoder',
             'new_decoder', 'new_statistics', 'imagenet_bn', 'label_padding', 'rounds', 'class_weights',
             'height', 'width', 'precision', 'seed', 'limit_batches')

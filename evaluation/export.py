@@ -23,6 +23,7 @@ from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
 from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
 from mdil.models.layouts import published_keys
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
@@ -120,6 +121,9 @@ def difference(network, exported, size):
 def export_published(options):
     """Writes all domains in the published key layout."""
     checkpoint = read_checkpoint(options.state)
+    if checkpoint.found.network != ERFNET:
+        raise UserError(f'{options.state} is of the network {checkpoint.found.network}; the published code has {ERFNET} alone: '
+                        'choose --format onnx, torch or openvino')
     model = load_network(checkpoint)
     method = checkpoint.method or 'mdil'
     row, counts = get_method(method), checkpoint.found.num_classes

@@ -89,6 +89,8 @@ def sources(older, new):
 
 def check_alike(known, number, new, name):
     """UserError unless a domain's branch in `known` has the tensors that it has in `new`."""
+    if known.network != new.network:
+        raise UserError(f'{known.checkpoint.source} is of the network {known.network}, {new.checkpoint.source} of {new.network}')
     one, other = branch_state(known.model, number), branch_state(new.model, new.names.index(name))
     odd = sorted(one.keys() ^ other.keys()) or [key for key in one if one[key].shape != other[key].shape]
     if odd:

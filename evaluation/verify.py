@@ -107,6 +107,9 @@ def entry(moved, logits=None):
 def compare_networks(options):
     """{domain: entry} of two files of ours or published ones."""
     (old, one), (new, other) = (known(path, options) for path in options.state)
+    networks = [checkpoint.found.network for checkpoint in (old, new)]
+    if networks[0] != networks[1]:
+        raise UserError(f'{" and ".join(options.state)} are of other networks: {" and ".join(networks)}')
     result = {}
     for name, number, index in pairs(old, new, options.domains):
         classes = old.found.num_classes[number], new.found.num_classes[index]

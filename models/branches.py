@@ -1,7 +1,7 @@
 """Branches as files: one domain's part of a network, taken out of a checkpoint and put onto another one.
 
-A branch file is a dict like a checkpoint: `kind` ('branch'), `version`, `method`, `domain` (its
-entry in the checkpoint's `domains`: name, classes and whatever else stands there), `about`
+A branch file is a dict like a checkpoint: `kind` ('branch'), `version`, `method`, `network`, `domain`
+(its entry in the checkpoint's `domains`: name, classes and whatever else stands there), `about`
 ({entry of the checkpoint: what it holds of this domain}), `base` (fingerprint of the shared
 weights that the branch was learnt with), `state` ({key in a plain network: tensor}), and
 `digests` of `state` and of all the rest, which tell a damaged branch from a renamed one.
@@ -9,10 +9,11 @@ weights that the branch was learnt with), `state` ({key in a plain network: tens
 import torch
 
 from mdil.datasets.domains import domain_names, get_domain
-from mdil.models.checkpoint import KINDS, VERSION, check_kinds, load_network, named_classes, read, read_checkpoint
+from mdil.models.checkpoint import KINDS, LATER, VERSION, check_kinds, load_network, named_classes, read, read_checkpoint
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
 from mdil.models.layouts import CLASSES, faults
 from mdil.models.methods import DEFAULT
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError
 
 KIND = 'branch'
@@ -37,7 +38,7 @@ class Known:
     def __init__(self, path, names=None, method=None, paths=None):
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
-        self.method = self.checkpoint.method or method or DEFAULT
+        self.method, self.network = self.checkpoint.method or method or DEFAULT, self.checkpoint.found.network
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
         names = self.checkpoint.domains or [domain_names().get(name.lower(), name) for name in names or []]
         if len(names) != len(counts) or len(set(names)) < len(names):
@@ -68,7 +69,7 @@ class Known:
         options = self.checkpoint.content.get('options', {})
         size = {name: options[name] for name in ('height', 'width') if name in options}
         return {'version': VERSION, 'state_dict': self.model.state_dict(), 'domains': self.entries,
-                'method': self.method, 'options': size}
+                'method': self.method, 'network': self.network, 'options': size}
 
 
 def described(name, classes, paths):
@@ -82,7 +83,7 @@ def described(name, classes, paths):
 
 def digests_of(branch):
     """{'state': digest of a branch's tensors, 'about': digest of what it says of itself}."""
-    about = {name: branch[name] for name in ('method', 'domain', 'about', 'base')}
+    about = {name: branch[name] for name in ('method', 'domain', 'about', 'base', *LATER) if name in branch}
     return {'state': fingerprint(branch['state']), 'about': fingerprint(about)}
 
 
@@ -91,8 +92,8 @@ def extract(known, name):
     number = known.index(name)
     entry = known.entries[number]
     about = {key: value[entry['name']] for key, value in known.about().items() if entry['name'] in value}
-    branch = {'kind': KIND, 'version': VERSION, 'method': known.method, 'domain': entry, 'about': about,
-              'base': fingerprint(shared_state(known.model)), 'state': branch_state(known.model, number)}
+    branch = {'kind': KIND, 'version': VERSION, 'method': known.method, 'network': known.network, 'domain': entry,
+              'about': about, 'base': fingerprint(shared_state(known.model)), 'state': branch_state(known.model, number)}
     return {**branch, 'digests': digests_of(branch)}
 
 
@@ -104,7 +105,7 @@ def read_branch(path, paths=None):
     lacking = [name for name in PARTS if name not in branch]
     if lacking:
         raise UserError(f'{path}: damaged, it has no {lacking[0]}')
-    check_kinds(branch, path, PARTS)
+    check_kinds(branch, path, {**PARTS, **LATER})
     if branch['version'] != VERSION:
         raise UserError(f'{path}: version {branch["version"]}, this code reads {VERSION}')
     name, found = branch['domain']['name'], digests_of(branch)
@@ -133,7 +134,9 @@ def check_classes(entry, path, paths):
 def put_on(known, branch, source):
     """Adds a branch, read from `source`, to the network of a Known; UserError where it does not fit."""
     entry, base, model = branch['domain'], fingerprint(shared_state(known.model)), known.model
-    name = entry['name']
+    name, network = entry['name'], branch.get('network', ERFNET)
+    if network != known.network:
+        raise UserError(f'{source}: a branch of {network}, {known.checkpoint.source} is {known.network}')
     if name in known.names:
         raise UserError(f'{source}: a branch of {name}, which is there already: {", ".join(known.names)}')
     if branch['base'] != base:

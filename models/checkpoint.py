@@ -19,8 +19,9 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.models.identify import are_statistics
-from mdil.models.layouts import Found, check_fit, load, load_encoder, recognise
-from mdil.models.methods import METHODS, build_model, method_name
+from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
+from mdil.models.methods import METHODS, build_model, get_method, method_name
+from mdil.models.networks import DEFAULT, get_network
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 
@@ -267,6 +268,8 @@ KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number 
          'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)),
          'domain_statistics': (are_statistics, 'what models.identify gives of each domain'),
          'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
+# What files of earlier versions lack.
+LATER = {'network': (lambda value: isinstance(value, str) and value.isprintable(), 'the name of a network')}
 
 
 def check_kinds(content, path, kinds):
@@ -294,7 +297,8 @@ def read_checkpoint(path):
     state = state_in(content, path)
     if state is not content:
         check_content(content, path)
-    found = recognise(state, path)
+    network = content.get('network', DEFAULT) if 'version' in content and state is not content else DEFAULT
+    found = recognise(state, path) if network == DEFAULT else declared(content, state, path)
     return Checkpoint(str(path), found, stated_domains(content, found, path), method_name(content.get('method')), content)
 
 
@@ -303,11 +307,37 @@ def check_content(content, path):
     if 'version' not in content:
         check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method', 'domain_statistics')})
         return
-    check_kinds(content, path, KINDS)
+    check_kinds(content, path, {**KINDS, **LATER})
     if not 1 <= content['version'] <= VERSION:
         raise UserError(f'{path}: version {content["version"]}, this code reads up to {VERSION}')
     if content.get('epoch', 0) > content.get('options', {}).get('num_epochs', math.inf):
         raise UserError(f'{path}: says {content["epoch"]} epochs are done of {content["options"]["num_epochs"]}')
+
+
+def declared(content, state, path):
+    """The Found of another network than ERFNet, which tells by its entries what it holds; UserError where they lack."""
+    lacking = [name for name in ('domains', 'method') if name not in content]
+    if lacking:
+        raise UserError(f'{path}: damaged, it has no {lacking[0]}')
+    name, counts, row = content['network'], [entry['classes'] for entry in content['domains']], get_method(content['method'])
+    plain = build_plain(name, row, path)
+    outputs = {layer: next(head for head in plain.heads if f'{layer}.'.startswith(f'{head}.')) for layer in plain.output_layers}
+    for number, count in enumerate(counts):
+        missing = [layer for layer, head in outputs.items() if file_key(f'{layer}.weight', head, number) not in state]
+        if missing or count not in CLASSES:
+            raise UserError(f'{path}: says {len(counts)} domains of {counts} classes, but that is not what it holds')
+    norms = len(counts) if row.domain_bn else 1
+    return Found(state, counts, row.adapter, norms, f'{name}, {describe(counts, row.adapter, norms)}', network=name)
+
+
+def build_plain(name, row, path):
+    """The plain network called `name` without memory, for the row of a method; UserError where it is not known here."""
+    try:
+        with torch.device('meta'):
+            return get_network(name).build(2, row.adapter)
+    except UserError as error:
+        raise UserError(f'{path}: a network of another kind: {error}. One of your own is registered first, see '
+                        'docs/networks.md') from None
 
 
 def stated_domains(content, found, path):
@@ -358,8 +388,8 @@ def network_of(found, method, source):
         raise UserError(f'{source} holds {found.kind}; that is not a network of --method {method} '
                         f'but of {", ".join(names) or "none"}')
     with torch.device('meta'):      # takes no memory, whatever the file claims
-        check_fit(build_model(found.num_classes, method).state_dict(), found, source)
-    model = build_model(found.num_classes, method)
+        check_fit(build_model(found.num_classes, method, found.network).state_dict(), found, source)
+    model = build_model(found.num_classes, method, found.network)
     load(model, found, source)
     return model
 

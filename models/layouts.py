@@ -6,7 +6,7 @@ name of its module and the encoder's batch norms are lists, of one where they ar
 first and only entry of a list, its decoders entries of `decoder`.
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mdil.models.erfnet import ADAPTERS
 from mdil.utils.errors import UserError
@@ -29,7 +29,7 @@ class Found:
     """What a state dict holds, in native keys.
 
     num_classes: of each domain, [] for an encoder alone. adapter: as `ERFNet`'s.
-    batch_norms: how many the encoder has per layer. kind: in words.
+    batch_norms: how many the encoder has per layer. kind: in words. network: as `models.networks` calls it.
     renamed, ignored: file keys that were renamed (beyond wrappers such as `module.`) or not used.
     """
     state: dict
@@ -37,8 +37,9 @@ class Found:
     adapter: object
     batch_norms: int
     kind: str
-    renamed: int
-    ignored: list
+    renamed: int = 0
+    ignored: list = field(default_factory=list)
+    network: str = 'erfnet'
 
 
 def listed_norms(key, index):
@@ -77,7 +78,7 @@ def native_keys(state):
 
 
 def recognise(state, source):
-    """The Found of a state dict read from `source`; UserError if it is no network of ours."""
+    """The Found of a state dict read from `source`; UserError if it is no ERFNet of ours or of the published code."""
     native, renamed, ignored = native_keys(state)
     heads = {int(match.group(1)): native[match.group(0)].shape for match in map(OUTPUT.match, native) if match}
     if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):

@@ -3,15 +3,15 @@ from dataclasses import dataclass
 from typing import Optional
 
 from mdil.losses.terms import CrossEntropy, Distillation
-from mdil.models.erfnet import ERFNet
 from mdil.models.multi_domain import MultiDomainNet, redraw
+from mdil.models.networks import DEFAULT as ERFNET, build_network
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
 
-    adapter: the network's adapters, see `models.erfnet.ERFNet`. domain_bn: whether each
+    adapter: the network's adapters, None, 'parallel' or 'series'. domain_bn: whether each
         domain has batch norms of its own.
     shared: how the shared weights learn after the first domain: 'slow' (5e-6 unless
         `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
@@ -36,7 +36,7 @@ class Method:
 
     @property
     def plain(self):
-        """Whether the encoder is a plain ERFNet's: a domain has nothing for itself but its decoder."""
+        """Whether the encoder is a plain network's: a domain has nothing for itself but its decoder."""
         return self.adapter is None and not self.domain_bn
 
     def trained(self, domains):
@@ -87,8 +87,11 @@ def get_method(name):
     return METHODS[name]
 
 
-def build_model(num_classes, method=DEFAULT):
-    """The network of `method` for domains of `num_classes` classes each, void included.
+def build_model(num_classes, method=DEFAULT, network=ERFNET):
+    """The network of `method` for domains of `num_classes` classes each, void included, from random weights.
+
+    network: a name of `models.networks`; UserError if there is none, or if the method asks for
+    batch norms or adapters that it cannot have.
 
     `build_model([20, 20])(images, domain=1)` gives logits (B, 20, H, W) of images
     (B, 3, H, W), floats in [0, 1].
@@ -96,7 +99,7 @@ def build_model(num_classes, method=DEFAULT):
     row = get_method(method)
     if not num_classes:
         raise ValueError('num_classes is empty; a network needs at least one domain')
-    model = MultiDomainNet(ERFNet(num_classes[0], row.adapter), row.domain_bn)
+    model = MultiDomainNet(build_network(network, num_classes[0], row.adapter, row.domain_bn), row.domain_bn)
     for count in num_classes[1:]:
         redraw(model.branch(model.add_domain(count)))
     return model

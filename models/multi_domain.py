@@ -8,7 +8,8 @@ Any network with batch norms can take part that offers
     forward(images)     logits (B, classes, H, W) of images (B, 3, H, W)
     heads               names of the modules that each domain has for itself, whatever the method
     output_layers       names of the convolutions whose output channels are the classes
-and marks its adapters, if it has any, by `per_domain = True` (see `models.erfnet`).
+and marks its adapters, if it has any, by `per_domain = True` (see `models.adapters`).
+`models.networks` declares those that train.py knows.
 """
 import copy
 from collections import OrderedDict
@@ -46,6 +47,12 @@ def divide(network, domain_bn):
             raise ValueError(f'{tensor} lies directly in {name or "the network"}, among modules of a domain; '
                              'put it into a module of its own')
     return own, shared
+
+
+def outside_heads(network):
+    """[(name, module)] of what lies outside the heads of a plain network."""
+    return [(name, module) for name, module in network.named_modules()
+            if not any(f'{name}.'.startswith(f'{head}.') for head in network.heads)]
 
 
 class MultiDomainNet(nn.Module):

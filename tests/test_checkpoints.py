@@ -107,7 +107,7 @@ def test_best_acc_may_be_a_tensor_or_a_numpy_scalar(tmp_path):
 
 
 def options(path, domains, **changes):
-    return SimpleNamespace(**{'method': 'mdil', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied', 'new_decoder': 'copied',
+    return SimpleNamespace(**{'method': 'mdil', 'network': None, 'weights': None, 'recipe': 'corrected', 'state': str(path), 'imagenet_bn': 'loaded', 'new_statistics': 'copied', 'new_decoder': 'copied',
                               'seed': 0, 'branch_from': None, 'domains': [d.name for d in domains], 'lambdac': 0.1, 'shared_lr': 5e-6, 'old_bn': 'frozen',
                               **changes})
 

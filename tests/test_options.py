@@ -159,7 +159,7 @@ def test_several_options_that_the_method_does_not_use_are_refused_in_one_line():
 
 def test_help_shows_the_defaults_that_say_something():
     shown = ' '.join(train_parser().format_help().split())
-    assert 'FILE checkpoint of the previous step, or an ImageNet encoder --savedir' in shown
+    assert 'FILE checkpoint of the previous step, or an ImageNet encoder of ERFNet --savedir' in shown
     assert 'dropout (default: 0)' in shown and 'repeatable --cache' in shown
     assert '--seeds N [N ...] seeds (default: 0 1 2)' in ' '.join(forgetting_parser().format_help().split())
 

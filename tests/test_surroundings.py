@@ -19,7 +19,7 @@ from mdil.evaluation import dashboard
 from mdil.models import checkpoint
 from mdil.training import building, records
 from mdil.training.options import parse_train
-from mdil.training.run import BEST, LATEST
+from mdil.training.run import BEST, LATEST, Run
 from mdil.utils import launch
 from mdil.utils.errors import UserError, advice, first_to_fail
 from mdil.utils.parallel import Place, allow_open_files, keep_freed_memory
@@ -120,10 +120,10 @@ def test_the_names_of_what_is_not_finite():
 def test_one_image_of_one_value_more_than_fits_is_refused(toy):
     options = parse_train(['--domains', 'CS', '--savedir', 'S', '--data-root', str(toy), '--height', '8', '--width', '8',
                            '--num-workers', '0', '--batch-size', '7', '--class-weights', 'none'])
-    with pytest.raises(UserError, match='last batch .* one image of 8x8'):
-        building.build_data(options, Place(CPU))
+    with pytest.raises(UserError, match='last batch .* one image of 8x8.* enlarge --height'):
+        Run(options, Place(CPU))
     options.batch_size = 6
-    building.build_data(options, Place(CPU))
+    Run(options, Place(CPU))
     with pytest.raises(UserError, match='--batch-size 6 does not divide among 4 processes; use 4 or 8'):
         building.build_data(options, Place(CPU, 0, 4))
     with pytest.raises(UserError, match='does not divide among 7 processes; use 7'):

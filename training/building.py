@@ -20,6 +20,9 @@ from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
 from mdil.models.identify import statistics_of
+from mdil.models.networks import DEFAULT as ERFNET
+from mdil.models.weights import IMAGENET, start_from_weights
+from mdil.training.options import check_network
 from mdil.training.plan import plan_step
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, printable
@@ -153,10 +156,6 @@ def train_loader(options, place, data, sizes):
         raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes; use '
                         + (f'{fewer} or ' if fewer else '') + f'{fewer + place.world}')
     samples = epoch_samples(options, len(data), sizes)
-    last = -(-(samples % options.batch_size) // place.world)
-    if last * options.height * options.width == 64:
-        raise UserError(f'the last batch of an epoch has one image of 8x8, which leaves batch norms one value; enlarge '
-                        f'--height or --width, or choose a --batch-size that {samples} images do not exceed by one')
     batches = TrainBatches(len(data), options.batch_size, options.seed, samples, options.limit_batches,
                            place.rank, place.world)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
@@ -180,16 +179,10 @@ def build_networks(options, domains):
     """(student, teacher or None, lines about what was loaded, {old domain: its statistics}) for the step's Domain objects."""
     plan = plan_step(options)
     counts = [domain.num_classes for domain in domains]
+    checkpoint = read_checkpoint(options.state) if options.state else None
+    settle_network(options, checkpoint)
     if not plan.from_previous:
-        student, lines = build_model(counts, options.method), 'random initial weights'
-        if options.state:
-            checkpoint = read_checkpoint(options.state)
-            if checkpoint.found.num_classes:
-                raise UserError(f'{options.state} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
-                                'domain of --domains: it starts from an encoder, or without --state')
-            lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
-        return student, None, lines, {}
-    checkpoint = read_checkpoint(options.state)
+        return *first_network(options, domains, counts, checkpoint), {}
     if not checkpoint.found.num_classes:
         raise UserError(f'{options.state} holds an encoder alone; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
@@ -207,11 +200,37 @@ def build_networks(options, domains):
     return student, teacher, lines, checkpoint.content.get('domain_statistics', {})
 
 
+def settle_network(options, checkpoint):
+    """Sets --network where it was not given to that of the Checkpoint of --state (or None); UserError if they differ."""
+    known = checkpoint.found.network if checkpoint else ERFNET
+    options.network = options.network or known
+    if checkpoint and options.network != known:
+        raise UserError(f'{options.state} is of the network {known}, not {options.network}; leave out --network, or give '
+                        'another --state')
+    check_network(options)
+
+
+def first_network(options, domains, counts, checkpoint):
+    """(student, no teacher, lines about what was loaded) of a step that no other precedes; checkpoint: of --state, or None."""
+    student, lines = build_model(counts, options.method, options.network), 'random initial weights'
+    if options.weights and (options.network != ERFNET or options.weights == IMAGENET):
+        lines = start_from_weights(student, options.network, options.weights)
+    elif options.weights:
+        checkpoint = read_checkpoint(options.weights)
+    if checkpoint:
+        if checkpoint.found.num_classes:
+            raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
+                            'domain of --domains: it starts from an encoder, or without --state')
+        lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
+    return student, None, lines
+
+
 def rebuild_networks(options, domains):
     """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
     counts = [domain.num_classes for domain in domains]
-    teacher = build_model(counts[:-1], options.method) if plan_step(options).needs_teacher else None
-    return build_model(counts, options.method), teacher, f'resumed in {options.savedir}', {}
+    check_network(options)
+    teacher = build_model(counts[:-1], options.method, options.network) if plan_step(options).needs_teacher else None
+    return build_model(counts, options.method, options.network), teacher, f'resumed in {options.savedir}', {}
 
 
 def with_trained(known, data, options, place):
@@ -233,6 +252,35 @@ def synchronised(student, options, place):
     if place.device.type != 'cuda' or place.world == 1:
         raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
     return student.synchronise_batch_norms()
+
+
+def check_batches(student, data, options, replicas):
+    """UserError if a batch norm that trains would get one value per channel of an epoch's smallest batch.
+
+    data: the DomainData that are trained. replicas: devices that share the batch of this process.
+    """
+    height, width = options.height, options.width
+    for domain in data:
+        batch = domain.train.batch_sampler.fewest
+        alone = 1 in map(len, torch.arange(batch).chunk(replicas))
+        if alone and not options.sync_bn and not bears(student, domain.index, height, width):
+            larger = 'enlarge --height or --width, or ' if bears(student, domain.index, 16 * height, 16 * width) else ''
+            raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a batch '
+                            f'norm of {options.network} one value; {larger}choose a --batch-size of at least 2 for each device '
+                            f'that leaves no single one of {domain.train.batch_sampler.samples} images over')
+
+
+def bears(student, domain, height, width):
+    """Whether the batch norms of a domain's view that train can do so on one image of that size; nothing is computed."""
+    probe = copy.deepcopy(student.train().single(domain)).to('meta')
+    try:
+        with torch.no_grad():
+            probe(torch.empty(1, 3, height, width, device='meta'))
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        return False
+    return True
 
 
 def freeze(student, options):

@@ -11,6 +11,7 @@ import torch
 
 from mdil.datasets.domains import get_domain
 from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name
+from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import pick_device, tell
@@ -55,7 +56,12 @@ def train_parser():
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
                        help="row of the table of methods (default: mdil, the paper's; ours is the same)")
-    group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder')
+    group.add_argument('--network', type=network_name, metavar='NAME',
+                       help=f'network of the first step, later ones keep it: {", ".join(NETWORKS)}, or {TIMM}ENCODER '
+                            f'(default: {ERFNET})')
+    group.add_argument('--weights', metavar='none|imagenet|FILE',
+                       help='weights that the encoder starts from in the first step (default: none, random ones)')
+    group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder of ERFNet')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group.add_argument('--branch-from', metavar='NAME',
@@ -161,6 +167,9 @@ def parse_train(argv=None):
     options.method = options.method or DEFAULT
     check_uses(options)
     check_domains(options)
+    complete_weights(options)
+    if options.network:
+        check_network(options)
     complete_fast(options)
     check_graphs(options)
     for name, value in recipe_settings(options.recipe, options.domains, options.method).items():
@@ -197,6 +206,25 @@ def complete_method(options):
         options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
 
 
+def complete_weights(options):
+    """Sets --weights to None where there are none; refuses them after the first step, and next to --state."""
+    if options.weights == 'none':
+        options.weights = None
+    if options.weights and len(options.domains) > 1 and not METHODS[options.method].joint:
+        raise UserError(f'--weights is for the first step; {options.domains[-1]} starts from the weights in --state')
+    if options.weights and options.state:
+        raise UserError('--state and --weights both say what the first step starts from; give one')
+
+
+def check_network(options):
+    """Refuses what goes with ERFNet alone, once --network is known."""
+    name = options.network
+    if name != ERFNET and options.recipe == 'released':
+        raise UserError(f'--recipe released reproduces the published loops of {ERFNET}; leave it out for --network {name}')
+    if name != ERFNET and options.imagenet_bn == 'dropped':
+        raise UserError(f'--imagenet-bn is for the ImageNet encoder of {ERFNET}; leave it out for --network {name}')
+
+
 def complete_fast(options):
     """Replaces --fast by what it stands for."""
     if options.__dict__.pop('fast'):
@@ -231,7 +259,5 @@ def check_domains(options):
     if options.branch_from and (method.joint or options.branch_from not in names[:-1]):
         raise UserError(f'--branch-from {options.branch_from} is not a domain that is known before {names[-1]} is learnt: '
                         + (', '.join(names[:-1]) if names[:-1] and not method.joint else 'there is none'))
-    if options.batch_size * options.height * options.width == 64:
-        raise UserError('--batch-size 1 with --height 8 and --width 8 leaves batch norms one value; enlarge one of them')
     if options.temperature is not None and not 1e-6 <= options.temperature <= 1e6:
         raise UserError(f'--temperature {options.temperature}: a value from 1e-6 to 1e6 is expected')

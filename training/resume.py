@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training.digest import plain_digests
 from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
@@ -34,7 +35,8 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-LATER = {'digests': (plain_digests, 'a dict of digests')}       # files of earlier versions lack it
+LATER = {'digests': (plain_digests, 'a dict of digests')}       # files of earlier versions lack it, and checkpoint.LATER
+UNNAMED = {**RECIPES['corrected'], 'network': ERFNET}           # options as they were before they could be given
 # What an optimiser's groups hold in every version of torch, besides the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
@@ -81,6 +83,8 @@ def check_run(content, path):
     options, names = content['options'], [entry['name'] for entry in content['domains']]
     if (content['method'], names) != (options.get('method'), options.get('domains')):
         raise UserError(f'{path}: its method and domains are not those of its options')
+    if content.get('network', ERFNET) != options.get('network', ERFNET):
+        raise UserError(f'{path}: its network is not that of its options')
     if bool(content['batch']) != ('loss' in content['totals']):
         raise UserError(f'{path}: its batch {content["batch"]} does not go with the sums {list(content["totals"])}')
     if bool(content['scaler']) != (options.get('precision') == 'fp16'):
@@ -167,12 +171,12 @@ def check_scaler(saved, scaler):
 def differences(saved, options):
     """(list of 'option: was A, is B' that forbid going on, list of those worth saying)."""
     refused, said = [], []
-    now, unnamed = vars(options), RECIPES['corrected']
+    now = vars(options)
     for name in sorted(now.keys() | saved.keys()):
         before, value = saved.get(name), now.get(name)
         before = method_name(before) if name == 'method' else before
         # An option that came with a later version, and does what was done before it.
-        later = name not in saved and (not value or value == unnamed.get(name))
+        later = name not in saved and (not value or value == UNNAMED.get(name))
         if name in HARMLESS or before == value or later:
             continue
         line = f'--{name.replace("_", "-")} was {before}, is {value}'
@@ -181,7 +185,8 @@ def differences(saved, options):
 
 
 def check_options(content, options):
-    """Refuses to go on with other options than the checkpoint's run had, unless they are harmless."""
+    """Refuses to go on with other options than the checkpoint's run had, unless they are harmless; --network is its own."""
+    options.network = options.network or content.get('network', ERFNET)
     refused, said = differences(content['options'], options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '

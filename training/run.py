@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
@@ -101,6 +102,8 @@ class Run:
         self.terms = building.build_terms(options)
         self.step_loss = building.build_step_loss(self.student, self.teacher, [data.class_weights for data in self.data],
                                                   self.terms, options, place)
+        replicas = torch.cuda.device_count() if isinstance(self.step_loss, nn.DataParallel) else 1
+        building.check_batches(self.student, self.trained, options, replicas)
         self.optimizer, self.schedule = building.build_optimizer(self.student, options)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == 'fp16')
         self.epoch, self.batch, self.totals, self.best = 0, 0, {}, float('-inf')
@@ -169,7 +172,7 @@ class Run:
             'state_dict': self.student.state_dict(),
             'domains': [data.domain.entry for data in self.data], 'digests': self.digests,
             'domain_statistics': self.domain_statistics,
-            'method': self.options.method, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
+            'method': self.options.method, 'network': self.options.network, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
             'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
             'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()}}

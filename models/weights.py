@@ -1,0 +1,56 @@
+"""Weights that the encoder of a network starts from: ImageNet-trained ones by name, or a file of them."""
+from mdil.models.adapters import Adapted
+from mdil.models.checkpoint import read, state_in
+from mdil.models.fingerprint import COUNTER
+from mdil.models.layouts import WRAPPED, faults
+from mdil.models.multi_domain import outside_heads
+from mdil.models.networks import Scaling, get_network
+from mdil.utils.errors import UserError
+
+IMAGENET = 'imagenet'
+
+
+def start_from_weights(model, network, weights):
+    """Loads `weights`, 'imagenet' or a file, into the first domain's view of `model`; a line that says what happened.
+
+    All of the encoder has to be there; of the head, whatever fits, but never an output layer.
+    """
+    declared = get_network(network)
+    if weights == IMAGENET and declared.imagenet is None:
+        raise UserError(f'--weights {weights}: {network} declares none; pass a file, or leave it out')
+    source = f'{weights} ({network})' if weights == IMAGENET else weights
+    given = declared.imagenet() if weights == IMAGENET else state_in(read(weights), weights)
+    view = model.single(0)
+    own, wanted = plain_state(view)
+    found = best_layout(own, wanted, {WRAPPED.sub('', key): value for key, value in given.items()}, declared.layouts)
+    lacking = [key for key in wanted if key not in found]
+    if lacking:
+        raise UserError(f'{source}: not the weights of {network}; {len(lacking)} of the {len(wanted)} tensors of its encoder '
+                        f'are missing or have another shape, e.g. {lacking[0]}')
+    if broken := faults(own, found):
+        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
+    for key, value in found.items():
+        own[key].copy_(value)       # state dicts hold the very tensors
+    return f'{source}: {len(found)} tensors loaded, {len(given) - len(found)} not used; fresh: {len(own) - len(found)} tensors'
+
+
+def plain_state(view):
+    """({key: tensor} of a view as if it had no adapters, keys of those that a file of weights must have)."""
+    inner = {f'{name}.conv': name for name, module in view.named_modules() if isinstance(module, Adapted)}
+    own = {f'{inner.get(owner, owner)}.{name}': value for key, value in view.state_dict().items()
+           for owner, _, name in [key.rpartition('.')]}
+    optional = [name for name, module in outside_heads(view) if isinstance(module, Scaling) or getattr(module, 'per_domain', False)]
+    wanted = [key for key in own if key.rpartition('.')[0] not in optional and not key.endswith(COUNTER)
+              and not any(key.startswith(f'{head}.') for head in view.heads)]
+    return own, wanted
+
+
+def best_layout(own, wanted, given, layouts):
+    """{key of `own`: tensor of `given`}: what fits in name and shape under the layout by which most of `wanted` does."""
+    def renamed(key, layout):
+        beginning = next((part for part in layout if key.startswith(part)), None)
+        return None if beginning is None else layout[beginning] + key.removeprefix(beginning)
+
+    fitting = [{name: value for key, value in given.items() if (name := renamed(key, layout)) in own
+                and value.shape == own[name].shape} for layout in layouts]
+    return max(fitting, key=lambda found: len(found.keys() & set(wanted)))
