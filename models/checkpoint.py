@@ -75,10 +75,12 @@ class Checkpoint:
     content: dict = field(default_factory=dict, repr=False)
 
 
-def save(content, path, previous=None):
-    """Writes a checkpoint dict; the file at `path` is the old one or the new one, never a part."""
+def save(content, path, previous=None, best=None):
+    """Writes a checkpoint dict, first to `best` if given; a file is the old one or the new one, never a part."""
     made = io.BytesIO()         # so that a full disk meets a plain write, which says so
     torch.save(content, made)
+    if best is not None:
+        write_atomically(best, lambda file: file.write(made.getbuffer()))
     write_atomically(path, lambda file: file.write(made.getbuffer()), previous)
 
 

@@ -173,9 +173,10 @@ class MultiDomainNet(nn.Module):
         """({key of a view's tensor: its name in our files} of what belongs to `domain` alone, of what is shared)."""
         view = self.single(domain)
         modules, _ = divide(view, self.domain_bn)
+        owners = {f'{name}.{key}': name for name, module in modules.items() for key in module.state_dict()}
         own, shared = {}, {}
         for key in view.state_dict():
-            owner = next((name for name in modules if key.startswith(f'{name}.')), None)
+            owner = owners.get(key)
             (shared if owner is None else own)[key] = file_key(key, owner, domain)
         return own, shared
 

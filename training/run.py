@@ -236,10 +236,9 @@ class Run:
         if unsound:
             raise UserError(f'{unsound} is not finite after {self.epoch} epochs and {self.batch} batches; nothing was '
                             'saved, the last checkpoint is kept. Try a lower --lr or --precision fp32')
-        if best:
-            checkpoint.save(state, self.folder / BEST)
         # A damaged file must not take the place of the copy that this run went on from.
-        checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS if self.sound else None)
+        checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS if self.sound else None,
+                        best=self.folder / BEST if best else None)
         self.written, self.sound = time.monotonic(), True
 
     def save_when_due(self):
