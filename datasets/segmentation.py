@@ -1,4 +1,5 @@
 """Images with their labels, as uint8 tensors of one size."""
+import functools
 import struct
 import zlib
 from pathlib import Path
@@ -13,16 +14,11 @@ from mdil.datasets.augment import augment, draw
 from mdil.datasets.pairs import Split, find_split, report_unpaired
 from mdil.utils.errors import UserError
 
-try:
-    from torchvision.io import decode_image
-except ImportError:     # announced for a release after 0.29
-    decode_image = None
-
 BAD = 255       # marks label values that the domain does not have
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'PPM')      # others may call foreign programs, as EPS does
 PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
-FAST = decode_image is not None and torch.backends.cpu.get_cpu_capability().startswith('AVX')
+FAST = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 # what Pillow raises for damaged files
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error,
               Image.DecompressionBombError)
@@ -143,6 +139,16 @@ def whole_png(content):
     return True
 
 
+@functools.cache
+def png_decoder():
+    """torchvision's decoder, None if it has none; importing torchvision takes as long as importing torch."""
+    try:
+        from torchvision.io import decode_image
+    except ImportError:     # announced for a release after 0.29
+        return None
+    return decode_image
+
+
 def decode_png(path, width_height):
     """uint8 (3, H, W) of the 8-bit RGB PNG of that size at `path`; None for any other file.
 
@@ -156,7 +162,8 @@ def decode_png(path, width_height):
             if head[:8] + head[16:] != PNG_START + struct.pack('>IIBB', *width_height, 8, 2):
                 return None
             content = bytearray(head + file.read())
-        return decode_image(torch.frombuffer(content, dtype=torch.uint8)) if whole_png(content) else None
+        decode = png_decoder() if whole_png(content) else None
+        return decode and decode(torch.frombuffer(content, dtype=torch.uint8))
     except (OSError, RuntimeError):
         return None
 
@@ -219,6 +226,7 @@ class SegmentationDataset(Dataset):
     def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void', pairs=None):
         self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
         self.padding = padding
+        png_decoder()           # here, not in each of the processes that load
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split) if pairs is None else Split(tuple(pairs))
         report_unpaired(domain, split, found)

@@ -3,11 +3,11 @@ import json
 import platform
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically, write_json
@@ -40,7 +40,7 @@ def git_revision():
 def environment(device):
     """Versions, revision and hardware, for records."""
     card = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': version('torchvision'),
             'numpy': np.__version__, 'git': git_revision(), 'device': card}
 
 
