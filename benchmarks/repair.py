@@ -11,7 +11,8 @@ statistics put back, and with the old branches put back.
 import signal
 
 from mdil.benchmarks import forgetting
-from mdil.benchmarks.sequences import plan, run_steps, steps_of
+from mdil.benchmarks.scoring import make_evaluator, scores
+from mdil.benchmarks.sequences import checkpoint_of, plan, run_steps, steps_of
 from mdil.evaluation import repair, tables
 from mdil.evaluation.tables import Table, spread
 from mdil.models.branches import WHAT, Known
@@ -50,13 +51,13 @@ def parse(argv=None):
     return options
 
 
-def measured(states, evaluator, options):
-    """{domain: {'learnt', 'before', each of WHAT: mIoU}} of the states of a sequence."""
-    steps = [forgetting.scores(state, evaluator, options) for state in states]
-    found = {name: {'learnt': steps[number][name]['miou'], 'before': steps[-1][name]['miou']}
-             for number, name in enumerate(steps[-1])}
+def measured(steps, evaluator, options):
+    """{domain: {'learnt', 'before', each of WHAT: mIoU}} of the steps of a sequence."""
+    known = [scores(step, evaluator, options) for step in steps]
+    found = {name: {'learnt': known[number][name]['miou'], 'before': known[-1][name]['miou']}
+             for number, name in enumerate(known[-1])}
     for what in WHAT:
-        *older, new = (Known(state.file(options)) for state in states)
+        *older, new = (Known(checkpoint_of(step, options)) for step in steps)
         repair.repair(new, repair.sources(older, new), what)
         for name, miou in repair.scores(new, evaluator).items():
             found[name][what] = miou
@@ -107,10 +108,10 @@ def main(argv=None):
     forgetting.check_data(options)
     failures = run_steps(steps_of(plans), options)
     with session(options.device) as place:
-        evaluator = forgetting.make_evaluator(options, place)
-        for (order, _, seed), states in plans.items():
+        evaluator = make_evaluator(options, place)
+        for (order, _, seed), steps in plans.items():
             if not failures:
-                found.setdefault(order, {})[seed] = measured(states, evaluator, options)
+                found.setdefault(order, {})[seed] = measured(steps, evaluator, options)
         if found:
             report(found, evaluator, options)
     return 1 if failures else None

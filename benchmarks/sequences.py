@@ -1,7 +1,7 @@
 """Sequences of steps: which rows are compared, the runs of train.py that they consist of, running each once.
 
-A row over an order of domains and a seed is a list of States, each of a Step. What is called
-`options` here are those of `python -m benchmarks.forgetting`.
+A row over an order of domains and a seed is a list of Steps. What is called `options` here are
+those of `python -m benchmarks.forgetting`.
 """
 import argparse
 import hashlib
@@ -17,8 +17,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
-from mdil.models import METHODS, checkpoint, method_name
-from mdil.models.branches import put_back
+from mdil.models import METHODS, method_name
 from mdil.training import resume
 from mdil.training.options import RECIPES, parse_train
 from mdil.training.run import BEST, LATEST
@@ -39,20 +38,15 @@ class Row:
 
     args: options of train.py in the steps after the first; of single-task and multi-task, in all.
     copies: whether every domain keeps a network of its own, as it was when it had learnt the domain.
-    put_back: whether the old domains' batch norms get back, before the evaluation, the statistics
-    that they had when their step ended.
     """
     method: str
     args: tuple = ()
     copies: bool = False
-    put_back: bool = False
 
 
 # Options of train.py that a row may set.
 LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *RECIPES['corrected']} - {'num_epochs'}
-RELEASED = 'mdil', ('--recipe', 'released')
-ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row(*RELEASED),
-        'released-put-back': Row(*RELEASED, put_back=True)}
+ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row('mdil', ('--recipe', 'released'))}
 DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for difference in (
     '--old-bn frozen', '--distillation kl', '--teacher-mode eval', '--steps-per-batch 1', '--new-statistics copied')))
 
@@ -90,19 +84,21 @@ class Step:
         return Path(options.out) / domains / f'seed{self.seed}' / f'{self.title}-{digest}'
 
 
-@dataclass(frozen=True)
-class State:
-    """What a step left; with the statistics of `before`, the state of the step before it, put back."""
-    step: Step
-    before: Optional['State'] = None
+def checkpoint_of(step, options):
+    """The file that a step left."""
+    return step.folder(options) / FILES[options.which]
 
-    def file(self, options):
-        """Its checkpoint."""
-        return self.step.folder(options) / (('put-back-' if self.before else '') + FILES[options.which])
 
-    def scores(self, options):
-        """Where its scores are kept."""
-        return self.step.folder(options) / f'scores-{"put-back" if self.before else "trained"}-{options.which}.json'
+def own_step(step, name):
+    """The step that learnt the domain `name`, among `step` and those that it goes on from."""
+    while step.start and name in step.start.domains:
+        step = step.start
+    return step
+
+
+def is_single(name):
+    """Whether the row called `name` is of a network of its own for each domain."""
+    return METHODS[row_of(name).method].lonely
 
 
 def first_method(method):
@@ -176,36 +172,28 @@ def make_step(options, domains, seed, method, args=(), start=None):
                 (*common, *args))
 
 
-def states_of(options, row, order, seed):
-    """The row's State after each step of an order; one of all of a joint method, one per domain of a lonely one."""
+def row_steps(options, row, order, seed):
+    """The row's Step of each domain of an order; one of all of a joint method, one per domain of a lonely one."""
     method = METHODS[row.method]
     if method.joint:
-        return [State(make_step(options, tuple(sorted(order)), seed, row.method, row.args))]
+        return [make_step(options, tuple(sorted(order)), seed, row.method, row.args)]
     if method.lonely:
-        return [State(make_step(options, (name,), seed, row.method, row.args)) for name in order]
-    states = [State(make_step(options, order[:1], seed, first_method(row.method)))]
+        return [make_step(options, (name,), seed, row.method, row.args) for name in order]
+    steps = [make_step(options, order[:1], seed, first_method(row.method))]
     for count in range(2, len(order) + 1):
-        step = make_step(options, order[:count], seed, row.method, row.args, states[-1].step)
-        states.append(State(step, states[-1] if row.put_back else None))
-    return states
+        steps.append(make_step(options, order[:count], seed, row.method, row.args, steps[-1]))
+    return steps
 
 
 def plan(options):
-    """{(order, row name, seed): its States}."""
-    return {(order, name, seed): states_of(options, row_of(name), order, seed)
+    """{(order, row name, seed): its Steps}."""
+    return {(order, name, seed): row_steps(options, row_of(name), order, seed)
             for order in options.orders for name in options.rows for seed in options.seeds}
 
 
 def steps_of(plans):
     """All steps of a plan, each once, after those that they go on from."""
-    found = {}
-    for states in plans.values():
-        for state in states:
-            chain = [state.step]
-            while chain[-1].start:
-                chain.append(chain[-1].start)
-            found.update(dict.fromkeys(reversed(chain)))
-    return list(found)
+    return list(dict.fromkeys(step for steps in plans.values() for step in steps))
 
 
 def finished(step, options):
@@ -225,7 +213,7 @@ def command(step, options):
     """The command that runs a step, or goes on with it."""
     place = ['--savedir', step.folder(options), '--resume', '--device', options.device, '--num-workers',
              options.num_workers, *(['--cache', options.cache] if options.cache else []),
-             *(['--state', step.start.folder(options) / FILES[options.which]] if step.start else [])]
+             *(['--state', checkpoint_of(step.start, options)] if step.start else [])]
     return [sys.executable, str(ROOT / 'train.py'), *step.arguments, *map(str, place)]
 
 
@@ -290,19 +278,3 @@ def training_images(options, name):
     """The training split of a domain."""
     return SegmentationDataset(get_domain(name, data_paths(options.data)), options.data_root, 'train',
                                (options.height, options.width))
-
-
-def make_state(state, options):
-    """Writes the file of a state whose old statistics are put back, unless it is there."""
-    path = state.file(options)
-    if not state.before or path.exists():
-        return
-    make_state(state.before, options)
-    trained = State(state.step).file(options)
-    content = checkpoint.read(trained)
-    previous, current = (checkpoint.load_network(checkpoint.read_checkpoint(file))
-                         for file in (state.before.file(options), trained))
-    for domain in range(len(previous.views)):
-        put_back(previous, domain, current, domain, 'statistics')
-    checkpoint.save({**{name: content[name] for name in ('version', 'domains', 'method')},
-                     'state_dict': current.state_dict()}, path)

@@ -69,6 +69,8 @@ METHODS = {
                                  shared='slow', terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
     'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True,
                          uses=('rounds', 'no_dropout')),
+    'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
+                                   domain_bn=True, joint=True, uses=('rounds', 'no_dropout')),
     'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
 }
 DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: what the published code and earlier files call them

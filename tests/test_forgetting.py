@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mdil import train
-from mdil.benchmarks import forgetting, sequences
+from mdil.benchmarks import forgetting, scoring, sequence_tables, sequences
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.models import build_model
 from mdil.training import resume
@@ -29,7 +29,7 @@ def options_of(folder, *arguments, root='data'):
 
 def last_steps(options):
     """{row name: Step of the last state}."""
-    return {name: states[-1].step for (_, name, _), states in sequences.plan(options).items()}
+    return {name: steps[-1] for (_, name, _), steps in sequences.plan(options).items()}
 
 
 def test_equal_steps_are_one_step_whatever_rows_they_are_of(tmp_path):
@@ -68,17 +68,17 @@ def test_a_row_is_a_name_or_a_method_with_options(text, row):
 
 def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_step(tmp_path):
     """In step 2 of the published loops the teacher is in eval mode anyway."""
-    rows = ['--rows', 'released', 'mdil --recipe released --teacher-mode eval', 'released-put-back']
+    rows = ['--rows', 'released', 'mdil --recipe released --teacher-mode eval']
     two, three = (last_steps(options_of(tmp_path, *rows, '--steps', count)) for count in '23')
     assert len(set(two.values())) == 1 and len(set(three.values())) == 2
 
 
 @pytest.mark.parametrize('arguments, line', [
     (['--epochs', 'CS=2'], '--epochs says nothing of BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
-    (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'released-put-back'),
+    (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'fine-tune-copies'),
     (['--rows', 'mdil --nonsense 1'], '--rows: --nonsense 1: '),
     (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
-    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', ''], 'does not begin with a method'),
+    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is none of --rows: mdil"), (['--rows', ''], 'does not begin with a method'),
     (['--rows', 'mdil', '--curves', 'x.png'], '--rows leaves them out'),
     (['--rows', 'mdil', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
@@ -93,40 +93,50 @@ def test_epochs_are_of_the_domain_learnt(tmp_path):
 
 def test_units_count_teacher_and_old_branches(tmp_path):
     last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only'))
-    assert {name: forgetting.units(step) for name, step in last.items()} == {
+    assert {name: sequence_tables.units(step) for name, step in last.items()} == {
         'mdil': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
-    assert forgetting.units(last['mdil'].start) == 7
+    assert sequence_tables.units(last['mdil'].start) == 7
     few = 'mdil --distill-domains 1'
-    assert forgetting.units(last_steps(options_of(tmp_path, '--rows', few))[few]) == 7
-    added = lambda name: forgetting.added(last[name], sequences.row_of(name), options_of(tmp_path))
+    assert sequence_tables.units(last_steps(options_of(tmp_path, '--rows', few))[few]) == 7
+    added = lambda name: sequence_tables.added(last[name], sequences.row_of(name), options_of(tmp_path))
     assert added('mdil') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
     copies = sequences.ROWS['fine-tune-copies']
-    assert forgetting.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
+    assert sequence_tables.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
         p.numel() for p in build_model([27], 'single-task').parameters())
 
 
 def test_copies_keep_what_each_domain_had_when_learnt():
     steps = [{'CS': 40.0}, {'CS': 30.0, 'BDD': 50.0}, {'CS': 20.0, 'BDD': 44.0, 'IDD': 60.0}]
-    assert forgetting.kept(steps) == [{'CS': 40.0}, {'CS': 40.0, 'BDD': 50.0}, {'CS': 40.0, 'BDD': 50.0, 'IDD': 60.0}]
+    assert scoring.own_networks(steps) == [{'CS': 40.0}, {'CS': 40.0, 'BDD': 50.0}, {'CS': 40.0, 'BDD': 50.0, 'IDD': 60.0}]
 
 
 def test_figures_of_a_hand_made_sequence(tmp_path):
     order = 'cityscapes', 'BDD', 'IDD'
-    found = {(order, 'mdil', seed): [{'cityscapes': 40.0 + seed}, {'cityscapes': 30.0, 'BDD': 50.0},
-                                     {'cityscapes': 20.0, 'BDD': 44.0, 'IDD': 60.0}] for seed in (0, 2)}
-    found.update({(order, 'single-task', seed): [{'cityscapes': 40.0, 'BDD': 40.0, 'IDD': 50.0}] for seed in (0, 2)})
-    rows = forgetting.all_figures(found)[order]
+    after_three = lambda city, bdd: {'cityscapes': city, 'BDD': bdd, 'IDD': 60.0}
+    found = {(order, 'mdil', seed): {column: [{'cityscapes': 40.0 + seed}, {'cityscapes': 30.0, 'BDD': 50.0}, after_three(*last)]
+             for column, last in zip(scoring.COLUMNS, ((20, 44), (25, 44), (40, 50)))} for seed in (0, 2)}
+    single = [{'cityscapes': 40.0, 'BDD': 40.0, 'IDD': 50.0}]
+    found.update({(order, 'single-task', seed): dict.fromkeys(scoring.COLUMNS, single) for seed in (0, 2)})
+    options = options_of(tmp_path, '--seeds', '0', '2', '--rows', 'mdil', 'single-task', '--against', 'mdil')
+    rows = forgetting.all_figures(found, options)[order]
     assert rows['mdil'][0]['forgetting'] == {'cityscapes': 20.0, 'BDD': 6.0}
     assert rows['mdil'][0]['new'] == 55.0 and rows['mdil'][0]['delta_m'] == pytest.approx((-50 + 10 + 20) / 3)
     costs = {name: {'added_parameters': 5e5, 'units': 11, 'images_per_second': 2.0} for name in rows}
-    options = options_of(tmp_path, '--seeds', '0', '2')
-    assert forgetting.summary_table(order, rows, costs, options).groups[0] == [
-        ['mdil', '20.00 +- 0.00', '44.00 +- 0.00', '60.00 +- 0.00', f'21.00 +- {math.sqrt(2):.2f}', '6.00 +- 0.00',
-         '55.00 +- 0.00', '-6.67 +- 0.00', '0.50', '11', '2.0'],
-        ['single-task', '40.00 +- 0.00', '40.00 +- 0.00', '50.00 +- 0.00', '-', '-', '45.00 +- 0.00', '0.00 +- 0.00',
-         '0.50', '11', '2.0']]
-    second = forgetting.step_table(order, rows, options).groups[0][1]
-    assert second == ['mdil, 2', '30.00 +- 0.00', '50.00 +- 0.00', '-']
+    lines = forgetting.summary_table(order, rows, costs, options).groups[0]
+    assert lines[0] == ['mdil', '20.00 +- 0.00', '44.00 +- 0.00', '60.00 +- 0.00', f'21.00 +- {math.sqrt(2):.2f}',
+                        '6.00 +- 0.00', '55.00 +- 0.00', '-6.67 +- 0.00', '0.50', '11', '2.0']
+    assert lines[3] == ['single-task', '40.00 +- 0.00', '40.00 +- 0.00', '50.00 +- 0.00', '-', '-', '45.00 +- 0.00',
+                        '0.00 +- 0.00', '0.50', '11', '2.0']
+    # Figures of other columns have a line where they differ, so single-task has none.
+    assert [line[0] for line in lines] == ['mdil', 'mdil, statistics estimated', 'mdil, statistics kept', 'single-task']
+    lines = forgetting.column_table(order, rows, options).groups[0]
+    lost = f'21.00 +- {math.sqrt(2):.2f}'
+    assert lines[3][:7] == ['mdil, 3', 'cityscapes', f'41.00 +- {math.sqrt(2):.2f}', '20.00 +- 0.00', '25.00 +- 0.00',
+                            '40.00 +- 0.00', lost]
+    assert lines[3][7:] == ['24 +- 2', '95 +- 6'] and lines[4][7:] == ['0 +- 0', '100 +- 0'] and lines[5][7:] == ['-', '-']
+    lines = forgetting.paired_table(order, rows, options).groups[0]
+    assert lines[-1] == ['single-task', '2', '20.00 +- 0.00 (p 0.000, better)', '-4.00 +- 0.00 (p 0.000, worse)',
+                         '-10.00 +- 0.00 (p 0.000, worse)', '2.00 +- 0.00 (p 0.000, better)']
     del rows['mdil'][2]
     shown = forgetting.summary_table(order, rows, costs, options).groups[0][0]
     assert shown[0] == 'mdil (1 of 2 seeds)' and shown[1] == '20.00'
@@ -164,34 +174,38 @@ def run(folder, roads, *arguments):
 
 
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
-    calls, rows = [], ['single-task', 'mdil', 'released', 'released-put-back', 'mdil --shared-lr 5e-4', 'fine-tune-copies']
+    calls, rows = [], ['single-task', 'mdil', 'released', 'mdil --shared-lr 5e-4', 'fine-tune-copies']
     trained_here(calls)
     files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'), ('--figure', 'g.svg'))
              for text in (option, str(tmp_path / name))]
-    assert run(tmp_path, roads, '--rows', *rows, *files) is None
+    assert run(tmp_path, roads, '--rows', *rows, '--against', 'mdil', *files) is None
     # two single-task, the first of mdil, and mdil, released, 5e-4, fine-tune: the rest is of the same
     assert len(calls) == 7
     result = json.loads((tmp_path / 'f.json').read_text())['orders']['cityscapes BDD']
     assert list(result) == rows and result['mdil']['cost']['units'] == 7
-    put_back, plain = (result[name]['seeds']['0']['steps'] for name in ('released-put-back', 'released'))
-    assert put_back[0] == plain[0] == result['mdil']['seeds']['0']['steps'][0]
-    assert put_back[1]['BDD'] == plain[1]['BDD']
+    released, learnt = result['released']['seeds']['0'], result['mdil']['seeds']['0']['steps'][0]
+    kept, estimated = (released['columns'][column]['steps'] for column in ('kept', 'estimated'))
+    assert released['steps'][0] == kept[0] == learnt and kept[1]['BDD'] == released['steps'][1]['BDD']
+    # Of the published loops' old branch nothing but statistics is overwritten; one batch moves the shared weights by little.
+    assert kept[1]['cityscapes'] == pytest.approx(learnt['cityscapes'], abs=0.5)
+    assert estimated != released['steps']
     assert result['single-task']['seeds']['0']['delta_m'] == 0
     copies = result['fine-tune-copies']
     assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
     drawn = (tmp_path / 'g.svg').read_text()
     assert all(f'<!-- {name} -->' in drawn.replace('- -', '--') for name in rows)
     assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| mdil --shared-lr 5e-4 |' in (tmp_path / 'f.md').read_text()
+    assert 'points more than mdil after the last step' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
-    monkeypatch.setattr(forgetting.Evaluator, 'score', None)        # nothing is evaluated again
-    assert run(tmp_path, roads, '--rows', *rows, *files) is None and len(calls) == 7
+    monkeypatch.setattr(scoring.Evaluator, 'score', None)        # nothing is evaluated again
+    assert run(tmp_path, roads, '--rows', *rows, '--against', 'mdil', *files) is None and len(calls) == 7
     assert capsys.readouterr().out.splitlines()[-10:] == shown.splitlines()[-10:]
 
 
 def test_every_row_of_the_figure_has_a_marker():
     from matplotlib.figure import Figure
     axis = Figure().subplots()
-    for marker in forgetting.MARKERS:
+    for marker in sequence_tables.MARKERS:
         assert axis.errorbar(1, 1, 0, 0, f'C1{marker}').lines[0].get_marker() == marker
 
 
@@ -207,11 +221,11 @@ def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, tra
 
 
 def test_the_command_of_a_step_names_the_state_it_starts_from(tmp_path):
-    rows = '--rows', 'released', 'released-put-back', 'single-task'
+    rows = '--rows', 'released', 'single-task'
     options = options_of(tmp_path, *rows, '--which', 'best', '--cache', 'c')
     steps = last_steps(options)
-    released, put_back, single = (sequences.command(steps[name], options) for name in rows[1:])
-    assert released == put_back and released[1].endswith('train.py') and '--resume' in released and 'c' in released
+    released, single = (sequences.command(steps[name], options) for name in rows[1:])
+    assert released[1].endswith('train.py') and '--resume' in released and 'c' in released
     assert released[released.index('--state') + 1] == str(steps['released'].start.folder(options) / 'model_best.pth.tar')
     assert '--state' not in single
 

@@ -168,6 +168,16 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     assert indices[1] == list(range(8)) and len(indices[0]) == 8 and set(indices[0]) == {0, 1, 2}
 
 
+def test_joint_training_with_domain_batch_norms_moves_those_of_the_batchs_domain_alone(toy):
+    student = build_model([20, 27], 'multi-task-domain-bn')
+    own = [[norm.running_mean for norm in batch_norms_of([student.single(domain)])] for domain in (0, 1)]
+    before = [[mean.clone() for mean in means] for means in own]
+    student.train()(torch.rand(2, 3, 32, 64), 1)
+    changed = [[not torch.equal(mean, old) for mean, old in zip(means, olds)] for means, olds in zip(own, before)]
+    assert not any(changed[0]) and all(changed[1])
+    assert len(student.shared_parameters()) and student.views[0].encoder.initial_block.conv is student.views[1].encoder.initial_block.conv
+
+
 def test_multi_task_rounds_are_the_published_number():
     """2,975, 7,000 and 6,993 training images in batches of 6: 496 rounds, of which Cityscapes' last has 5 images."""
     counts = 2975, 7000, 6993

@@ -1,0 +1,205 @@
+"""Figures, tables and pictures of compared sequences.
+
+found: {(order, row name, seed): {column: [{domain: mIoU}] after each step}}, as `scoring.evaluated`
+gives it. options: of `python -m benchmarks.forgetting`.
+"""
+import argparse
+import statistics
+
+from mdil.benchmarks.scoring import COLUMNS, ESTIMATED, KEPT, TRAINED
+from mdil.benchmarks.sequences import SINGLE, is_single, parsed, row_of, steps_of
+from mdil.datasets import get_domain
+from mdil.evaluation import metrics, paired, pictures, tables
+from mdil.evaluation.tables import Table, number, spread
+from mdil.models import METHODS, build_model
+from mdil.training import records
+from mdil.training.plan import plan_step
+from mdil.utils.parser import data_paths
+
+MARKERS = 'osD^v<>Pphd'
+LEAST = 1.0     # points: of a smaller loss no shares are told
+TITLES = {TRAINED: '', ESTIMATED: ', statistics estimated', KEPT: ', statistics kept'}
+
+
+def baseline(options):
+    """Name of the row that Delta_m% is against: the first of single-task networks; None without one."""
+    return next(filter(is_single, options.rows), None)
+
+
+def figures_of(order, steps, single):
+    """Figures of one sequence, from [{domain: mIoU}] after each step and {domain: single-task mIoU}.
+
+    new: mean over the domains after the first of the mIoU at the step that learnt it.
+    """
+    learnt = metrics.learnt_at(steps)
+    new = [learnt[name] for name in order[1:]]
+    return {**metrics.summary(steps, single), 'steps': steps, 'learnt': learnt,
+            'new': statistics.fmean(new) if new else None}
+
+
+def all_figures(found, options):
+    """{order: {row name: {seed: figures of the sequence, with those of the other columns under 'columns'}}}."""
+    result = {}
+    for (order, name, seed), columns in found.items():
+        single = found.get((order, baseline(options), seed), {TRAINED: [{}]})[TRAINED][0]
+        figures = {column: figures_of(order, steps, single) for column, steps in columns.items()}
+        result.setdefault(order, {}).setdefault(name, {})[seed] = {**figures.pop(TRAINED), 'columns': figures}
+    return result
+
+
+def in_column(figures, column):
+    """The figures of a sequence in a column."""
+    return figures if column == TRAINED else figures['columns'][column]
+
+
+def variants(rows):
+    """(row name, column, {seed: figures in it}) of each row, and of its other columns where any figure differs."""
+    for name, seeds in rows.items():
+        for column in COLUMNS:
+            found = {seed: in_column(figures, column) for seed, figures in seeds.items()}
+            if column == TRAINED or any(differ(found[seed]['steps'], figures['steps']) for seed, figures in seeds.items()):
+                yield name, column, found
+
+
+def differ(steps, others):
+    """Whether any mIoU of two [{domain: mIoU}] differs by what two decimals show."""
+    return any(abs(step[name] - other[name]) >= 0.005 for step, other in zip(steps, others) for name in step)
+
+
+def units(step):
+    """Forward passes that an image of the step costs, a backward pass being two."""
+    options, old = parsed(step.arguments), len(step.domains) - 1
+    if not plan_step(argparse.Namespace(**options)).needs_teacher:
+        return 3
+    return 3 + min(old, options.get('distill_domains') or old) * (3 + 1)
+
+
+def added(step, row, options):
+    """Parameters that the last of the step's domains added: its branch, or a network of its own."""
+    counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
+    if row.copies or METHODS[step.method].lonely:
+        return sum(parameter.numel() for parameter in build_model(counts[-1:], SINGLE).parameters())
+    return sum(parameter.numel() for parameter in build_model(counts, step.method).branch_parameters(len(counts) - 1))
+
+
+def cost(steps, row, options):
+    """What the last steps of a row's seeds cost: {'added_parameters', 'units', 'images_per_second' (median)}."""
+    lines = [line for step in steps for line in records.read_metrics(step.folder(options))]
+    rates = [line['train']['images_per_second'] for line in lines]
+    return {'added_parameters': added(steps[0], row, options), 'units': units(steps[0]),
+            'images_per_second': statistics.median(rates) if rates else None}
+
+
+def all_costs(plans, found, options):
+    """{order: {row name: cost of its last step}} of what was evaluated."""
+    steps = {}
+    for order, name, seed in found:
+        steps.setdefault(order, {}).setdefault(name, []).append(plans[order, name, seed][-1])
+    return {order: {name: cost(last, row_of(name), options) for name, last in rows.items()}
+            for order, rows in steps.items()}
+
+
+def label(name, seeds, options, column=TRAINED):
+    """What a row is called in a column, with the number of its seeds where some are missing."""
+    missing = '' if len(seeds) == len(options.seeds) else f' ({len(seeds)} of {len(options.seeds)} seeds)'
+    return f'{name}{TITLES[column]}{missing}'
+
+
+def summary_table(order, rows, costs, options):
+    """mIoU after the last step, forgetting, transfer and cost of each row of an order."""
+    columns = {**{name: lambda one, name=name: one['steps'][-1][name] for name in order},
+               **{f'{name} forgotten': lambda one, name=name: one['forgetting'].get(name) for name in order[:-1]},
+               'new when learnt': lambda one: one['new'], tables.DELTA: lambda one: one['delta_m']}
+    lines = [[label(name, seeds, options, column),
+              *(spread([figure(one) for one in seeds.values()]) for figure in columns.values()),
+              f'{costs[name]["added_parameters"] / 1e6:.2f}', str(costs[name]['units']),
+              number(costs[name]['images_per_second'], 1)] for name, column, seeds in variants(rows)]
+    return Table(f'{", then ".join(order)}: mIoU after the last step', f'forgetting-{"-".join(order)}',
+                 ['row', *columns, 'added M', 'units', 'images/s'], [lines])
+
+
+def column_table(order, rows, options):
+    """mIoU of each domain after every step of each row in the three columns, and what they give back of its loss."""
+    lines = []
+    for name, seeds in rows.items():
+        for step, found in enumerate(next(iter(seeds.values()))['steps']):
+            lines += [[f'{label(name, seeds, options)}, {step + 1}', domain, *column_cells(step, domain, seeds.values())]
+                      for domain in order if domain in found]
+    return Table(f'{", then ".join(order)}: mIoU after every step, and percent of the loss that comes back',
+                 f'columns-{"-".join(order)}', ['row, step', 'domain', 'when learnt', *COLUMNS, 'lost',
+                                                f'% back, {ESTIMATED}', f'% back, {KEPT}'], [lines])
+
+
+def column_cells(step, domain, seeds):
+    """Cells of a line of `column_table`; seeds: figures of the sequence, one for each seed."""
+    learnt = [figures['learnt'][domain] for figures in seeds]
+    mious = {column: [in_column(figures, column)['steps'][step][domain] for figures in seeds] for column in COLUMNS}
+    lost = [before - now for before, now in zip(learnt, mious[TRAINED])]
+    shares = [spread([100 * (there - now) / loss for there, now, loss in zip(mious[column], mious[TRAINED], lost)], 0)
+              if min(lost) >= LEAST else '-' for column in (ESTIMATED, KEPT)]
+    return [spread(learnt), *map(spread, mious.values()), spread(lost), *shares]
+
+
+def paired_table(order, rows, options):
+    """What each row has more than the row --against after the last step, paired by seed, with p."""
+    base = rows[options.against]
+    lines = []
+    for name, column, seeds in variants(rows):
+        pairs = [(seeds[seed]['steps'][-1], base[seed]['steps'][-1]) for seed in seeds if seed in base]
+        if (name, column) != (options.against, TRAINED) and pairs:
+            gains = [[one[domain] - other[domain] for one, other in pairs] for domain in order]
+            lines.append([f'{name}{TITLES[column]}', str(len(pairs)), *map(gain_cell, gains),
+                          gain_cell([statistics.fmean(gain) for gain in zip(*gains)])])
+    return Table(f'{", then ".join(order)}: points more than {options.against} after the last step',
+                 f'against-{"-".join(order)}', ['row', 'n', *order, 'mean'], [lines],
+                 (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))
+
+
+def gain_cell(differences):
+    """Differences of one figure: mean and deviation, p, and the verdict."""
+    p = paired.p_value(differences)
+    said = '' if p is None else f' (p {p:.3f}{", " * bool(paired.verdict(differences))}{paired.verdict(differences)})'
+    return spread(differences) + said
+
+
+def draw_curves(plans, options):
+    """Writes --curves: validation mIoU over the epochs of the single-task runs."""
+    runs = {}
+    for step in steps_of({key: states for key, states in plans.items() if key[1] == baseline(options)}):
+        runs.setdefault(step.domains[0], []).append(step)
+    figure = pictures.new_figure(figsize=(3.6 * len(runs), 3))
+    for axis, (name, steps) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        for step in steps:
+            lines = [line for line in records.read_metrics(step.folder(options)) if line['val']]
+            axis.plot([line['epoch'] for line in lines], [line['val'][name]['miou'] for line in lines],
+                      label=f'seed {step.seed}', linewidth=1.2, marker='.', markersize=3)
+        axis.set(title=name, xlabel='epoch', ylabel='validation mIoU in percent')
+        axis.grid(color='#eee')
+        axis.legend(frameon=False, fontsize=8)
+    pictures.save_figure(options.curves, figure)
+
+
+def draw_rows(figures, options):
+    """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation over seeds."""
+    figure = pictures.new_figure(figsize=(5 * len(figures) + 2.5, 4.4))
+    styles = {name: f'C{number % 10}{MARKERS[number % len(MARKERS)]}' for number, name in enumerate(options.rows)}
+    for axis, (order, rows) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items()):
+        for name, seeds in rows.items():
+            new = [one['new'] for one in seeds.values()]
+            lost = [statistics.fmean(one['forgetting'].values()) for one in seeds.values() if one['forgetting']]
+            if lost:
+                axis.errorbar(statistics.fmean(lost), statistics.fmean(new), deviation(new), deviation(lost), styles[name],
+                              markersize=7, label=name, alpha=0.8)
+            else:
+                axis.axhline(statistics.fmean(new), color=styles[name][:2], linestyle='--', linewidth=1, label=name)
+        axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',
+                 ylabel='mIoU of new domains when learnt, mean')
+        axis.grid(color='#eee')
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc='outside right upper', frameon=False, fontsize=8)
+    pictures.save_figure(options.figure, figure)
+
+
+def deviation(values):
+    """Sample standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
