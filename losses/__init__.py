@@ -1,6 +1,6 @@
 """Losses: weighted cross-entropy and the two forms of distillation.
 
-Logits are (B, C, H, W) of any float type; sums are taken in float32.
+Logits are (B, C, H, W) of any float type; sums are taken in float32, of float64 in float64.
 """
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,11 @@ class SumOverImages(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None
 
 
+def wide(logits):
+    """The type that sums over logits are taken in."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def by_pixel(image):
     """A view (H*W, C) of an image (C, H, W); its rows lie together where channels come last."""
     return image.flatten(1).T
@@ -52,7 +57,7 @@ def cross_entropy_parts(logits, labels, weights):
     classes, labels = torch.arange(len(weights), device=labels.device), labels.flatten(1)
 
     def each(number, x):
-        label, log_p = labels[number][:, None], F.log_softmax(x, dim=1, dtype=torch.float32)
+        label, log_p = labels[number][:, None], F.log_softmax(x, dim=1, dtype=wide(x))
         weight = weights[label]
         return -(log_p.gather(1, label) * weight).sum(), lambda: (log_p.exp() - (label == classes).float()) * weight
 
@@ -66,7 +71,7 @@ def kl_per_pixel(student, teacher, temperature=1.0):
     Knowledge in a Neural Network", 2015.
     """
     def each(number, x):
-        log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=1)
+        log_p, log_q = (F.log_softmax(logits.to(wide(logits)) / temperature, dim=1)
                         for logits in (x, by_pixel(teacher[number])))
         q = log_q.exp()
         return (q * (log_q - log_p)).sum(), lambda: (log_p.exp() - q) / temperature
@@ -85,8 +90,8 @@ def released_kl(student, teacher, temperature=1.0):
     *probabilities* of student and teacher: p stands where log p should, so the term
     is not 0 at p = q. The temperature is always 1.
     """
-    p = F.softmax(student.float(), dim=1)
-    q = F.softmax(teacher.float(), dim=1)
+    p = F.softmax(student.to(wide(student)), dim=1)
+    q = F.softmax(teacher.to(wide(teacher)), dim=1)
     return F.kl_div(p, q, reduction='sum') / q.numel()
 
 

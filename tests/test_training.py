@@ -7,6 +7,7 @@ import torch
 
 from mdil import train
 from mdil.models import METHODS, build_model
+from mdil.models.multi_domain import batch_norms_of
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step

@@ -1,0 +1,109 @@
+"""The losses of the same ten batches of every method are those in golden_losses.json, within rounding.
+
+Five batches each from two starts, in float64: in float32 what one processor rounds otherwise than another grows
+tenfold with each step, as Adam scales up gradients that are nothing but rounding and as ReLUs flip.
+After a change that is meant to alter losses: python -m tests.test_golden_losses
+"""
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdil import train
+from mdil.datasets import get_domain
+from mdil.datasets.toy.roads import write_toy_roads
+from mdil.evaluation.norms import estimate_statistics
+from mdil.models import METHODS, build_model, checkpoint
+from mdil.training import building
+from mdil.training.options import parse_train
+from mdil.training.run import Run
+from mdil.utils.files import write_json
+from mdil.utils.parallel import Place
+
+FILE = Path(__file__).with_name('golden_losses.json')
+SEEDS = range(2)
+TOLERANCE = 1e-9        # relative; AVX2 and AVX-512 agree to 1e-12
+CPU = Place(torch.device('cpu'))
+
+
+def draw_roads(folder):
+    """Toy roads, 10 training images of each domain, 32 x 64."""
+    write_toy_roads(folder, train=10, val=2, height=32, width=64, seed=5)
+    return folder
+
+
+def first_step(method, path):
+    """Writes a checkpoint that knows Cityscapes by random weights, its statistics those of noise."""
+    torch.manual_seed(1)
+    model = build_model([20], method)
+    noise = [(torch.randint(256, (4, 3, 32, 64), dtype=torch.uint8),) for _ in range(2)]
+    estimate_statistics(model, 0, noise, CPU)
+    checkpoint.save({'version': checkpoint.VERSION, 'state_dict': model.state_dict(), 'method': method,
+                     'domains': [get_domain('cityscapes').entry]}, path)
+
+
+def losses_of(method, seed, roads, folder, *arguments):
+    """The losses of five batches of two images: of BDD after Cityscapes, of both at once, or of BDD alone."""
+    row = METHODS[method]
+    domains = ['BDD'] if row.lonely else ['cityscapes', 'BDD']
+    if not (row.joint or row.lonely):
+        first_step(method, folder / 'first.pth.tar')
+        arguments = '--state', str(folder / 'first.pth.tar'), *arguments
+    options = parse_train(['--domains', *domains, '--method', method, '--data-root', str(roads), '--savedir', str(folder / 'run'),
+                           '--height', '32', '--width', '64', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu',
+                           '--class-weights', 'none', '--limit-batches', '5', '--seed', str(seed), *arguments])
+    (folder / 'run').mkdir(exist_ok=True)
+    run = Run(options, CPU)
+    run.step_loss.double()
+    run.start_epoch()
+    return [loss_of(run, data, batch) for data, batch in list(train.batches(run))[:5]]
+
+
+def loss_of(run, data, batch):
+    """The loss of a batch, from which the run learns."""
+    images, labels = building.on_device(data, batch, run.options.seed, 1, run.place)
+    return train.train_batch(run, images.double() / 255, labels, data.index)['loss'].item()
+
+
+def deviation(losses, golden):
+    """The largest relative difference of two lists of losses."""
+    return max(abs(loss - expected) / expected for loss, expected in zip(losses, golden, strict=True))
+
+
+@pytest.fixture(scope='module')
+def roads(tmp_path_factory):
+    return draw_roads(tmp_path_factory.mktemp('roads'))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_losses_are_the_golden_ones(method, roads, tmp_path):
+    golden = json.loads(FILE.read_text())[method]
+    for seed in SEEDS:
+        assert deviation(losses_of(method, seed, roads, tmp_path), golden[seed]) < TOLERANCE
+
+
+@pytest.mark.parametrize('method, arguments, changed', [
+    ('mdil', ['--lambdac', '0.101'], {}), ('mdil', ['--lr', '5.01e-4'], {}), ('adapters-only', [], {'shared': 'slow'}),
+    ('feature-extraction', ['--frozen-encoder', 'train'], {}), ('mdil', ['--old-bn', 'batch'], {}), ('fine-tune', ['--no-dropout'], {})])
+def test_a_change_of_the_method_shows(method, arguments, changed, roads, tmp_path, monkeypatch):
+    golden = json.loads(FILE.read_text())[method][0]
+    monkeypatch.setitem(METHODS, method, replace(METHODS[method], **changed))
+    assert deviation(losses_of(method, 0, roads, tmp_path, *arguments), golden) > TOLERANCE
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        roads, found = draw_roads(Path(folder) / 'roads'), {}
+        for method in METHODS:
+            place = Path(folder) / method
+            place.mkdir()
+            found[method] = [[float(f'{loss:.12g}') for loss in losses_of(method, seed, roads, place)] for seed in SEEDS]
+    write_json(FILE, found)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    main()
