@@ -20,6 +20,7 @@ from mdil.benchmarks.sequences import DEFAULT_ROWS, FILES, JOINT, ROWS, SINGLE, 
 from mdil.datasets import get_domain
 from mdil.eval import PROTOCOL
 from mdil.evaluation import pictures, tables
+from mdil.models.networks import DEFAULT as ERFNET, network_name
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_json, write_text
@@ -41,7 +42,7 @@ def describe(evaluator, options):
     epochs = ', '.join(f'{name} {count}'.strip() for name, count in options.epochs.items())
     versions = records.environment(evaluator.place.device)
     return (tables.describe({name: getattr(evaluator.options, name) for name in PROTOCOL})
-            + f' Random initial weights; epochs: {epochs}; batches of {options.batch_size}; class weights '
+            + f' {options.network}, random initial weights; epochs: {epochs}; batches of {options.batch_size}; class weights '
             f'{options.class_weights}; {options.precision}; seeds {", ".join(map(str, options.seeds))}'
             + (' (mean and sample standard deviation)' if len(options.seeds) > 1 else '')
             + f'; the {options.which} state of every step. New when learnt: mean over the domains after the first, '
@@ -110,6 +111,7 @@ def training_options(parser):
     group = parser.add_argument_group('training, the same for all rows')
     group.add_argument('--epochs', nargs='+', required=True, metavar='N|NAME=N',
                        help='epochs of every domain, or of each; multi-task=N for the joint run (default: the fewest)')
+    group.add_argument('--network', type=network_name, default=ERFNET, metavar='NAME', help='as of train.py')
     size_options(group)
     group.set_defaults(height=128)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')

@@ -78,8 +78,9 @@ def added(step, row, options):
     """Parameters that the last of the step's domains added: its branch, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
     if row.copies or METHODS[step.method].lonely:
-        return sum(parameter.numel() for parameter in build_model(counts[-1:], SINGLE).parameters())
-    return sum(parameter.numel() for parameter in build_model(counts, step.method).branch_parameters(len(counts) - 1))
+        return sum(parameter.numel() for parameter in build_model(counts[-1:], SINGLE, options.network).parameters())
+    model = build_model(counts, step.method, options.network)
+    return sum(parameter.numel() for parameter in model.branch_parameters(len(counts) - 1))
 
 
 def cost(steps, row, options):

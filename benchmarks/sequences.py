@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.models import METHODS, method_name
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import resume
 from mdil.training.options import RECIPES, parse_train
 from mdil.training.run import BEST, LATEST
@@ -121,7 +122,7 @@ def epochs_of(options, name):
 def protocol_arguments(options, name):
     """Options of train.py that all steps which learn `name` have."""
     arguments = ['--num-epochs', epochs_of(options, name)]
-    for option in ('height', 'width', 'batch_size', 'lr', 'class_weights', 'precision', 'limit_batches',
+    for option in ('network', 'height', 'width', 'batch_size', 'lr', 'class_weights', 'precision', 'limit_batches',
                    'val_every'):
         if getattr(options, option) is not None:
             arguments += [f'--{option.replace("_", "-")}', getattr(options, option)]
@@ -161,7 +162,7 @@ def parsed_row(common, args):
 
 def make_step(options, domains, seed, method, args=(), start=None):
     """The Step that learns the last of `domains`, or all of them by a joint method, from the Step `start`."""
-    plain = ['--domains', *domains, '--method', method, *data_arguments(options)]
+    plain = ['--domains', *domains, '--method', method, '--network', ERFNET, *data_arguments(options)]
     learnt = JOINT if METHODS[method].joint else domains[-1]
     common = [*plain, '--seed', str(seed), *protocol_arguments(options, learnt)]
     found = parsed_row(common, args)

@@ -91,6 +91,16 @@ def test_epochs_are_of_the_domain_learnt(tmp_path):
     assert {name: dict(step.key)['num_epochs'] for name, step in last.items()} == {'mdil': '4', 'multi-task': '3'}
 
 
+def test_all_rows_have_one_network(tmp_path):
+    other = 'lraspp_mobilenet_v3_large'
+    options = options_of(tmp_path, '--rows', 'mdil', 'multi-task', 'single-task', '--network', other)
+    last = last_steps(options)
+    steps = sequences.steps_of(sequences.plan(options))
+    assert {dict(step.key)['network'] for step in steps} == {sequences.parsed(step.arguments)['network'] for step in steps} == {other}
+    assert sequence_tables.added(last['mdil'], sequences.row_of('mdil'), options) == sum(
+        p.numel() for p in build_model([20, 20, 27], 'mdil', other).branch_parameters(2))
+
+
 def test_units_count_teacher_and_old_branches(tmp_path):
     last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only'))
     assert {name: sequence_tables.units(step) for name, step in last.items()} == {
