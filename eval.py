@@ -16,9 +16,10 @@ from pathlib import Path
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.epochs import training_of
-from mdil.evaluation.evaluation import Evaluator, check_order, check_stated
+from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, method_name
+from mdil.models.checkpoint import check_stated
 from mdil.models.identify import identifier_of
 from mdil.training import records
 from mdil.training.paper import REFUSED
@@ -181,7 +182,7 @@ def run(options, place):
     check_order(options.state, known)
     if options.height is None:
         options.height, options.width = size_of_training(options.state, contents)
-    check_stated(options.domains, known[-1], options.state[-1])
+    check_stated(options.domains, [domain.name for domain in known[-1]], options.state[-1])
     identifier = identifier_of(contents[-1], known[-1], options.state[-1]) if options.domain == 'auto' else None
     datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None

@@ -9,7 +9,6 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, common, get_domain
-from mdil.datasets.domains import domain_names
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.segmentation import load_image, open_label, to_classes
 from mdil.evaluation import metrics
@@ -160,15 +159,6 @@ def load_network_and_domains(path, options, place):
     if checkpoint.domains is None and place.main:
         print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
     return checkpoint, model.to(place.device, memory_format=memory_format(place.device, options.precision)), domains
-
-
-def check_stated(names, domains, source):
-    """UserError if `--domains` names others than the file `source` knows, which are `domains`."""
-    stated = [domain_names().get(name.lower(), name) for name in names or []]
-    known = [domain.name for domain in domains]
-    if stated and stated != known:
-        raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; leave it out, '
-                        'or name those')
 
 
 class Evaluator:

@@ -54,12 +54,12 @@ def sources_of(path, out):
     if path.is_dir():
         return [named(file, path) for file in media_below(path, out)]
     if not path.exists():
-        raise UserError(f'--input {path} does not exist')
+        raise UserError(f'{path} does not exist')
     suffix = path.suffix.lower()
     if suffix in LISTS:
         return listed(path)
     if suffix not in IMAGES + VIDEOS:
-        raise UserError(f'--input {path}: {KINDS} is expected')
+        raise UserError(f'{path}: {KINDS} is expected')
     return [named(path, path.parent)]
 
 
@@ -78,13 +78,13 @@ def listed(path):
     try:
         text = path.read_text(errors='surrogateescape')
     except OSError as error:
-        raise UserError(f'--input {path} cannot be read: {error.strerror}') from None
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
     files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]
     for file in files:
         if file.suffix.lower() not in IMAGES + VIDEOS:
-            raise UserError(f'--input {path}: {file} is not an image or a video')
+            raise UserError(f'{path}: {file} is not an image or a video')
         if not file.is_file():
-            raise UserError(f'--input {path}: {file} does not exist; lines are relative to the folder of the list')
+            raise UserError(f'{path}: {file} does not exist; lines are relative to the folder of the list')
     files = [Path(os.path.abspath(file)) for file in files]
     folder = Path(os.path.abspath(path.parent))
     if any(folder not in file.parents for file in files):

@@ -7,7 +7,8 @@ from torch.nn.functional import interpolate
 
 from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
 from mdil.datasets.domains import domain_names, get_domain
-from mdil.evaluation.evaluation import check_stated, load_network_and_domains, logits_of
+from mdil.evaluation.evaluation import load_network_and_domains, logits_of
+from mdil.models.checkpoint import check_stated
 from mdil.models.exported import SIDE, Exported, is_exported
 from mdil.models.identify import appearance, identifier_of
 from mdil.utils.errors import UserError
@@ -163,7 +164,7 @@ def load_predictor(options, place):
     if is_exported(options.state):
         return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, options, place)
-    check_stated(options.domains, domains, options.state)
+    check_stated(options.domains, [domain.name for domain in domains], options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
     auto = options.domain == 'auto' or options.domain is None and len(domains) > 1
     identifier = identifier_of(checkpoint.content, domains, options.state) if auto else None

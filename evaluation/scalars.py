@@ -1,6 +1,8 @@
 """Scalars for TensorBoard while a run trains: `--tensorboard`, in the folder tensorboard of --savedir."""
 from pathlib import Path
 
+from mdil.utils.files import check_writable
+
 
 class Scalars:
     """Writes the figures of metrics.jsonl; the run's name is --model-name-suffix below its folder.
@@ -11,6 +13,7 @@ class Scalars:
     def __init__(self, options, epoch=0):
         from torch.utils.tensorboard import SummaryWriter       # the package is asked for only where it is wanted
         folder = Path(options.savedir) / 'tensorboard' / options.model_name_suffix.replace('/', '-')
+        check_writable('--tensorboard', folder, folder=True)
         self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
 
     def show(self, line, run=None):

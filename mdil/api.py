@@ -11,7 +11,7 @@ from PIL import Image
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset, in_rgb
-from mdil.evaluation.evaluation import check_stated, evaluate, figures
+from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
 from mdil.evaluation.predictor import Predictor, domain_of, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
@@ -80,7 +80,6 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     known = Known(file, domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
-    check_stated(domains, found, file)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
     return Network(known, Predictor(model, found, size or trained_size(known.checkpoint.content), place, precision))
 

@@ -9,7 +9,8 @@ weights that the branch was learnt with), `state` ({key in a plain network: tens
 import torch
 
 from mdil.datasets.domains import domain_names, get_domain
-from mdil.models.checkpoint import KINDS, LATER, VERSION, check_kinds, load_network, named_classes, read, read_checkpoint
+from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_stated, load_network, named_classes, read,
+                                     read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
 from mdil.models.layouts import CLASSES, faults
 from mdil.models.methods import DEFAULT
@@ -39,6 +40,8 @@ class Known:
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
         self.method, self.network = self.checkpoint.method or method or DEFAULT, self.checkpoint.found.network
+        if self.checkpoint.domains:
+            check_stated(names, self.checkpoint.domains, path)
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
         names = self.checkpoint.domains or [domain_names().get(name.lower(), name) for name in names or []]
         if len(names) != len(counts) or len(set(names)) < len(names):

@@ -75,6 +75,14 @@ class Checkpoint:
     content: dict = field(default_factory=dict, repr=False)
 
 
+def check_stated(names, known, source):
+    """UserError if `names`, those of `--domains` or None, are others than the names `known` of the file `source`."""
+    stated = [domain_names().get(name.lower(), name) for name in names or []]
+    if stated and stated != known:
+        raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; leave it out, '
+                        'or name those')
+
+
 def save(content, path, previous=None, best=None):
     """Writes a checkpoint dict, first to `best` if given; a file is the old one or the new one, never a part."""
     made = io.BytesIO()         # so that a full disk meets a plain write, which says so
@@ -285,6 +293,9 @@ def state_in(content, path):
     """{key: tensor} in what was read from `path`: the dict itself or an entry of it; UserError if it is neither."""
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
+    if content.get('kind') == 'branch':
+        raise UserError(f'{path} is a branch file, one domain without the shared weights; python -m mdil branches add puts '
+                        'it onto a checkpoint')
     name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
     state = content.get(name, content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)

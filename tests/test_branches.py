@@ -97,6 +97,13 @@ def test_the_first_domain_may_go_too(three, tmp_path):
     assert equal(before, logits(tmp_path / 'again'))
 
 
+def test_a_branch_is_no_checkpoint_and_names_that_contradict_a_file_are_refused(three, parted):
+    for words, message in (([parted[0]], 'is a branch file, one domain without the shared weights; .* branches add'),
+                           ([three, '--domains', 'IDD', 'BDD', 'CS'], '--domains IDD BDD cityscapes contradicts')):
+        with pytest.raises(UserError, match=message):
+            run('list', *words)
+
+
 def test_a_branch_carries_all_that_the_checkpoint_holds_of_its_domain(parted, tmp_path):
     path, without = parted
     branch = branches.read_branch(path)

@@ -11,7 +11,6 @@ import torch
 
 from mdil import eval as evaluation
 from mdil.datasets import get_domain
-from mdil.evaluation.evaluation import check_stated
 from mdil.evaluation import export
 from mdil.models import build_model, checkpoint
 from mdil.models.layouts import published_keys, recognise
@@ -196,9 +195,9 @@ def test_domains_that_contradict_the_file_are_refused(tmp_path):
         evaluation.main(['--state', str(tmp_path / 'x'), '--device', 'cpu', '--domains', 'BDD', 'CS'])
     for names in (['CS'], ['CS', 'BDD', 'IDD'], ['CS', 'camvid']):
         with pytest.raises(UserError, match='contradicts'):
-            check_stated(names, [CS, BDD], 'x')
+            checkpoint.check_stated(names, ['cityscapes', 'BDD'], 'x')
     for names in (None, ['city', 'bdd100k']):
-        check_stated(names, [CS, BDD], 'x')
+        checkpoint.check_stated(names, ['cityscapes', 'BDD'], 'x')
 
 
 class Attack:

@@ -11,6 +11,7 @@ from mdil import train
 from mdil.evaluation import epochs, report, tables
 from mdil.evaluation.dashboard import Step
 from mdil.evaluation.evaluation import Score
+from mdil.evaluation.scalars import Scalars
 from mdil.training import options, records
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
@@ -67,6 +68,13 @@ def test_tensorboard_shows_the_records(run):
                         ('validation mIoU/cityscapes', {line['epoch']: line['val']['cityscapes']['miou']
                                                         for line in lines if line['val']})):
         assert {event.step: event.value for event in found.Scalars(tag)} == pytest.approx(values, rel=1e-6), tag
+
+
+def test_a_file_in_the_place_of_tensorboards_folder_is_said(tmp_path):
+    pytest.importorskip('tensorboard')
+    (tmp_path / 'tensorboard').touch()
+    with pytest.raises(UserError, match='--tensorboard .*tensorboard/x cannot be written to'):
+        Scalars(SimpleNamespace(savedir=tmp_path, model_name_suffix='x'))
 
 
 def test_tensorboard_that_is_not_installed_is_said(monkeypatch):

@@ -161,7 +161,7 @@ def parse_train(argv=None):
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
-    if options.branch_from:
+    if options.branch_from is not None:
         options.branch_from = get_domain(options.branch_from, paths).name
     complete_size(options)
     options.method = options.method or DEFAULT
@@ -256,7 +256,7 @@ def check_domains(options):
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '
                         'checkpoint that knows the latter')
-    if options.branch_from and (method.joint or options.branch_from not in names[:-1]):
+    if options.branch_from is not None and (method.joint or options.branch_from not in names[:-1]):
         raise UserError(f'--branch-from {options.branch_from} is not a domain that is known before {names[-1]} is learnt: '
                         + (', '.join(names[:-1]) if names[:-1] and not method.joint else 'there is none'))
     if options.temperature is not None and not 1e-6 <= options.temperature <= 1e6:
