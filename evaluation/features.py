@@ -17,10 +17,21 @@ CELL = 8        # image pixels to a side of one feature
 
 @torch.inference_mode()
 def encode(model, number, image, device='cpu'):
-    """Encoder features (H/8 * W/8, 128), float32 numpy, of an image (3, H, W) uint8 in the branch `number`."""
-    model.eval()
-    features = model.single(number).encoder(to_float(image[None].to(device)))[0]
-    return features.flatten(1).T.float().cpu().numpy()
+    """Encoder features (H/8 * W/8, D), float32 numpy, of an image (3, H, W) uint8 in the branch `number`.
+
+    They are what the head is given, of several scales the last; D is 128 of ERFNet. Coarser ones are upsampled.
+    """
+    view, kept = model.eval().single(number), []
+    hook = view.get_submodule(view.heads[0]).register_forward_pre_hook(lambda head, inputs: kept.append(inputs[0]))
+    view(to_float(image[None].to(device)))
+    hook.remove()
+    features, = kept
+    while not isinstance(features, torch.Tensor):
+        features = list(features.values() if isinstance(features, dict) else features)[-1]
+    cells = tuple(side // CELL for side in image.shape[1:])
+    if features.shape[2:] != cells:
+        features = F.interpolate(features, cells, mode='bilinear', align_corners=False)
+    return features[0].flatten(1).T.float().cpu().numpy()
 
 
 def cell_classes(label, num_classes):

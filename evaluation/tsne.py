@@ -143,13 +143,14 @@ def choose_pixels(dataset, options):
 
 
 def features_at(model, number, dataset, pixels, device):
-    """Encoder features (N, 128) of the Pixels in the branch `number`."""
-    result = np.empty((len(pixels.cells), 128), dtype=np.float32)
+    """Encoder features (N, D) of the Pixels in the branch `number`."""
+    result = [None] * len(pixels.cells)
     for index in np.unique(pixels.images):
-        here = pixels.images == index
-        image = dataset.load(int(index))[0]
-        result[here] = features.encode(model, number, image, device)[pixels.cells[here]]
-    return result
+        here = np.flatnonzero(pixels.images == index)
+        found = features.encode(model, number, dataset.load(int(index))[0], device)[pixels.cells[here]]
+        for place, values in zip(here, found):
+            result[place] = values
+    return np.stack(result)
 
 
 def embed(before, after, perplexity, seed):

@@ -31,14 +31,14 @@ def start_from_weights(model, network, weights):
         raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
     for key, value in found.items():
         own[key].copy_(value)       # state dicts hold the very tensors
-    return f'{source}: {len(found)} tensors loaded, {len(given) - len(found)} not used; fresh: {len(own) - len(found)} tensors'
+    return f'{source}: {len(found)} tensors loaded, {len(given) - len(found)} not used; left fresh: {len(own) - len(found)} and the output layers'
 
 
 def plain_state(view):
-    """({key: tensor} of a view as if it had no adapters, keys of those that a file of weights must have)."""
+    """({key: tensor} of a view but for output layers, named as without adapters; keys that a file of weights must have)."""
     inner = {f'{name}.conv': name for name, module in view.named_modules() if isinstance(module, Adapted)}
     own = {f'{inner.get(owner, owner)}.{name}': value for key, value in view.state_dict().items()
-           for owner, _, name in [key.rpartition('.')]}
+           for owner, _, name in [key.rpartition('.')] if owner not in view.output_layers}
     optional = [name for name, module in outside_heads(view) if isinstance(module, Scaling) or getattr(module, 'per_domain', False)]
     wanted = [key for key in own if key.rpartition('.')[0] not in optional and not key.endswith(COUNTER)
               and not any(key.startswith(f'{head}.') for head in view.heads)]

@@ -2,20 +2,25 @@
 import copy
 import importlib.util
 import sys
+from urllib.error import URLError
 
 import pytest
 import torch
 from torch import nn
 
 import mdil
-from mdil import eval as evaluation, train
-from mdil.evaluation import branches, verify
+from mdil import eval as evaluation, predict, train
+from mdil.datasets import get_domain
+from mdil.evaluation import branches, describe, export, features, verify
 from mdil.models import METHODS, build_model, checkpoint, unchanged
 from mdil.models.adapters import Adapted, Adapter, with_adapters
 from mdil.models.networks import NETWORKS, Network, Scaling
+from mdil.models.weights import start_from_weights
+from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.records import read_metrics
 from mdil.utils.errors import UserError
+from mdil.utils.parallel import Place
 
 LRASPP = 'lraspp_mobilenet_v3_large'
 SMALL = ['--height', '64', '--width', '64', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', '--num-epochs', '1',
@@ -199,3 +204,118 @@ def test_a_last_batch_of_one_image_is_refused_where_a_batch_norm_follows_pooling
 def test_encoders_of_timm_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="timm has no encoder 'nothing'"):
         build_model([3], 'mdil', 'timm:nothing')
+
+
+def classifier():
+    """MobileNetV3 of torchvision as it is trained on ImageNet, here of random weights."""
+    from torchvision.models import mobilenet_v3_large
+    torch.manual_seed(7)
+    return mobilenet_v3_large(weights=None)
+
+
+def test_imagenet_weights_come_from_torchvision(toy, tmp_path, monkeypatch, capsys):
+    given, asked = classifier().state_dict(), []
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url',
+                        lambda url, **options: asked.append((url, options)) or given)
+    for method in ('mdil', 'multi-task'):
+        model = build_model([3, 4], method, LRASPP)
+        line = start_from_weights(model, LRASPP, 'imagenet')
+        state = model.single(0).state_dict()
+        conv = 'net.backbone.4.block.1.0.' + ('conv.' if method == 'mdil' else '')
+        assert torch.equal(state[f'{conv}weight'], given['features.4.block.1.0.weight']) and '1 domain' not in line
+        assert torch.equal(state['net.backbone.0.1.running_mean'], given['features.0.1.running_mean'])
+        assert model.single(1).get_submodule('net.backbone.5.block.0.0') is model.single(0).get_submodule('net.backbone.5.block.0.0')
+    assert 'mobilenet_v3_large-' in asked[0][0] and asked[0][1]['weights_only'] and asked[0][1]['check_hash']
+    state = learn(toy, tmp_path / '1', '--domains', 'CS', '--network', LRASPP, '--weights', 'imagenet', '--lr', '0')
+    held = checkpoint.read(state)['state_dict']
+    assert torch.equal(held['net.backbone.4.block.1.0.conv.weight'], given['features.4.block.1.0.weight'])
+    assert torch.allclose(held['scaling.mean'].flatten(), torch.tensor([0.485, 0.456, 0.406]))      # each file has its own
+    assert 'imagenet (lraspp_mobilenet_v3_large): 308 tensors loaded' in capsys.readouterr().out
+
+
+def test_without_a_network_the_file_and_its_folder_are_named(monkeypatch):
+    def unreachable(url, **options):
+        raise URLError('Name or service not known')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', unreachable)
+    with pytest.raises(UserError, match=r'could not be had .*put mobilenet_v3_large-\w+\.pth into .*/checkpoints, or'):
+        start_from_weights(build_model([3], 'mdil', LRASPP), LRASPP, 'imagenet')
+
+
+def test_files_of_weights(tmp_path):
+    from torchvision.models import resnet50, segmentation
+    torch.save({'state_dict': {f'module.{key}': value for key, value in classifier().state_dict().items()}}, tmp_path / 'features')
+    whole = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21)
+    torch.save(whole.state_dict(), tmp_path / 'segmentation')
+    torch.save(resnet50(weights=None).state_dict(), tmp_path / 'resnet')
+    model = build_model([21], 'mdil', LRASPP)
+    fresh = model.single(0).net.classifier.low_classifier.weight.clone()
+    start_from_weights(model, LRASPP, str(tmp_path / 'features'))
+    start_from_weights(model, LRASPP, str(tmp_path / 'segmentation'))
+    head = model.single(0).net.classifier
+    assert torch.equal(head.cbr[0].weight, whole.classifier.cbr[0].weight)
+    assert torch.equal(head.low_classifier.weight, fresh)       # other classes, however many
+    start_from_weights(build_model([3], 'mdil', 'fcn_resnet50'), 'fcn_resnet50', str(tmp_path / 'resnet'))
+    with pytest.raises(UserError, match=f'resnet: not the weights of {LRASPP}; .* of its encoder are missing'):
+        start_from_weights(model, LRASPP, str(tmp_path / 'resnet'))
+    broken = {key: value * float('nan') if value.is_floating_point() else value for key, value in whole.state_dict().items()}
+    torch.save(broken, tmp_path / 'broken')
+    with pytest.raises(UserError, match='not finite'):
+        start_from_weights(model, LRASPP, str(tmp_path / 'broken'))
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--domains', 'CS', 'IDD', '--state', 'x', '--weights', 'imagenet'], '--weights is for the first step; IDD'),
+    (['--domains', 'CS', '--state', 'x', '--weights', 'y'], '--state and --weights'),
+    (['--domains', 'CS', '--weights', 'imagenet'], 'erfnet_encoder_pretrained.pth.tar .*pass that file'),
+    (['--domains', 'CS', '--weights', 'imagenet', '--network', 'tiny'], 'tiny declares none')])
+def test_weights_that_cannot_be_are_refused(words, message, toy, tmp_path):
+    with pytest.raises(UserError, match=message):
+        learn(toy, tmp_path / 'x', *words)
+
+
+def test_weights_of_erfnet_are_its_encoder_file(toy, tmp_path, capsys):
+    encoder = {f'module.features.{key}': value for key, value in build_model([20], 'single-task').single(0).state_dict().items()
+               if key.startswith('encoder.')}
+    torch.save({'state_dict': encoder}, tmp_path / 'encoder')
+    learn(toy, tmp_path / '1', '--domains', 'CS', '--weights', tmp_path / 'encoder')
+    assert 'an encoder alone' in capsys.readouterr().out
+
+
+def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
+    """Prediction, export, model card, a branch and back, encoder features, Python."""
+    second = learn(toy, tmp_path / '2', '--domains', 'CS', 'IDD', '--state', first, '--method', 'adapters-only')
+    image = next((toy / 'cityscapes/leftImg8bit/val').rglob('*.png'))
+    predict.main(['--state', str(second), '--input', str(image), '--out', str(tmp_path / 'p'), '--device', 'cpu'])
+    describe.main([str(second), '--height', '64'])
+    assert LRASPP in capsys.readouterr().out
+    export.main([str(second), str(tmp_path / 'x.pt2'), '--format', 'torch', '--domain', 'IDD'])
+    with pytest.raises(UserError, match=f'is of the network {LRASPP}; the published code has erfnet alone'):
+        export.main([str(second), str(tmp_path / 'x.pth')])
+    branches.main(['extract', str(second), '--domain', 'IDD', '--out', str(tmp_path / 'idd.branch')])
+    branches.main(['remove', str(second), '--domain', 'IDD', '--out', str(tmp_path / 'rest')])
+    branches.main(['add', str(tmp_path / 'rest'), str(tmp_path / 'idd.branch'), '--out', str(tmp_path / 'whole')])
+    assert verify.main([str(second), str(tmp_path / 'whole')]) == 0
+    net = mdil.load(tmp_path / 'whole', device='cpu')
+    assert net.known.network == LRASPP and net.predict(str(image), domain='IDD').labels.shape == (64, 128)
+    net.save(tmp_path / 'again')
+    assert checkpoint.read_checkpoint(tmp_path / 'again').found.network == LRASPP
+    assert features.encode(net.model, 1, torch.zeros(3, 64, 128, dtype=torch.uint8)).shape == (8 * 16, 960)
+
+
+def test_openvino_runs_a_network_with_pooled_features(tmp_path, capsys):
+    pytest.importorskip('openvino')
+    name, cs = 'deeplabv3_mobilenet_v3_large', get_domain('CS')
+    checkpoint.save({'version': 1, 'state_dict': build_model([cs.num_classes], 'mdil', name).state_dict(), 'domains': [cs.entry],
+                     'method': 'mdil', 'network': name, 'options': {'height': 32, 'width': 64}}, tmp_path / 'x')
+    export.main([str(tmp_path / 'x'), str(tmp_path / 'x.xml'), '--format', 'openvino'])
+    assert '100.00 % of the answers equal' in capsys.readouterr().out
+
+
+def test_batch_norms_of_a_kind_of_their_own_are_not_synchronised():
+    class Own(nn.BatchNorm2d):
+        pass
+    model = build_model([3], 'mdil', 'tiny')
+    model.single(0).features[1] = Own(8)
+    options = parse_train(['--domains', 'CS', '--savedir', 'S', '--network', 'tiny', '--sync-bn'])
+    with pytest.raises(UserError, match='--sync-bn: tiny has batch norms of a kind of its own .Own.'):
+        building.synchronised(model, options, Place(torch.device('cuda'), 0, 2))

@@ -17,7 +17,9 @@ HOST=${HOST:-}                                  # the first of several machines,
 NODE=${NODE:-${SLURM_NODEID:-0}}                # this machine's number; number 0 evaluates
 WORKERS=${WORKERS:-4}
 EVALUATE=${EVALUATE:-every}                     # after every step, or after the last
-ENCODER=${ENCODER:-}                            # ImageNet encoder for the first step
+ENCODER=${ENCODER:-}                            # ImageNet encoder of ERFNet for the first step
+NETWORK=${NETWORK:-}                            # --network of train.py
+WEIGHTS=${WEIGHTS:-}                            # its --weights for the first step: imagenet, or a file
 RECIPE=${RECIPE:-}                              # --recipe of train.py
 SELECT=${SELECT:-best}                          # epoch that is evaluated and gone on from: best or last
 METRIC=${METRIC:-}                              # plain or published mIoU of eval.py; else by the recipe
@@ -29,7 +31,8 @@ ALL_METHODS="mdil ours adapters-only fine-tune feature-extraction lwf series-ada
 show_settings() { cat << END
 Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
   DATA=$DATA  OUT=$OUT  DOMAINS="$DOMAINS"  EPOCHS="${EPOCHS:-150}"  BATCH=${BATCH:-6}
-  HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS  ENCODER=$ENCODER
+  HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS
+  NETWORK=${NETWORK:-erfnet}  WEIGHTS=${WEIGHTS:-none} (or imagenet, or a file)  ENCODER=$ENCODER (of ERFNet, a file; docs/networks.md)
   GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
   RECIPE=${RECIPE:-corrected} (or released)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
   EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
@@ -51,7 +54,7 @@ read_arguments() {
             --recipe=*) RECIPE=${argument#*=} ;;
             --help|-h) printf '%s\n\n' "$about"; show_settings; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
+            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
                 printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
             *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
@@ -72,7 +75,9 @@ check_words() {
     [ -n "${DOMAINS// /}" ] || refuse "DOMAINS is empty: name the domains to learn, in order"
     [ -n "$DATA" ] || refuse "DATA is empty: name the folder that holds the data sets"
     [ -n "$OUT" ] || refuse "OUT is empty: name the folder that results go to"
-    DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/}
+    DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/} WEIGHTS=${WEIGHTS/#\~\//$HOME/}
+    [ -z "$ENCODER" ] || [ -z "$WEIGHTS" ] || refuse "ENCODER and WEIGHTS both say what the first step starts from; give one"
+    first=(${ENCODER:+--state "$ENCODER"} ${WEIGHTS:+--weights "$WEIGHTS"})     # of train.py in the first step
     case $RECIPE in ''|corrected|released) ;; *) refuse "--recipe $RECIPE is not corrected or released" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
     case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
@@ -191,7 +196,7 @@ run_train() {
     set_launcher "$savedir"
     run "${launcher[@]}" train.py --savedir "$savedir" ${epochs:+--num-epochs "$epochs"} --batch-size "$BATCH" \
         --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
-        ${RECIPE:+--recipe "$RECIPE"} "$@" ${train_args[@]+"${train_args[@]}"}
+        ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
 }
 
 # The file of a step that counts: state_of SAVEDIR.
@@ -227,9 +232,9 @@ learn_sequence() {
         learnt+=("$domain")
         savedir=$OUT/$name/step$step-$domain
         start=()
-        [ "$step" -eq 1 ] && [ -n "$ENCODER" ] && start=(--state "$ENCODER")
+        [ "$step" -eq 1 ] && start=(${first[@]+"${first[@]}"})
         [ "$step" -gt 1 ] && start=(--state "${states[-1]}")
-        run_train "$savedir" "$(epochs_of $step)" --domains "${learnt[@]}" "${start[@]}" "$@"
+        run_train "$savedir" "$(epochs_of $step)" --domains "${learnt[@]}" ${start[@]+"${start[@]}"} "$@"
         states+=("$(state_of "$savedir")")
         [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done

@@ -15,5 +15,5 @@ source trainer_files/common.sh
 read_arguments "Learns all DOMAINS at once (multi-task); results in OUT/multi-task." "$@"
 set_metric
 # shellcheck disable=SC2086
-run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${ENCODER:+--state "$ENCODER"}
+run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${first[@]+"${first[@]}"}
 evaluate_states "$OUT/multi-task/results.json" "$(state_of "$OUT/multi-task/all")"

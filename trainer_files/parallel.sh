@@ -21,7 +21,7 @@ read -ra domains <<< "$DOMAINS"
 out=$OUT/parallel
 base_folder=$out/step1-${domains[0]}
 set_metric "${method[@]}"
-run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${ENCODER:+--state "$ENCODER"} "${method[@]}"
+run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${first[@]+"${first[@]}"} "${method[@]}"
 base=$(state_of "$base_folder")
 
 # Learns the domain of step $1 from the base, alone on its card, and takes its branch out.

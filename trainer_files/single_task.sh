@@ -18,6 +18,6 @@ step=0
 for domain in $DOMAINS; do
     step=$((step + 1))
     run_train "$OUT/single-task/$domain" "$(epochs_of $step)" --method single-task --domains "$domain" \
-        ${ENCODER:+--state "$ENCODER"}
+        ${first[@]+"${first[@]}"}
     evaluate_states "$OUT/single-task/$domain/results.json" "$(state_of "$OUT/single-task/$domain")"
 done

@@ -20,6 +20,7 @@ from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
 from mdil.models.identify import statistics_of
+from mdil.models.multi_domain import batch_norms_of
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.models.weights import IMAGENET, start_from_weights
 from mdil.training.options import check_network
@@ -31,6 +32,7 @@ from mdil.utils.parser import data_paths
 from mdil.utils.precision import memory_format
 from mdil.utils.workers import in_parallel
 
+NORMS = {'BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'SyncBatchNorm'}      # what --sync-bn can replace
 FUSED = 'cpu', 'cuda', 'mps', 'xpu'      # devices on which Adam is one kernel
 
 
@@ -251,6 +253,10 @@ def synchronised(student, options, place):
                         'leave out --distill-domains')
     if place.device.type != 'cuda' or place.world == 1:
         raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
+    odd = {type(norm).__name__ for norm in batch_norms_of(student.modules())} - NORMS
+    if odd:
+        raise UserError(f'--sync-bn: {options.network} has batch norms of a kind of its own ({min(odd)}), which would lose what '
+                        'they do besides; leave it out')
     return student.synchronise_batch_norms()
 
 
