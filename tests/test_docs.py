@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import mdil
-from mdil.__main__ import TOOLS
+from mdil.__main__ import TOOLS, run
 from mdil.datasets.domains import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
 from mdil.models import METHODS, build_model, checkpoint
 from mdil.models.identify import statistics_of
+from mdil.models.networks import NETWORKS
 from mdil.training.options import parse_train
 from mdil.training.step_loss import StepLoss
 from mdil.utils.parser import Parser
@@ -153,6 +154,22 @@ def test_a_backbone():
     names = {}
     exec(code(EXTENDING, 'SmallNet'), names)
     assert names['model'].num_classes == [20, 27]
+
+
+def test_a_network_of_ones_own_is_trained(toy, tmp_path, capsys):
+    block = code(ROOT / 'docs/networks.md', 'MyNet')
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 30
+    small = ['--network', 'mynet', '--data-root', str(toy), '--height', '32', '--num-workers', '0', '--num-epochs', '1',
+             '--limit-batches', '1', '--class-weights', 'none', '--device', 'cpu', '--batch-size', '2']
+    try:
+        exec(block, {'__name__': 'mynet'})
+        run(['train', *small, '--domains', 'CS', '--savedir', str(tmp_path / '1')])
+        state = tmp_path / '1/model_best.pth.tar'
+        run(['train', *small, '--domains', 'CS', 'IDD', '--state', str(state), '--savedir', str(tmp_path / '2'), '--method', 'adapters-only'])
+        assert 'old domain cityscapes: 14 parameters' in capsys.readouterr().out
+        assert run(['verify', str(state), str(tmp_path / '2/model_best.pth.tar')]) == 0
+    finally:
+        NETWORKS.pop('mynet', None)
 
 
 def test_the_readme_builds_a_model():
