@@ -18,6 +18,7 @@ from mdil.models.multi_domain import outside_heads
 from mdil.utils.errors import UserError
 
 DEFAULT = 'erfnet'
+MOMENTUM = 0.1
 TIMM = 'timm:'      # and the name of an encoder there
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of ImageNet's images, by channel
 ENCODER = ('no weights of ERFNet can be downloaded: trained_models/erfnet_encoder_pretrained.pth.tar of '
@@ -53,6 +54,18 @@ class Scaling(nn.Module):
         return (images - self.mean) / self.deviation
 
 
+def with_momentum(network):
+    """`network` with torch's usual momentum in its batch norms.
+
+    MobileNets have 0.01 for ImageNet's long training: after 150 batches, running statistics would still be
+    a fifth their initial values.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = MOMENTUM
+    return network
+
+
 class TorchvisionNet(nn.Module):
     """A segmentation network of torchvision with ImageNet's scaling; output_layers: within its head."""
     heads = ('net.classifier',)
@@ -61,7 +74,7 @@ class TorchvisionNet(nn.Module):
         from torchvision.models import get_model
         super().__init__()
         self.scaling = Scaling(MEAN, DEVIATION)
-        self.net = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+        self.net = with_momentum(get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
         self.output_layers = tuple(f'net.classifier.{layer}' for layer in output_layers)
 
     def forward(self, images):
@@ -92,7 +105,7 @@ class TimmNet(nn.Module):
     def __init__(self, name, num_classes):
         timm = needed_timm()
         super().__init__()
-        self.encoder = timm.create_model(name, features_only=True)
+        self.encoder = with_momentum(timm.create_model(name, features_only=True))
         settings = self.encoder.pretrained_cfg
         self.scaling = Scaling(settings['mean'], settings['std'])
         self.decoder = Decoder(self.encoder.feature_info.channels()[-3:], num_classes)

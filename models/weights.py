@@ -11,7 +11,7 @@ IMAGENET = 'imagenet'
 
 
 def start_from_weights(model, network, weights):
-    """Loads `weights`, 'imagenet' or a file, into the first domain's view of `model`; a line that says what happened.
+    """Loads `weights`, 'imagenet' or a file, into every domain's view of `model`; a line that says what happened.
 
     All of the encoder has to be there; of the head, whatever fits, but never an output layer.
     """
@@ -20,8 +20,7 @@ def start_from_weights(model, network, weights):
         raise UserError(f'--weights {weights}: {network} declares none; pass a file, or leave it out')
     source = f'{weights} ({network})' if weights == IMAGENET else weights
     given = declared.imagenet() if weights == IMAGENET else state_in(read(weights), weights)
-    view = model.single(0)
-    own, wanted = plain_state(view)
+    own, wanted = plain_state(model.single(0))
     found = best_layout(own, wanted, {WRAPPED.sub('', key): value for key, value in given.items()}, declared.layouts)
     lacking = [key for key in wanted if key not in found]
     if lacking:
@@ -29,8 +28,10 @@ def start_from_weights(model, network, weights):
                         f'are missing or have another shape, e.g. {lacking[0]}')
     if broken := faults(own, found):
         raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
-    for key, value in found.items():
-        own[key].copy_(value)       # state dicts hold the very tensors
+    for view in model.views:
+        tensors, _ = plain_state(view)      # the very tensors of the network
+        for key, value in found.items():
+            tensors[key].copy_(value)
     return f'{source}: {len(found)} tensors loaded, {len(given) - len(found)} not used; left fresh: {len(own) - len(found)} and the output layers'
 
 

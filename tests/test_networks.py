@@ -148,6 +148,7 @@ def test_adapters_start_as_if_they_were_not_there_and_cost_little():
         assert len(adapters) == 16 and sum(isinstance(module, Adapted) for module in model.modules()) == 16
         with torch.no_grad():
             assert torch.equal(model(images), plain(images))
+        assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
         whole, own = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), model.branch_parameters(0)))
         assert own <= 0.1 * whole
 
@@ -217,13 +218,14 @@ def test_imagenet_weights_come_from_torchvision(toy, tmp_path, monkeypatch, caps
     given, asked = classifier().state_dict(), []
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url',
                         lambda url, **options: asked.append((url, options)) or given)
-    for method in ('mdil', 'multi-task'):
+    for method in ('mdil', 'multi-task', 'multi-task-domain-bn'):
         model = build_model([3, 4], method, LRASPP)
         line = start_from_weights(model, LRASPP, 'imagenet')
         state = model.single(0).state_dict()
         conv = 'net.backbone.4.block.1.0.' + ('conv.' if method == 'mdil' else '')
         assert torch.equal(state[f'{conv}weight'], given['features.4.block.1.0.weight']) and '1 domain' not in line
-        assert torch.equal(state['net.backbone.0.1.running_mean'], given['features.0.1.running_mean'])
+        for view in model.views:
+            assert torch.equal(view.net.backbone['0'][1].running_mean, given['features.0.1.running_mean'])
         assert model.single(1).get_submodule('net.backbone.5.block.0.0') is model.single(0).get_submodule('net.backbone.5.block.0.0')
     assert 'mobilenet_v3_large-' in asked[0][0] and asked[0][1]['weights_only'] and asked[0][1]['check_hash']
     state = learn(toy, tmp_path / '1', '--domains', 'CS', '--network', LRASPP, '--weights', 'imagenet', '--lr', '0')
@@ -231,6 +233,12 @@ def test_imagenet_weights_come_from_torchvision(toy, tmp_path, monkeypatch, caps
     assert torch.equal(held['net.backbone.4.block.1.0.conv.weight'], given['features.4.block.1.0.weight'])
     assert torch.allclose(held['scaling.mean'].flatten(), torch.tensor([0.485, 0.456, 0.406]))      # each file has its own
     assert 'imagenet (lraspp_mobilenet_v3_large): 308 tensors loaded' in capsys.readouterr().out
+
+
+def test_learning_from_python(toy, tmp_path):
+    record = mdil.learn('cityscapes', data_root=toy, savedir=tmp_path, network='tiny', num_epochs=1, height=32, limit_batches=1,
+                        num_workers=0, device='cpu', class_weights='none')
+    assert mdil.load(record.best, device='cpu').known.network == 'tiny'
 
 
 def test_without_a_network_the_file_and_its_folder_are_named(monkeypatch):
