@@ -141,6 +141,8 @@ def check_targets(options, sources):
                 raise UserError(f'--json {options.json} is what the answer for {source.path} is called; name another file')
             if path.absolute() in inputs:
                 raise UserError(f'{path} is an input and would be replaced; choose another --out')
+            if owners.get(path) == source.path:
+                raise UserError(f'{source.path} is given twice')
             if path in owners:
                 raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
                                 'predict them in two runs with an --out each')

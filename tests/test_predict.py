@@ -292,7 +292,8 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'bad.txt'], 'gone.png does not exist; lines are relative'),
     (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD' but cityscapes, IDD"),
     (['--input', 'photos', '--out', 'photos'], 'a.png is an input and would be replaced'),
-    (['--input', 'photos', 'photos/sub', 'photos/sub'], 'would both be written to'),
+    (['--input', 'photos/sub', 'photos/sub'], 'b.JPG is given twice'),
+    (['--input', 'photos', 'more'], 'photos/a.png and more/a.bmp would both be written to'),
     (['--input', 'photos', '--native', '--height', '64'], '--native keeps'),
     (['--input', 'photos', '--width', '64'], '--width is given without'),
     (['--input', 'photos', '--json', 'notes.json'], 'was not written by predict.py'),
@@ -303,6 +304,8 @@ def test_results_below_the_input_are_no_inputs(state, photos):
 def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path('empty').mkdir()
+    Path('more').mkdir()
+    Path('more/a.bmp').touch()
     Path('notes.pdf').touch()
     Path('notes.json').write_text('[1]')
     Path('bad.txt').write_text('gone.png\n')
