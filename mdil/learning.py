@@ -123,7 +123,8 @@ def taken_back(folder, name):
         yield
     except BaseException:
         for path in made if not results_in(folder) else ():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise
 
 
@@ -150,8 +151,8 @@ def declare(name, pairs, classes, folder, overwrite=False):
     if not built_in and not classes:
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
-    if Path(name).name != name:
-        raise UserError(f'{name!r} cannot be the name of a domain: files are called so')
+    if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name:
+        raise UserError(f'{name!r} cannot be the name of a domain: files and --data NAME=PATH are called so')
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'

@@ -108,7 +108,7 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     ({'domain': 'village'}, 'unknown domain'), ({'domain': 'village', 'train': [('a', 'b')]}, 'pass classes'),
     ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
     ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'),
-    ({'domain': 'a/b', 'train': [], 'classes': ['mud']}, 'cannot be'),
+    *[({'domain': name, 'train': [], 'classes': ['mud']}, 'cannot be the name') for name in ('a/b', 'a=b', '--x', ' ')],
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': {'mud', 'hut'}}, 'give a list of names'),
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': ['mud', 'hut', 'mud']}, "two classes are called 'mud'"),
     ({'domain': 'CS', 'train': ['a.png']}, 'is no pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
@@ -126,6 +126,12 @@ def test_what_does_not_fit_is_said(arguments, says, tmp_path):
 def test_other_types_are_refused_at_the_door(arguments, tmp_path):
     with pytest.raises(TypeError, match=f'{next(iter(arguments))}: .* is expected, not a'):
         mdil.learn(**{'domain': 'CS', 'savedir': tmp_path, **TINY, **arguments})
+
+
+def test_a_file_in_the_place_of_savedir_is_said(village, tmp_path):
+    (tmp_path / 'run').touch()
+    with pytest.raises(mdil.UserError, match='--savedir .*run cannot be written to'):
+        mdil.learn('village', village, village[:1], classes=['mud', 'hut'], savedir=tmp_path / 'run', **TINY)
 
 
 def test_a_signal_stops_the_run_and_not_the_program(village, tmp_path):
