@@ -26,7 +26,8 @@ LRASPP = 'lraspp_mobilenet_v3_large'
 SMALL = ['--height', '64', '--width', '64', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', '--num-epochs', '1',
          '--limit-batches', '2', '--class-weights', 'none']
 needs_timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is not installed')
-TRIED = [*((LRASPP, method) for method in METHODS), ('tiny', 'mdil'), ('tiny', 'series-adapters')]
+TRIED = [*(('tiny', method) for method in METHODS),
+         *((LRASPP, method) for method in ('mdil', 'adapters-only', 'series-adapters', 'fine-tune', 'multi-task'))]
 
 
 class Tiny(nn.Module):
