@@ -227,8 +227,9 @@ def first_network(options, domains, counts, checkpoint):
     return student, None, lines
 
 
-def rebuild_networks(options, domains):
-    """The same networks, to be filled from a checkpoint of this very run; --state is not read."""
+def rebuild_networks(options, domains, network):
+    """The same networks, called `network`, to be filled from a checkpoint of this very run; --state is not read."""
+    options.network = network
     counts = [domain.num_classes for domain in domains]
     check_network(options)
     teacher = build_model(counts[:-1], options.method, options.network) if plan_step(options).needs_teacher else None

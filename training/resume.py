@@ -177,7 +177,8 @@ def differences(saved, options):
         before = method_name(before) if name == 'method' else before
         # An option that came with a later version, and does what was done before it.
         later = name not in saved and (not value or value == UNNAMED.get(name))
-        if name in HARMLESS or before == value or later:
+        unsaid = name == 'network' and value is None        # it is the file's
+        if name in HARMLESS or before == value or later or unsaid:
             continue
         line = f'--{name.replace("_", "-")} was {before}, is {value}'
         (said if name in SAID else refused).append(line)
@@ -185,8 +186,7 @@ def differences(saved, options):
 
 
 def check_options(content, options):
-    """Refuses to go on with other options than the checkpoint's run had, unless they are harmless; --network is its own."""
-    options.network = options.network or content.get('network', ERFNET)
+    """Refuses to go on with other options than the checkpoint's run had, unless they are harmless."""
     refused, said = differences(content['options'], options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '

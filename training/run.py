@@ -2,6 +2,7 @@
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import building, digest, resume
 from mdil.utils.errors import UserError
 from mdil.utils.files import remove_leftovers, same_file
@@ -91,7 +93,7 @@ class Run:
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
-        build = building.rebuild_networks if saved else building.build_networks
+        build = partial(building.rebuild_networks, network=saved.get('network', ERFNET)) if saved else building.build_networks
         self.student, self.teacher, self.loaded, known = build(options, domains)
         known = saved.get('domain_statistics', {}) if saved else known
         self.domain_statistics = building.with_trained(known, self.data, options, place)
