@@ -9,40 +9,50 @@ from tests.conftest import ROOT
 from tests.fill import fill
 from tests.test_checkpoints import published_file
 
-nbformat = pytest.importorskip('nbformat')
-nbclient = pytest.importorskip('nbclient')
-pytest.importorskip('ipykernel')
+interactiveshell = pytest.importorskip('IPython.core.interactiveshell')
+TINY = {'HEIGHT': 32, 'WIDTH': 64, 'EPOCHS': 1}
 
 
-def read(name, settings):
-    """The notebook with other values in its cell of settings."""
-    book = nbformat.read(ROOT / name, as_version=4)
-    cells = [cell for cell in book.cells if 'settings' in cell.metadata.get('tags', [])]
-    assert len(cells) == 1 and not any(cell.get('outputs') for cell in book.cells)
-    cells[0].source += ''.join(f'\n{key} = {value!r}' for key, value in settings.items())
-    return book
+def code(name, settings):
+    """The code of the notebook's cells with other values in its cell of settings."""
+    cells = json.loads((ROOT / name).read_text())['cells']
+    sources = {number: ''.join(cell['source']) for number, cell in enumerate(cells) if cell['cell_type'] == 'code'}
+    number, = [number for number, cell in enumerate(cells) if 'settings' in cell['metadata'].get('tags', [])]
+    assert not any(cell.get('outputs') for cell in cells)
+    sources[number] += ''.join(f'\n{key} = {value!r}' for key, value in settings.items())
+    return list(sources.values())
 
 
-def execute(name, monkeypatch, **settings):
-    """The notebook's cells after a run in a kernel."""
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    book = read(name, settings)
-    nbclient.NotebookClient(book, timeout=250, resources={'metadata': {'path': str(ROOT)}}).execute()
-    return book.cells
+@pytest.fixture
+def shell():
+    """What a kernel runs cells with."""
+    made = interactiveshell.InteractiveShell.instance()
+    made.history_manager.enabled = False
+    yield made
+    interactiveshell.InteractiveShell.clear_instance()
 
 
-def outputs(cells, kind):
-    """All that the cells show of a MIME type."""
-    found = [output.get('data', {}) for cell in cells for output in cell.get('outputs', [])]
-    return [data[kind] for data in found if kind in data]
+def execute(shell, name, **settings):
+    """What the notebook's cells show: [{MIME type: data}]."""
+    from IPython.utils.capture import capture_output
+    shown = []
+    for source in code(name, settings):
+        with shell.display_trap, capture_output(stdout=False, stderr=False) as captured:
+            shell.run_cell(source).raise_error()
+        shown += [output.data for output in captured.outputs]
+    return shown
+
+
+def outputs(shown, kind):
+    """All that is shown of a MIME type."""
+    return [data[kind] for data in shown if kind in data]
 
 
 def run_here(name, **settings):
-    """The names that the notebook's cells leave, run in this process."""
+    """The names that the notebook's cells leave, without IPython."""
     names = {}
-    for cell in read(name, settings).cells:
-        if cell.cell_type == 'code':
-            exec(cell.source, names)
+    for source in code(name, settings):
+        exec(source, names)
     return names
 
 
@@ -73,25 +83,23 @@ def test_tsne_notebook_takes_published_files_and_every_pixel(toy, tmp_path, publ
     assert 64 < len(classes) <= 8 * 16 and len(set(names['pixels'].images)) == 1     # all of 8 x 16 but for void
 
 
-def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(tmp_path, monkeypatch, capsys):
+def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, tmp_path, capsys):
     name = 'Evaluation_Notebook.ipynb'
-    cells = execute(name, monkeypatch, OUT=str(tmp_path / 'a'), EPOCHS=1)
+    cells = execute(shell, name, OUT=str(tmp_path / 'a'), **TINY)
     shown = '\n'.join(outputs(cells, 'text/markdown'))
     assert '1 (cityscapes)' in shown and '2 (IDD)' in shown and 'traffic light' in shown
     assert len(outputs(cells, 'image/png')) == 3        # panels, two confusion matrices
     assert all(f'| {method} |' in shown for method in ('mdil', 'fine-tune', 'single-task'))
-    # The same code with other settings, without the cost of another kernel.
     states = [str(tmp_path / f'a/mdil/step{step}/model_best.pth.tar') for step in ('1-cityscapes', '2-IDD')]
-    run_here(name, OUT=str(tmp_path / 'b'), STATES=states[:1], DATA=str(tmp_path / 'a/data'))
+    run_here(name, OUT=str(tmp_path / 'b'), STATES=states[:1], DATA=str(tmp_path / 'a/data'), **TINY)
     # A file of one domain that its record names needs no DOMAINS.
     first, second = (json.loads((tmp_path / place / 'results.json').read_text()) for place in 'ab')
     assert second['steps'] == [{**first['steps'][0], 'state': states[0]}]
     assert not (tmp_path / 'b/mdil').exists() and '1 domain (20 classes)' in capsys.readouterr().out
 
 
-def test_tsne_notebook_on_toy_roads(tmp_path, monkeypatch):
-    cells = execute('Plot_Tsne_Notebook.ipynb', monkeypatch, OUT=str(tmp_path), EPOCHS=1,
-                    CHOICES=['--perplexity', '10', '--points', '20'])
+def test_tsne_notebook_on_toy_roads(shell, tmp_path):
+    cells = execute(shell, 'Plot_Tsne_Notebook.ipynb', OUT=str(tmp_path), **TINY, CHOICES=['--perplexity', '10', '--points', '20'])
     shown = '\n'.join(outputs(cells, 'text/markdown'))
     assert '| mdil |' in shown and '| fine-tune |' in shown
     assert len(outputs(cells, 'image/png')) == 1 and (tmp_path / 'tsne.csv').exists()
