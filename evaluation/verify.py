@@ -20,7 +20,7 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.models import METHODS, method_name, unchanged
-from mdil.models.checkpoint import load_network, read, read_checkpoint, state_in
+from mdil.models.checkpoint import check_stated, load_network, read, read_checkpoint, state_in
 from mdil.models.fingerprint import digests
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, write_json
@@ -110,6 +110,8 @@ def compare_networks(options):
     networks = [checkpoint.found.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
         raise UserError(f'{" and ".join(options.state)} are of other networks: {" and ".join(networks)}')
+    if new.domains:
+        check_stated(options.domains, new.domains, new.source)
     result = {}
     for name, number, index in pairs(old, new, options.domains):
         classes = old.found.num_classes[number], new.found.num_classes[index]

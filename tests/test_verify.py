@@ -62,8 +62,9 @@ def test_json_replaces_its_own_kind_alone(files, tmp_path):
     (tmp_path / 'notes').write_text('{"mine": 1}')
     for _ in range(2):
         run(before, after, '--json', tmp_path / 'j')
-    for arguments in ((before, after, '--json', tmp_path / 'notes'), (before, after, '--json', after)):
-        with pytest.raises(UserError, match='exists and holds something else|is a file that is read'):
+    for arguments in ((before, after, '--json', tmp_path / 'notes'), (before, after, '--json', after),
+                      (before, after, '--domains', 'IDD', 'cityscapes')):
+        with pytest.raises(UserError, match='exists and holds something else|is a file that is read|contradicts'):
             run(*arguments)
     assert (tmp_path / 'notes').read_text() == '{"mine": 1}'
 
