@@ -25,7 +25,6 @@ SELECT=${SELECT:-best}                          # epoch that is evaluated and go
 METRIC=${METRIC:-}                              # plain or published mIoU of eval.py; else by the recipe
 TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
 DRY_RUN=${DRY_RUN:-}
-ALL_METHODS="mdil ours adapters-only fine-tune feature-extraction lwf series-adapters domain-bn adapters-shared-bn multi-task single-task"
 
 # Prints the settings, as --help does.
 show_settings() { cat << END
@@ -71,7 +70,7 @@ refuse() { echo "error: $1" >&2; exit 2; }
 
 # Refuses settings that are none of their words.
 check_words() {
-    local method
+    local method known
     [ -n "${DOMAINS// /}" ] || refuse "DOMAINS is empty: name the domains to learn, in order"
     [ -n "$DATA" ] || refuse "DATA is empty: name the folder that holds the data sets"
     [ -n "$OUT" ] || refuse "OUT is empty: name the folder that results go to"
@@ -81,8 +80,10 @@ check_words() {
     case $RECIPE in ''|corrected|released) ;; *) refuse "--recipe $RECIPE is not corrected or released" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
     case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
+    # The rows of the table of methods: those in it, and those that other files add.
+    known="ours $(cat models/*.py losses/*.py | sed -n "s/^    '\([a-z0-9-]*\)': Method(.*/\1/p; s/^METHODS\['\([^']*\)'\] = .*/\1/p" | tr '\n' ' ')"
     for method in ${METHODS:-}; do
-        case " $ALL_METHODS " in *" $method "*) ;; *) refuse "METHODS: '$method' is not one of $ALL_METHODS" ;; esac
+        case " $known " in *" $method "*) ;; *) refuse "METHODS: '$method' is not one of $known" ;; esac
     done
     [ -z "${PYTHON:-}" ] || command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON is not a program"
     case $METRIC in ''|plain|published) ;; *) refuse "METRIC=$METRIC is not plain or published" ;; esac
