@@ -81,7 +81,8 @@ check_words() {
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
     case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
     # The rows of the table of methods: those in it, and those that other files add.
-    known="ours $(cat models/*.py losses/*.py | sed -n "s/^    '\([a-z0-9-]*\)': Method(.*/\1/p; s/^METHODS\['\([^']*\)'\] = .*/\1/p" | tr '\n' ' ')"
+    known="ours $(find models losses -name '*.py' -exec sed -n \
+        "s/^    '\([a-z0-9-]*\)': Method(.*/\1/p; s/^METHODS\['\([^']*\)'\] = .*/\1/p" {} + | tr '\n' ' ')"
     for method in ${METHODS:-}; do
         case " $known " in *" $method "*) ;; *) refuse "METHODS: '$method' is not one of $known" ;; esac
     done
