@@ -53,6 +53,9 @@ class Prediction:
     confidence: torch.Tensor
     probabilities: torch.Tensor = None
 
+    def __repr__(self):
+        return f'Prediction({self.domain.name!r}, {tuple(self.labels.shape)}, confidence {self.confidence.mean():.2f})'
+
     @property
     def shares(self):
         """{class: share of the pixels} of the classes that occur."""

@@ -39,7 +39,8 @@ def appearance(image):
     red, green, blue = torch.from_numpy(np.array(image.resize(SIZE, Image.BILINEAR))).permute(2, 0, 1).float() / 255
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     channels = torch.stack([luma, blue - luma, red - luma])
-    parts = [channels.mean(dim=(1, 2)), torch.log(channels.std(dim=(1, 2)) + FLOOR), noise(channels)]
+    deviation = torch.from_numpy(channels.flatten(1).numpy().std(axis=1, ddof=1))       # torch's takes ten times as long
+    parts = [channels.mean(dim=(1, 2)), torch.log(deviation + FLOOR), noise(channels)]
     for _ in range(SCALES):
         parts.append(torch.log((channels[:, :, 1:] - channels[:, :, :-1]).abs().mean(dim=(1, 2)) + FLOOR / 10))
         parts.append(torch.log((channels[:, 1:] - channels[:, :-1]).abs().mean(dim=(1, 2)) + FLOOR / 10))
@@ -52,8 +53,9 @@ def noise(channels):
     rows = channels[:, 2:] - 2 * channels[:, 1:-1] + channels[:, :-2]
     rest = (rows[:, :, 2:] - 2 * rows[:, :, 1:-1] + rows[:, :, :-2]).abs().flatten(1).numpy()
     places = [round(quantile * (rest.shape[1] - 1)) for quantile in QUANTILES]
-    found = np.partition(rest, places, axis=1)[:, places]       # a whole sort takes ten times as long
-    return torch.log(torch.from_numpy(found) + FLOOR).flatten()
+    # The upper halves of floats above 0 are in their order, and right to 0.2 %; 16 bits are sorted 5 times as fast.
+    found = np.sort(((rest.view(np.uint32) + 0x8000) >> 16).astype(np.uint16), axis=1, kind='stable')[:, places]
+    return torch.log(torch.from_numpy((found.astype(np.uint32) << 16).view(np.float32)) + FLOOR).flatten()
 
 
 class OneDomain:

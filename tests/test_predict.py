@@ -130,6 +130,7 @@ def test_void_is_never_an_answer(photos):
     prediction, = predictor.predict([image], 'CS')
     assert prediction.labels.max() < 19 and 0 < prediction.confidence.min() and prediction.confidence.max() <= 1
     assert sum(prediction.shares.values()) == pytest.approx(1)
+    assert repr(prediction).startswith("Prediction('cityscapes', (")
 
 
 def test_the_branch_that_answers_is_told_from_the_image(model, knowing, mixed, tmp_path):
