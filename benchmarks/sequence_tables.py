@@ -18,7 +18,7 @@ from mdil.utils.parser import data_paths
 
 MARKERS = 'osD^v<>Pphd'
 LEAST = 1.0     # points: of a smaller loss no shares are told
-TITLES = {TRAINED: '', ESTIMATED: ', statistics estimated', KEPT: ', statistics kept'}
+TITLES = {TRAINED: '', ESTIMATED: ', estimated', KEPT: ', kept'}
 
 
 def baseline(options):

@@ -138,7 +138,7 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
     assert lines[3] == ['single-task', '40.00 +- 0.00', '40.00 +- 0.00', '50.00 +- 0.00', '-', '-', '45.00 +- 0.00',
                         '0.00 +- 0.00', '0.50', '11', '2.0']
     # Figures of other columns have a line where they differ, so single-task has none.
-    assert [line[0] for line in lines] == ['mdil', 'mdil, statistics estimated', 'mdil, statistics kept', 'single-task']
+    assert [line[0] for line in lines] == ['mdil', 'mdil, estimated', 'mdil, kept', 'single-task']
     lines = forgetting.column_table(order, rows, options).groups[0]
     lost = f'21.00 +- {math.sqrt(2):.2f}'
     assert lines[3][:7] == ['mdil, 3', 'cityscapes', f'41.00 +- {math.sqrt(2):.2f}', '20.00 +- 0.00', '25.00 +- 0.00',
