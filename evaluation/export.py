@@ -75,7 +75,10 @@ def calibrated(predictor, sources, model):
     """The OpenVINO model in 8 bits, its ranges taken from images."""
     nncf, = needed('nncf')
     chosen = evenly(sources, CALIBRATION)
-    return nncf.quantize(model, nncf.Dataset(chosen, partial(pixels, predictor)), subset_size=len(chosen))
+    # Weights take half the range: sums of full ones overflow on processors without VNNI, such as those with AVX2 alone.
+    more = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    return nncf.quantize(model, nncf.Dataset(chosen, partial(pixels, predictor)), subset_size=len(chosen),
+                         advanced_parameters=more)
 
 
 def evenly(sources, count):
