@@ -1,8 +1,10 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
 import os
+import runpy
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,18 @@ def wait_for(path, process):
 
 # Without bf16 instructions such a test takes minutes.
 needs_bf16 = pytest.mark.skipif(bool(without_bf16(torch.device('cpu'))), reason='the processor has no bf16 arithmetic')
+
+
+@pytest.fixture
+def script_here(monkeypatch, capsys):
+    """Runs a module that ends with a status, as `run_script` does but in this process: (status, stdout, stderr)."""
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*found in sys.modules', RuntimeWarning)
+            runpy.run_module(name, run_name='__main__')
+        return end.value.code, *capsys.readouterr()
+    return run
 
 
 def run_script(*arguments, expect=0, **environment):

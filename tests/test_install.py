@@ -37,9 +37,9 @@ def run(folder, *command, paths=()):
     return done.stdout
 
 
-def train_two_batches(folder, toy, *python, paths=()):
+def train_two_batches(folder, toy, paths):
     """Learns a step of two batches in `folder`, by the command line."""
-    run(folder, *python, '-m', 'mdil', 'train', '--domains', 'cityscapes', '--savedir', 'run', '--data-root', toy,
+    run(folder, '-m', 'mdil', 'train', '--domains', 'cityscapes', '--savedir', 'run', '--data-root', toy,
         '--height', '32', '--num-epochs', '1', '--batch-size', '2', '--limit-batches', '2', '--num-workers', '1',
         '--device', 'cpu', '--class-weights', 'computed', paths=paths)
     return json.loads((folder / 'run/metrics.jsonl').read_text()), json.loads((folder / 'run/opts.json').read_text())
@@ -75,7 +75,7 @@ def test_the_wheel_trains_next_to_foreign_packages(tmp_path, foreign, elsewhere,
     assert metrics['epoch'] == 1 and options['versions']['git'] is None
 
 
-def test_an_editable_installation_shows_mdil_alone(tmp_path, foreign, elsewhere, toy):
+def test_an_editable_installation_shows_mdil_alone(tmp_path, foreign, elsewhere):
     pytest.importorskip('hatchling', reason='hatchling makes the installation')
     pytest.importorskip('editables', reason='editables makes the installation')
     venv.create(tmp_path / 'venv')
@@ -88,8 +88,6 @@ def test_an_editable_installation_shows_mdil_alone(tmp_path, foreign, elsewhere,
     assert run(elsewhere, python, '-c', LOAD_ALL, paths=[foreign]).startswith(f'{ROOT}/models/__init__.py')
     alone = 'import importlib.util as u; print([u.find_spec(name) for name in ("models", "losses", "training")])'
     assert run(elsewhere, python, '-c', alone) == '[None, None, None]\n'
-    metrics, _ = train_two_batches(elsewhere, toy, python, paths=[foreign])
-    assert metrics['epoch'] == 1
 
 
 @pytest.mark.parametrize('first', ['foreign', 'checkout'])

@@ -14,8 +14,8 @@ from mdil.utils.errors import UserError
 FROZEN = [name for name, row in METHODS.items() if row.shared == 'frozen']
 SLOWED = [name for name, row in METHODS.items() if not (row.joint or row.lonely) and name not in FROZEN]
 STEPS = {**dict.fromkeys(FROZEN, ()), **dict.fromkeys(SLOWED, ('--shared-lr', '0'))}
-SMALL = ['--height', '32', '--batch-size', '2', '--num-epochs', '2', '--limit-batches', '1', '--num-workers', '0',
-         '--class-weights', 'none', '--device', 'cpu', '--val-every', '2']
+SMALL = ['--height', '32', '--batch-size', '2', '--num-epochs', '1', '--limit-batches', '1', '--num-workers', '0',
+         '--class-weights', 'none', '--device', 'cpu']
 
 
 def learn(toy, folder, domains, *arguments):
@@ -51,7 +51,7 @@ def test_branches_learnt_apart_and_joined_equal_the_steps_one_after_another(toy,
     after = learn(toy, tmp_path / 'after', ['CS', 'BDD', 'IDD'], '--state', tmp_path / 'BDD' / LATEST, '--branch-from', 'CS', *given)
     one, other = tensors(after / LATEST), tensors(tmp_path / 'joined')
     assert one.keys() == other.keys() and not [key for key in one if not torch.equal(one[key], other[key])]
-    assert verify.main([str(base), str(tmp_path / 'joined')]) == 0 == verify.main([str(after / LATEST), str(tmp_path / 'joined')])
+    assert verify.main([str(base), str(tmp_path / 'joined')]) == 0
 
 
 def test_a_branch_that_starts_from_the_domain_before_it_is_another_one(toy, bases, tmp_path):
@@ -108,7 +108,7 @@ def test_what_a_released_step_overwrote_is_put_back(toy, bases, tmp_path, capsys
 
 
 def test_the_record_outlives_a_resumed_run_and_goes_with_the_result(toy, bases, tmp_path):
-    given = ['CS', 'BDD'], '--state', bases['mdil'] / LATEST, '--recipe', 'released'
+    given = ['CS', 'BDD'], '--state', bases['mdil'] / LATEST, '--recipe', 'released', '--num-epochs', '2'
     run = learn(toy, tmp_path / 'run', *given)
     record = (run / unchanged.NAME).read_text()
     content = checkpoint.read(run / LATEST)

@@ -132,7 +132,7 @@ def test_fused_step_in_bf16_is_no_further_off_than_the_plain_one(monkeypatch):
 
 def test_compiler_sees_one_program_that_means_the_same():
     """No break in the graph of networks, distillation and losses (code generation left out: it takes minutes)."""
-    loss, (parts, gradients) = step_of(), measured(step_of())
+    loss, (parts, gradients) = step_of(old=1), measured(step_of(old=1))
     loss.part = torch.compile(loss.part, backend='eager', fullgraph=True, dynamic=False)
     found, compiled = measured(loss)
     assert found == pytest.approx(parts, rel=1e-6)

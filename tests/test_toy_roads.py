@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +10,6 @@ from mdil.datasets.labels import label_table
 from mdil.datasets.toy import roads as toy_roads, scenes as toy_scenes
 from mdil.datasets.toy.roads import draw_scene, label_image, write_toy_roads
 from mdil.utils.errors import UserError, run_main
-from tests.conftest import ROOT
 
 HEIGHT, WIDTH = 64, 128
 IMAGES = {'cityscapes': ('cityscapes/leftImg8bit', '_leftImg8bit.png', 'cityscapes/gtFine', '_gtFine_labelIds.png'),
@@ -267,8 +265,6 @@ def test_command_line(tmp_path, monkeypatch, capfd):
         assert word in message and message.count('\n') == 1
 
 
-def test_the_module_runs_as_a_script(tmp_path):
-    command = [sys.executable, '-m', 'datasets.toy_roads', '--out', tmp_path, '--width', '8']
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == 'error: width must be a whole number from 16 to 4096, found 8\n'
+def test_the_module_runs_as_a_script(tmp_path, script_here):
+    status, _, err = script_here('datasets.toy_roads', '--out', tmp_path, '--width', '8')
+    assert status == 2 and err == 'error: width must be a whole number from 16 to 4096, found 8\n'

@@ -223,7 +223,7 @@ def test_a_checkout_with_autocrlf_keeps_line_ends(tmp_path):
 def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path, number, gpus):
     words = ['bash', 'trainer_files/mdil.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', f'EPOCHS={20 if gpus == 1 else 200}',
              'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'GPUS={gpus}', f'PYTHON={sys.executable}',
-             'TRAIN_ARGS=--checkpoint-minutes 0 --val-every 50']
+             'TRAIN_ARGS=--limit-batches 1 --val-every 50']
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
     wait_for(tmp_path / 'mdil/step1-cityscapes/checkpoint.pth.tar', process)
