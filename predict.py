@@ -176,24 +176,30 @@ def settings(options, predictor):
             'label-ids': options.label_ids, 'precision': options.precision}
 
 
-def answer_to(options, source):
-    """The path of an answer to a Source that exists, or None."""
-    paths = ((Path(options.out) / source.name).glob('*.png') if source.is_video
-             else filter(Path.exists, targets(options, source.name).values()))
-    return next(iter(paths), None)
+def answers_to(options, source):
+    """The answers of all kinds to a Source that exist."""
+    if source.is_video:
+        return list((Path(options.out) / source.name).rglob('*.png'))
+    return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
 
 
 def claim(options, predictor, sources):
-    """Writes to --out what makes the answers; UserError if others are there already, unless --overwrite."""
+    """Writes to --out what makes the answers; UserError if others are there already, unless --overwrite, which removes them."""
     path, made = Path(options.out) / MADE_BY, settings(options, predictor)
-    before, there = read_object(path), filter(None, map(partial(answer_to, options), sources))
+    before, there = read_object(path), [answer for source in sources for answer in answers_to(options, source)]
     other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
     if not options.overwrite and other:
         raise UserError(f'--out {options.out} holds answers that were made otherwise: {"; ".join(other)}; choose '
                         'another --out, or replace them with --overwrite')
-    if not options.overwrite and not before and (path.exists() or any(there)):
-        raise UserError(f'--out {options.out} holds files that predict.py did not write; choose another --out, or '
-                        'replace them with --overwrite')
+    if not options.overwrite and not before and (path.exists() or there):
+        raise UserError(f'--out {options.out} holds answers without {MADE_BY}, which says how they were made; choose '
+                        'another --out, or replace them with --overwrite')
+    if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
+        raise UserError(f'--out {options.out} holds {left[0].name} too, which was made otherwise and would stay; choose '
+                        'another --out')
+    if other or not before:
+        for answer in there:        # or a run that is stopped would take them for its own
+            answer.unlink()
     write_json(path, {'state': str(options.state), **made})
 
 

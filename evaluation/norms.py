@@ -20,11 +20,13 @@ def estimate_statistics(model, number, loader, place, precision='fp32'):
         norm.reset_running_stats()
         norm.momentum = None        # the mean over all batches, each counting alike
         norm.training = True
-    for images, *_ in loader:
-        logits_of(model, number, images, place, precision)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    model.eval()
+    try:
+        for images, *_ in loader:
+            logits_of(model, number, images, place, precision)
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        model.eval()
 
 
 def take_statistics(target, source):

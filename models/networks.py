@@ -148,7 +148,7 @@ def downloaded(weights):
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         folder = f'{torch.hub.get_dir()}/checkpoints'
-        raise UserError(f'{weights.url} could not be had ({" ".join(str(error).split())[:100]}); download it elsewhere and '
+        raise UserError(f'{weights.url} could not be downloaded ({" ".join(str(error).split())[:100]}); download it elsewhere and '
                         f'put {weights.url.rpartition("/")[2]} into {folder}, or pass the file') from None
 
 
@@ -169,7 +169,7 @@ def from_timm(name):
         try:
             return timm.create_model(name, features_only=True, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm's weights of {name} could not be had ({' '.join(str(error).split())[:100]}); pass a file "
+            raise UserError(f"timm's weights of {name} could not be downloaded ({' '.join(str(error).split())[:100]}); pass a file "
                             'of them') from None
 
     return Network(f'{name} of timm, a small decoder', build, imagenet, ({'': 'encoder.'},))
@@ -180,13 +180,13 @@ def erfnet_encoder():
     raise UserError(ENCODER)
 
 
-LRASPP = 'low_classifier', 'high_classifier'
+LRASPP, CLASSIFIER = ('low_classifier', 'high_classifier'), ('4',)
 NETWORKS = {
     DEFAULT: Network("the paper's network", ERFNet, erfnet_encoder),
     'lraspp_mobilenet_v3_large': from_torchvision('lraspp_mobilenet_v3_large', LRASPP, 'MobileNetV3 with a very small head'),
-    'deeplabv3_mobilenet_v3_large': from_torchvision('deeplabv3_mobilenet_v3_large', '4', 'MobileNetV3, DeepLabV3 head'),
-    'deeplabv3_resnet50': from_torchvision('deeplabv3_resnet50', '4', 'ResNet-50, DeepLabV3 head'),
-    'fcn_resnet50': from_torchvision('fcn_resnet50', '4', 'ResNet-50, two convolutions as head'),
+    'deeplabv3_mobilenet_v3_large': from_torchvision('deeplabv3_mobilenet_v3_large', CLASSIFIER, 'MobileNetV3, DeepLabV3 head'),
+    'deeplabv3_resnet50': from_torchvision('deeplabv3_resnet50', CLASSIFIER, 'ResNet-50, DeepLabV3 head'),
+    'fcn_resnet50': from_torchvision('fcn_resnet50', CLASSIFIER, 'ResNet-50, two convolutions as head'),
 }
 
 

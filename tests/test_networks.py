@@ -224,7 +224,8 @@ def test_imagenet_weights_come_from_torchvision(toy, tmp_path, monkeypatch, caps
         line = start_from_weights(model, LRASPP, 'imagenet')
         state = model.single(0).state_dict()
         conv = 'net.backbone.4.block.1.0.' + ('conv.' if method == 'mdil' else '')
-        assert torch.equal(state[f'{conv}weight'], given['features.4.block.1.0.weight']) and '1 domain' not in line
+        assert torch.equal(state[f'{conv}weight'], given['features.4.block.1.0.weight'])
+        assert f'imagenet ({LRASPP})' in line
         for view in model.views:
             assert torch.equal(view.net.backbone['0'][1].running_mean, given['features.0.1.running_mean'])
         assert model.single(1).get_submodule('net.backbone.5.block.0.0') is model.single(0).get_submodule('net.backbone.5.block.0.0')
@@ -246,7 +247,7 @@ def test_without_a_network_the_file_and_its_folder_are_named(monkeypatch):
     def unreachable(url, **options):
         raise URLError('Name or service not known')
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', unreachable)
-    with pytest.raises(UserError, match=r'could not be had .*put mobilenet_v3_large-\w+\.pth into .*/checkpoints, or'):
+    with pytest.raises(UserError, match=r'could not be downloaded .*put mobilenet_v3_large-\w+\.pth into .*/checkpoints, or'):
         start_from_weights(build_model([3], 'mdil', LRASPP), LRASPP, 'imagenet')
 
 

@@ -214,7 +214,7 @@ def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
     assert (tmp_path / 'out/a.png').read_bytes() != b'kept'
 
 
-def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, photos, tmp_path, capsys):
+def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, photos, tmp_path, capsys, monkeypatch):
     def answers():
         return {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*.png')}
     first = '--input', photos, '--domain', 'CS'
@@ -231,10 +231,17 @@ def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, pho
         with pytest.raises(UserError, match=f'made otherwise: {said}.*another --out.*--overwrite'):
             run(file, tmp_path / 'out', *arguments)
     assert before.items() <= answers().items()
-    run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--overwrite')
-    assert not before.items() & answers().items()
+    with pytest.raises(UserError, match='holds .*png too, which was made otherwise and would stay; choose another --out'):
+        run(knowing, tmp_path / 'out', '--input', photos / 'a.png', '--domain', 'CS', '--overwrite')
+    assert before.items() <= answers().items()
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(predict, 'predict_all', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--overwrite')
+    assert not answers()        # or the next run would take them for its own
+    run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD')
+    assert len(answers()) == 4
     (tmp_path / 'out/predict.json').unlink()
-    with pytest.raises(UserError, match='holds files that predict.py did not write'):
+    with pytest.raises(UserError, match='holds answers without predict.json'):
         run(state, tmp_path / 'out', *first)
 
 
