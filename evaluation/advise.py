@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mdil.datasets import SegmentationDataset
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
+from mdil.evaluation.predictor import unplaced
 from mdil.utils.errors import UserError
 
 PART = 4            # images of a part, over which the ratio of true to trusted mIoU is measured
@@ -109,8 +110,11 @@ def trusted(predictor, index, prepared):
 
 def validation_set(predictor, index, root):
     """The validation images of a branch at the network's size, or None, with the reason, where they are not at hand."""
+    domain = predictor.domains[index]
+    if domain.layouts[0] == unplaced(domain.num_classes - 1):
+        return None, f'pass --data {domain.name}=FOLDER'
     try:
-        return SegmentationDataset(predictor.domains[index], root, 'val', predictor.size), None
+        return SegmentationDataset(domain, root, 'val', predictor.size), None
     except UserError as error:
         return None, str(error)
 

@@ -142,18 +142,25 @@ def check_order(states, known):
                             f'but the next, {states[number]}, {", ".join(names[number])}')
 
 
-def load_network_and_domains(path, options, place):
+def domain_at_hand(entry, data):
+    """The Domain that an entry of a checkpoint names, as built in or declared at `data`; UserError where it is neither."""
+    return get_domain(entry['name'], data)
+
+
+def load_network_and_domains(path, options, place, find=domain_at_hand):
     """(Checkpoint, network on the place's device, its Domain objects) of a file.
 
     options: `domains` names those of a file without names, `method` says which network it is
-    where several fit, `data` where domains lie; `precision`.
+    where several fit, `data` where domains lie; `precision`. find: gives the Domain of an entry of
+    the file, by default one that has labels to score against.
     """
     checkpoint = read_checkpoint(path)
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or (options.domains or [])[:count]
     if len(names) < count:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
-    domains = [get_domain(name, data_paths(options.data)) for name in names]
+    entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
+    domains = [find(entry, data_paths(options.data)) for entry in entries]
     check_known(checkpoint, domains)
     model = load_network(checkpoint, options.method)
     if checkpoint.domains is None and place.main:

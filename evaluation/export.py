@@ -18,7 +18,7 @@ import torch
 
 from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import find_sources, upright
-from mdil.evaluation.predictor import Predictor, trained_size
+from mdil.evaluation.predictor import Predictor, domain_of, trained_size
 from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
 from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
@@ -102,7 +102,7 @@ def chosen_branch(options, predictor):
 def export_network(options):
     """Writes one domain's network; prints how far its outputs are from PyTorch's."""
     place = Place(torch.device('cpu'))
-    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    checkpoint, model, domains = load_network_and_domains(options.state, options, place, domain_of)
     size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)

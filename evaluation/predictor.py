@@ -141,6 +141,11 @@ def trained_size(content):
     return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
 
 
+def unplaced(count):
+    """The Layout of a domain of `count` classes that lies nowhere known: label files of class indices, and 255 for void."""
+    return Layout('', IMAGES, '', (Labels('', train_ids(count)),))
+
+
 def domain_of(entry, data):
     """The Domain of an entry of a checkpoint or an exported file: as built in or declared at `data`, else as the entry says.
 
@@ -151,8 +156,7 @@ def domain_of(entry, data):
         return get_domain(name, data)
     count = len(entry['class_names'])
     colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
-    layout = Layout('', IMAGES, '', (Labels('', train_ids(count)),))
-    return Domain(name, name, tuple(entry['class_names']), colors, (layout,))
+    return Domain(name, name, tuple(entry['class_names']), colors, (unplaced(count),))
 
 
 def exported_predictor(options):
@@ -166,7 +170,7 @@ def load_predictor(options, place):
     """The Predictor of a checkpoint or an exported network, as the options of predict.py say."""
     if is_exported(options.state):
         return exported_predictor(options)
-    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    checkpoint, model, domains = load_network_and_domains(options.state, options, place, domain_of)
     check_stated(options.domains, [domain.name for domain in domains], options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
     auto = options.domain == 'auto' or options.domain is None and len(domains) > 1

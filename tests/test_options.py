@@ -94,6 +94,11 @@ def test_contradictions_and_bad_values_are_refused(text, message):
         parse(text)
 
 
+def test_an_old_domain_without_its_declaration_is_named_with_the_file():
+    with pytest.raises(UserError, match='--state a.pth is to know usa, whose declaration is not here: pass --data usa=FOLDER'):
+        parse('--domains usa IDD --state a.pth --savedir x')
+
+
 def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():
     two = parse('--savedir S --domains CS BDD --state x --recipe released')
     three = parse('--savedir S --domains CS BDD IDD --state x --recipe released')

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from mdil.datasets.domains import get_domain
+from mdil.datasets.domains import domain_names, get_domain
 from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name
 from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
@@ -156,6 +156,7 @@ def parse_train(argv=None):
     options = train_parser().parse_args(argv)
     if options.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
+    check_declared(options)
     translate_paper(options)
     if not options.domains:
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
@@ -177,6 +178,14 @@ def parse_train(argv=None):
             setattr(options, name, value)
     complete_method(options)
     return options
+
+
+def check_declared(options):
+    """UserError for a domain before the last, which --state is to know, that is neither built in nor declared."""
+    for name in options.domains[:-1] if options.domains and options.state else ():
+        if name.lower() not in domain_names() and name not in data_paths(options.data):
+            raise UserError(f'--state {options.state} is to know {name}, whose declaration is not here: pass '
+                            f'--data {name}=FOLDER, the folder with its domain.json')
 
 
 def flag(name, value=None):
