@@ -1,6 +1,6 @@
 """The terms of a step's loss, one class each; a method's row says which it has (models.methods).
 
-A new method is a class and a row, in one file. This one holds the shared weights by the
+A new method is a class and a row, in one file, say l2sp.py. This one holds the shared weights by the
 distance to what they were, "L2-SP" of Li et al., "Explicit Inductive Bias for Transfer
 Learning with Convolutional Networks", ICML 2018:
 
@@ -18,7 +18,12 @@ Learning with Convolutional Networks", ICML 2018:
     METHODS['l2sp'] = Method('fine-tuning held by L2-SP', terms=(CrossEntropy, L2SP),
                              uses=('lambdac', 'shared_lr', 'no_dropout'))
 
-Progress bar, metrics.jsonl, dashboard and report then show 'l2sp' by themselves.
+    if __name__ == '__main__':
+        main()                                              # of mdil.__main__
+
+`python l2sp.py train --method l2sp ...` and `python l2sp.py eval ...` then run the tools with it.
+
+Progress bar, metrics.jsonl, dashboard and report show 'l2sp' by themselves.
 """
 import torch
 from torch import nn

@@ -1,16 +1,16 @@
 """A method in one file, as docs/extending shows it: elastic weight consolidation.
 
-    python -m tests.ewc --method ewc --domains cityscapes BDD --state CS/model_best.pth.tar --lambdac 100 --savedir RUN
+    python -m tests.ewc train --method ewc --domains cityscapes BDD --state CS/model_best.pth.tar --lambdac 100 --savedir RUN
+    python -m tests.ewc eval --state RUN/model_best.pth.tar
 """
 import copy
 
 import torch
 import torch.nn.functional as F
 
-from mdil import train
+from mdil.__main__ import main
 from mdil.losses.terms import CrossEntropy, LossTerm
 from mdil.models.methods import METHODS, Method
-from mdil.utils.errors import run_main
 from mdil.utils.precision import to_float
 
 
@@ -46,4 +46,4 @@ ROW = Method('fine-tuning held by elastic weight consolidation', terms=(CrossEnt
 
 if __name__ == '__main__':
     METHODS['ewc'] = ROW
-    run_main(train.main)
+    main()

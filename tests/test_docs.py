@@ -55,11 +55,11 @@ def run_to_the_parser(words):
     """Runs a command of the project up to where its options are parsed."""
     if words[:2] == ['python', '-m']:
         _, _, name, *words = words
-        if name == 'mdil':
+        if name == 'mdil' or name.startswith('tests.'):
             name, *words = words
             name = TOOLS[name][0]
         else:
-            name = f'mdil.{name}' if not name.startswith('tests.') else 'mdil.train'
+            name = f'mdil.{name}'
     else:
         _, name, *words = words
         name = SCRIPTS[name]
