@@ -50,7 +50,7 @@ def test_no_figure_is_minus_zero(run):
 
 def test_a_run_is_called_by_its_suffix_and_ends_with_its_best_epoch(run):
     folder, said = run
-    assert said[0].startswith('learning cityscapes (mdil, erfnet, OURS-CS1) on cpu')
+    assert said[0].startswith('learning cityscapes (mdil, erfnet, OURS-CS1) at 64x32 on cpu')
     scores = {line['epoch']: line['val']['cityscapes']['miou'] for line in records.read_metrics(folder) if line['val']}
     best = max(scores, key=scores.get)
     assert said[-1] == (f'{folder}: best epoch {best}, mIoU {scores[best]:.2f} (cityscapes); '

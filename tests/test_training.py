@@ -220,3 +220,11 @@ def test_a_loss_that_is_not_finite_touches_no_weight():
     assert all(torch.equal(before[name], value) for name, value in after.items() if value.requires_grad)
     first, second = (run.optimizer.state_dict()['state'] for run in runs)
     assert all(torch.equal(value, second[index][name]) for index in first for name, value in first[index].items())
+
+
+def test_a_later_step_at_another_size_is_said(capsys):
+    known = SimpleNamespace(content={'options': {'height': 16, 'width': 32}})
+    building.note_size(SimpleNamespace(state='1.pth', height=512, width=1024), known)
+    assert 'trains at 1024x512, but 1.pth was trained at 32x16; --height 16 --width 32 keeps that' in capsys.readouterr().err
+    building.note_size(SimpleNamespace(state='1.pth', height=16, width=32), known)
+    assert not capsys.readouterr().err

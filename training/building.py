@@ -27,7 +27,7 @@ from mdil.training.options import check_network
 from mdil.training.plan import plan_step
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, printable
-from mdil.utils.parallel import wrap
+from mdil.utils.parallel import tell, wrap
 from mdil.utils.parser import data_paths
 from mdil.utils.precision import memory_format
 from mdil.utils.workers import in_parallel
@@ -189,6 +189,7 @@ def build_networks(options, domains):
         raise UserError(f'{options.state} holds an encoder alone; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
     check_known(checkpoint, domains[:-1])
+    note_size(options, checkpoint)
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
@@ -200,6 +201,15 @@ def build_networks(options, domains):
     drawn = view.heads if options.new_decoder == 'fresh' else view.output_layers
     lines = report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
     return student, teacher, lines, checkpoint.content.get('domain_statistics', {})
+
+
+def note_size(options, checkpoint):
+    """Says so where the step trains at another size than the Checkpoint of --state was trained at."""
+    stated = checkpoint.content.get('options')
+    height, width = (stated.get('height'), stated.get('width')) if isinstance(stated, dict) else (None, None)
+    if height and width and (height, width) != (options.height, options.width):
+        tell(f'this step trains at {options.width}x{options.height}, but {options.state} was trained at {width}x{height}; '
+             f'--height {height} --width {width} keeps that')
 
 
 def settle_network(options, checkpoint):
