@@ -275,7 +275,8 @@ def sums(value):
 KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number of epochs'),
          'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
          'domains': (named_classes, 'a list of {name, classes}'),
-         'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)),
+         'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)
+                    + '; a method of your own is registered first: import its file, see docs/extending.md'),
          'domain_statistics': (are_statistics, 'what models.identify gives of each domain'),
          'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
 # What files of earlier versions lack.
@@ -286,7 +287,8 @@ def check_kinds(content, path, kinds):
     """UserError if an entry of `content` is not what `kinds` ({name: (test, words)}) says; those not there pass."""
     for name, (test, words) in kinds.items():
         if name in content and not test(content[name]):
-            raise UserError(f'{path}: its {name} is not {words}')
+            shown = f' {content[name]!r}' if isinstance(content[name], str) and len(content[name]) <= 100 else ''
+            raise UserError(f'{path}: its {name}{shown} is not {words}')
 
 
 def state_in(content, path):
