@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import domain_names
+from mdil.models.exported import is_exported
 from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, get_method, method_name
@@ -99,6 +100,8 @@ def read(path):
         raise UserError(f'{path} does not exist')
     if not os.path.isfile(path):
         raise UserError(f'{path} is not a file')
+    if is_exported(path):
+        raise UserError(f'{path}: an exported network, which predict.py alone takes')
     try:
         with open(path, 'rb') as file:
             return read_from(file)

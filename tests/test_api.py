@@ -162,6 +162,13 @@ def test_what_cannot_be_loaded_is_said(file, options, says):
         mdil.load(file, **{'device': 'cpu', **options})
 
 
+@pytest.mark.parametrize('name', ['n.onnx', 'n.xml', 'n.pt2'])
+def test_an_exported_network_is_called_that(tmp_path, name):
+    (tmp_path / name).write_bytes(b'x')
+    with pytest.raises(mdil.UserError, match='an exported network, which predict.py alone takes'):
+        mdil.load(tmp_path / name)
+
+
 def test_other_types_are_refused_at_the_door(file, net):
     for act in (lambda: mdil.load(3), lambda: mdil.load(file, domains='CS'), lambda: mdil.load(file, data=['x']),
                 lambda: net.predict(None), lambda: net.predict(np.zeros((8, 8)), 3), lambda: net.classes(0), lambda: net.save(None)):
