@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from mdil import train
+from mdil.datasets import get_domain
 from mdil.models import METHODS, build_model
 from mdil.models.multi_domain import batch_norms_of
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
+from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.fill import fill, inputs
 
@@ -228,3 +230,9 @@ def test_a_later_step_at_another_size_is_said(capsys):
     assert 'trains at 1024x512, but 1.pth was trained at 32x16; --height 16 --width 32 keeps that' in capsys.readouterr().err
     building.note_size(SimpleNamespace(state='1.pth', height=16, width=32), known)
     assert not capsys.readouterr().err
+
+
+def test_the_missing_encoder_of_a_first_step_says_where_it_is():
+    options = parse_train('--domains cityscapes --state no.pth --savedir x --device cpu'.split())
+    with pytest.raises(UserError, match='--state no.pth does not exist; README.md says where to get the encoder'):
+        building.build_networks(options, [get_domain('cityscapes')])

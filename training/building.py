@@ -181,6 +181,9 @@ def build_networks(options, domains):
     """(student, teacher or None, lines about what was loaded, {old domain: its statistics}) for the step's Domain objects."""
     plan = plan_step(options)
     counts = [domain.num_classes for domain in domains]
+    if options.state and not plan.from_previous and not os.path.lexists(options.state):
+        raise UserError(f'--state {options.state} does not exist; README.md says where to get the encoder, without '
+                        '--state the first step starts from random weights')
     checkpoint = read_checkpoint(options.state) if options.state else None
     settle_network(options, checkpoint)
     if not plan.from_previous:
