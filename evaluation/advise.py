@@ -15,6 +15,7 @@ from mdil.datasets import SegmentationDataset
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
 from mdil.evaluation.predictor import unplaced
+from mdil.models.identify import FEWEST
 from mdil.utils.errors import UserError
 
 PART = 4            # images of a part, over which the ratio of true to trusted mIoU is measured
@@ -129,7 +130,9 @@ def advise(predictor, looks, prepare, root):
     guess = predictor.identifier.guess(looks)
     shares = torch.bincount(guess.domain, minlength=len(predictor.domains)).double() / len(looks)
     index, unknown = int(shares.argmax()), guess.unknown.double().mean().item()
-    found = {'domain': predictor.domains[index].name, 'unknown': unknown, 'worth': unknown > WORTH,
+    bounded = bool(predictor.identifier.thresholds[index].isfinite())
+    found = {'domain': predictor.domains[index].name, 'unknown': unknown if bounded else None,
+             'worth': unknown > WORTH if bounded else None,
              'domains': {domain.name: share for domain, share in zip(predictor.domains, shares.tolist())},
              'expected_miou': None, 'error': None, 'own_miou': None}
     dataset, found['why_not'] = validation_set(predictor, index, root)
@@ -144,7 +147,8 @@ def sentences(found, images):
     """The advice as lines of text."""
     yield f'{images} images; the branch that fits best: {found["domain"]}'
     yield 'images by branch: ' + ', '.join(f'{name} {100 * share:.0f} %' for name, share in found['domains'].items())
-    yield f'{100 * found["unknown"]:.0f} % are like no domain that the network knows'
+    if found['unknown'] is not None:
+        yield f'{100 * found["unknown"]:.0f} % are like no domain that the network knows'
     if found['expected_miou'] is None:
         yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
     else:
@@ -153,5 +157,9 @@ def sentences(found, images):
         bound = 'at most ' if found['worth'] else ''
         yield (f'expected mIoU of that branch: {bound}{found["expected_miou"]:.1f}{error} (on its own validation '
                f'images {found["own_miou"]:.1f})')
+    if found['worth'] is None:
+        yield (f'whether a new branch is worth training is not known: {found["domain"]} had fewer than {FEWEST} training '
+               'images, too few to tell which images are unlike them')
+        return
     yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
            'no new branch is needed: most images are like those that this one was trained on')

@@ -67,6 +67,13 @@ def run(state, *arguments):  # noqa: F811
 
 def test_advice_about_images_of_a_known_domain(toy, knowing, tmp_path, capsys):  # noqa: F811
     folder = toy / 'IDD_Segmentation/leftImg8bit/val'
+    run(knowing, '--advise', folder, '--data-root', tmp_path)       # learnt from too few images for a threshold
+    said = capsys.readouterr().out
+    assert 'not known: IDD had fewer than 50 training images' in said and 'no new branch' not in said
+    content = checkpoint.read(knowing)
+    content['domain_statistics']['IDD']['threshold'] = 1e9
+    knowing = tmp_path / 'bounded.pth'
+    checkpoint.save(content, knowing)
     run(knowing, '--advise', folder, '--data-root', toy, '--json', tmp_path / 'r.json')
     found, said = json.loads((tmp_path / 'r.json').read_text()), capsys.readouterr().out
     assert (found['domain'], found['unknown'], found['worth']) == ('IDD', 0.0, False)
