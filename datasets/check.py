@@ -114,6 +114,8 @@ def check_split(domain, root, split, workers):
             report.pixels += counts
             report.images += counts > 0
     report.files = [pair.image for pair in found.pairs]
+    if not report.pixels.any():     # no file could be counted
+        return report
     faults, report.remarks = judge(domain, split, report.pixels.tolist())
     report.errors += [Problem('label values', domain.folder, fault) for fault in faults]
     return report

@@ -256,6 +256,11 @@ def test_a_class_that_occurs_in_no_training_image_is_noted(tmp_path):
     assert len(remarks) == 1 and remarks[0].startswith("17 of 19 classes occur in no training image: 'building', ")
 
 
+def test_nothing_is_said_of_classes_where_no_file_could_be_counted(tmp_path):
+    fit, train, _ = judged(tmp_path, 7, [0, 1] * 6)
+    assert not fit and train[0] and train[1] == []
+
+
 def test_much_void_is_noted(tmp_path):
     row = [0, 1] + [255] * 10
     assert judged(tmp_path, row, row)[1:] == (([], ['83 % of the train pixels are void']),
