@@ -79,7 +79,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     `mdil.UserError` for what does not fit, TypeError for arguments of other types.
 
         >>> record = mdil.learn('cityscapes', data_root='DATA', savedir='runs/1', num_epochs=1, height=16, device='cpu')
-        learning cityscapes (mdil, erfnet) on cpu: ...
+        learning cityscapes (mdil, erfnet) at 32x16 on cpu: ...
         >>> len(record.epochs), record.best.name
         (1, 'model_best.pth.tar')
     """
