@@ -52,6 +52,18 @@ def train_parser():
     """The parser of train.py."""
     parser = Parser(prog='train.py', refused=REFUSED,
                     description='Learns one step: the last of --domains; --state knows the others.')
+    step_options(parser)
+    input_options(parser)
+    method_options(parser)
+    training_options(parser)
+    device_options(parser)
+    display_options(parser)
+    paper_options(parser)
+    return parser
+
+
+def step_options(parser):
+    """Adds what a step learns, from what, and where it is kept."""
     group = parser.add_argument_group('what is learnt')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
@@ -66,50 +78,16 @@ def train_parser():
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group.add_argument('--branch-from', metavar='NAME',
                        help='known domain whose branch the new one starts as a copy of (default: the last)')
+
+
+def input_options(parser):
+    """Adds where the data lies and how it is read."""
     group = data_options(parser)
     group.add_argument('--cache', metavar='DIR', help='cache of resized images and labels, filled at the first use')
     group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
     group.add_argument(
         '--class-weights', default='published', metavar='HOW',
         help='cross-entropy weights: published (computed where there are none), computed, none, or a JSON file')
-    method_options(parser)
-    group = parser.add_argument_group('training')
-    group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
-    group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
-    group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
-                       help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
-    size_options(group)
-    group.add_argument('--seed', type=seed_number, default=0, help='seed of weights, order, augmentation, dropout')
-    group.add_argument('--val-every', type=positive, metavar='N',
-                       help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
-    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument('--resume', action='store_true', help='continue from the checkpoint in --savedir')
-    kept.add_argument('--overwrite', action='store_true', help='replace the result in --savedir')
-    group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
-                       help='write checkpoints within epochs too, M minutes apart')
-    group = machine_options(parser)
-    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
-    group.add_argument('--cuda-graphs', action='store_true',
-                       help='record a batch and replay it as one launch, on one GPU (the processor no longer limits it)')
-    group.add_argument('--fast', action='store_true',
-                       help='the same as --augment device, --precision bf16 where the device is fast in it, and on a GPU '
-                            '--compile')
-    group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
-    group.add_argument('--augment', choices=('workers', 'device'), default='workers',
-                       help='where images are flipped and shifted; the result is the same')
-    group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
-                       help='several devices: auto is ddp under torchrun, else dp')
-    group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes, on GPUs')
-    group = parser.add_argument_group('live curves (visdom)')
-    group.add_argument('--port', type=natural, help='port of a running visdom server')
-    group.add_argument('--server', default='http://localhost', help='its address')
-    group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
-    group = parser.add_argument_group('scalars (TensorBoard)')
-    group.add_argument('--tensorboard', action='store_true',
-                       help='write losses, rate and validations to --savedir/tensorboard; needs the package tensorboard')
-    paper_options(parser)
-    return parser
 
 
 def method_options(parser):
@@ -149,6 +127,53 @@ def method_options(parser):
                        help='batches of each domain in an epoch of several at once: as many as the largest or smallest has')
     group.add_argument('--published-metric', action=argparse.BooleanOptionalAction,
                        help='absent classes count 0 in the mIoU')
+
+
+def training_options(parser):
+    """Adds how long and in what order a step learns, and how a run goes on."""
+    group = parser.add_argument_group('training')
+    group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
+    group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
+    group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
+                       help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
+    size_options(group)
+    group.add_argument('--seed', type=seed_number, default=0, help='seed of weights, order, augmentation, dropout')
+    group.add_argument('--val-every', type=positive, metavar='N',
+                       help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument('--resume', action='store_true', help='continue from the checkpoint in --savedir')
+    kept.add_argument('--overwrite', action='store_true', help='replace the result in --savedir')
+    group.add_argument('--checkpoint-minutes', type=rate, metavar='M',
+                       help='write checkpoints within epochs too, M minutes apart')
+
+
+def device_options(parser):
+    """Adds where a step is computed, and how fast."""
+    group = machine_options(parser)
+    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
+    group.add_argument('--cuda-graphs', action='store_true',
+                       help='record a batch and replay it as one launch, on one GPU (the processor no longer limits it)')
+    group.add_argument('--fast', action='store_true',
+                       help='the same as --augment device, --precision bf16 where the device is fast in it, and on a GPU '
+                            '--compile')
+    group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
+    group.add_argument('--augment', choices=('workers', 'device'), default='workers',
+                       help='where images are flipped and shifted; the result is the same')
+    group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
+                       help='several devices: auto is ddp under torchrun, else dp')
+    group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes, on GPUs')
+
+
+def display_options(parser):
+    """Adds where curves are shown."""
+    group = parser.add_argument_group('live curves (visdom)')
+    group.add_argument('--port', type=natural, help='port of a running visdom server')
+    group.add_argument('--server', default='http://localhost', help='its address')
+    group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
+    group = parser.add_argument_group('scalars (TensorBoard)')
+    group.add_argument('--tensorboard', action='store_true',
+                       help='write losses, rate and validations to --savedir/tensorboard; needs the package tensorboard')
 
 
 def parse_train(argv=None):
