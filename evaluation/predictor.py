@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
 from mdil.datasets.domains import domain_names, get_domain
 from mdil.evaluation.evaluation import load_network_and_domains, logits_of
-from mdil.models.checkpoint import check_stated
+from mdil.models.checkpoint import check_stated, stated_size
 from mdil.models.exported import SIDE, Exported, is_exported
 from mdil.models.identify import appearance, identifier_of
 from mdil.utils.errors import UserError
@@ -136,9 +136,7 @@ class Predictor:
 
 def trained_size(content):
     """(height, width) that a checkpoint of this content was trained at; the published size where it does not say."""
-    options = content.get('options', {})
-    sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
-    return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else PUBLISHED_SIZE
+    return stated_size(content) or PUBLISHED_SIZE
 
 
 def unplaced(count):

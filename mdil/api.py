@@ -245,9 +245,10 @@ def index_of(net, domain):
 
 def check_numbers(lambdac, temperature):
     """ValueError unless they are finite numbers of at least 0, and above 0."""
-    for name, value, least in (('lambdac', lambdac, 'of at least 0'), ('temperature', temperature, 'above 0')):
-        if not isinstance(value, Real) or not 0 <= value < float('inf') or value == 0 and least == 'above 0':
-            raise ValueError(f'{name}: a finite number {least} is expected, not {value!r}')
+    if not isinstance(lambdac, Real) or not 0 <= lambdac < float('inf'):
+        raise ValueError(f'lambdac: a finite number of at least 0 is expected, not {lambdac!r}')
+    if not isinstance(temperature, Real) or not 0 < temperature < float('inf'):
+        raise ValueError(f'temperature: a finite number above 0 is expected, not {temperature!r}')
 
 
 def check_batch(images, labels, classes):

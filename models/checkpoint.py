@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import domain_names
-from mdil.models.exported import is_exported
+from mdil.models.exported import SIDE, is_exported
 from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, get_method, method_name
@@ -82,6 +82,13 @@ def check_stated(names, known, source):
     if stated and stated != known:
         raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; leave it out, '
                         'or name those')
+
+
+def stated_size(content):
+    """(height, width) that a checkpoint of this content says it was trained at; None where it does not, or no network could."""
+    options = content.get('options')
+    sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
+    return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else None
 
 
 def save(content, path, previous=None, best=None):

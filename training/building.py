@@ -18,7 +18,7 @@ from mdil.datasets.class_weights import histogram, needs_counts, training_weight
 from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
-from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder
+from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder, stated_size
 from mdil.models.identify import statistics_of
 from mdil.models.multi_domain import batch_norms_of
 from mdil.models.networks import DEFAULT as ERFNET
@@ -208,9 +208,9 @@ def build_networks(options, domains):
 
 def note_size(options, checkpoint):
     """Says so where the step trains at another size than the Checkpoint of --state was trained at."""
-    stated = checkpoint.content.get('options')
-    height, width = (stated.get('height'), stated.get('width')) if isinstance(stated, dict) else (None, None)
-    if height and width and (height, width) != (options.height, options.width):
+    size = stated_size(checkpoint.content)
+    if size and size != (options.height, options.width):
+        height, width = size
         tell(f'this step trains at {options.width}x{options.height}, but {options.state} was trained at {width}x{height}; '
              f'--height {height} --width {width} keeps that')
 
@@ -283,14 +283,14 @@ def check_batches(student, data, options, replicas):
     for domain in data:
         batch = domain.train.batch_sampler.fewest
         alone = 1 in map(len, torch.arange(batch).chunk(replicas))
-        if alone and not options.sync_bn and not bears(student, domain.index, height, width):
-            larger = 'enlarge --height or --width, or ' if bears(student, domain.index, 16 * height, 16 * width) else ''
+        if alone and not options.sync_bn and not bears_one_image(student, domain.index, height, width):
+            larger = 'enlarge --height or --width, or ' if bears_one_image(student, domain.index, 16 * height, 16 * width) else ''
             raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a batch '
                             f'norm of {options.network} one value; {larger}choose a --batch-size of at least 2 for each device '
                             f'that leaves no single one of {domain.train.batch_sampler.samples} images over')
 
 
-def bears(student, domain, height, width):
+def bears_one_image(student, domain, height, width):
     """Whether the batch norms of a domain's view that train can do so on one image of that size; nothing is computed."""
     probe = copy.deepcopy(student.train().single(domain)).to('meta')
     try:
