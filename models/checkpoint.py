@@ -297,8 +297,8 @@ def check_kinds(content, path, kinds):
     """UserError if an entry of `content` is not what `kinds` ({name: (test, words)}) says; those not there pass."""
     for name, (test, words) in kinds.items():
         if name in content and not test(content[name]):
-            shown = f' {content[name]!r}' if isinstance(content[name], str) and len(content[name]) <= 100 else ''
-            raise UserError(f'{path}: its {name}{shown} is not {words}')
+            found = f' (found {content[name]!r})' if isinstance(content[name], str) and len(content[name]) <= 100 else ''
+            raise UserError(f'{path}: its {name} is not {words}{found}')
 
 
 def state_in(content, path):
