@@ -1,6 +1,7 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,10 @@ from mdil.utils.precision import without_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)     # the tests run two at a time
+# A shell starts what it puts into the background with Ctrl-C ignored, nohup with SIGHUP ignored; programs of ours
+# would inherit that, and what they do on a signal is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session')

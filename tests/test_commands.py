@@ -228,37 +228,39 @@ def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(toy, tmp_pa
     learn(toy, tmp_path, '--domains', 'CS', '--overwrite')
 
 
-def test_bad_input_is_one_line_and_status_two(tmp_path):
-    for arguments in (['train.py', '--savedir', tmp_path / 's', '--domains', 'CS', '--data-root', tmp_path],
-                      ['eval.py', '--state', tmp_path / 'none']):
-        done = run_script(*arguments, expect=2)
-        assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+def test_bad_input_is_one_line_and_status_two(tmp_path, script_here):
+    for arguments in (['train', '--savedir', tmp_path / 's', '--domains', 'CS', '--data-root', tmp_path],
+                      ['eval', '--state', tmp_path / 'none']):
+        status, _, err = script_here(*arguments)
+        assert status == 2 and err.startswith('error: ') and err.count('\n') == 1
+    # Once with an interpreter of its own.
+    assert run_script('train.py', '--nonsense', expect=2).stderr.startswith('error: ')
 
 
 def validation_loss(toy, state):
-    """Loss of a checkpoint on the validation images of Cityscapes, by one process."""
+    """Loss of a checkpoint on the validation images of BDD, its second domain, by one process."""
     place = Place(torch.device('cpu'))
-    data, = building.build_data(parse_train(['--domains', 'CS', '--savedir', 'x', '--data-root', str(toy), *SMALL]), place)
+    data, = building.build_data(parse_train(['--domains', 'BDD', '--savedir', 'x', '--data-root', str(toy), *SMALL]), place)
     model = checkpoint.load_network(checkpoint.read_checkpoint(state))
-    return evaluate_split(model, 0, data.val, data.class_weights, place).loss
+    return evaluate_split(model, 1, data.val, data.class_weights, place).loss
 
 
 def test_two_processes_learn_the_same_weights_and_evaluate_as_one_does(toy, tmp_path):
     """torchrun with gloo: both ranks end with the same tensors, the confusion matrices add up exactly."""
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    state = tmp_path / '1/checkpoint.pth.tar'
-    for step, more in (('1', ['--domains', 'CS']),
-                       ('2', ['--domains', 'CS', 'BDD', '--state', state, '--method', 'mdil', '--lambdac', '10', '--shared-lr', '1e-3'])):
-        run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / step, *more,
-                   '--num-epochs', '1', *SMALL, OMP_NUM_THREADS='1', PYTHONPATH='.')
-        ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
-        assert equal(*(rank['student'] for rank in ranks))
-        assert ranks[0]['losses'] == ranks[1]['losses']     # of the whole batch
-        # Their dropout differs, too.
-        assert ranks[0]['seeds'][0] != ranks[1]['seeds'][0]
-        assert equal(checkpoint.read(tmp_path / step / 'checkpoint.pth.tar')['state_dict'], ranks[0]['student'])
-    line = json.loads((tmp_path / '1/metrics.jsonl').read_text())
-    assert line['val']['cityscapes']['loss'] == pytest.approx(validation_loss(toy, state), rel=1e-6)
+    start, state = tmp_path / '1/checkpoint.pth.tar', tmp_path / '2/checkpoint.pth.tar'
+    learn(toy, tmp_path / '1', '--domains', 'CS')
+    run_script(*launch, 'tests/rank_worker.py', tmp_path, '--data-root', toy, '--savedir', tmp_path / '2', '--domains', 'CS', 'BDD',
+               '--state', start, '--method', 'mdil', '--lambdac', '10', '--shared-lr', '1e-3', '--num-epochs', '1', *SMALL,
+               OMP_NUM_THREADS='1', PYTHONPATH='.')
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
+    assert equal(*(rank['student'] for rank in ranks))
+    assert ranks[0]['losses'] == ranks[1]['losses']     # of the whole batch
+    # Their dropout differs, too.
+    assert ranks[0]['seeds'][0] != ranks[1]['seeds'][0]
+    assert equal(checkpoint.read(state)['state_dict'], ranks[0]['student'])
+    line = json.loads((tmp_path / '2/metrics.jsonl').read_text())
+    assert line['val']['BDD']['loss'] == pytest.approx(validation_loss(toy, state), rel=1e-6)
     run_script(*launch, 'eval.py', '--state', state, '--data-root', toy, '--json', tmp_path / 'two', '--height', '32',
                '--batch-size', '3', '--num-workers', '0', OMP_NUM_THREADS='1')
     two = json.loads((tmp_path / 'two').read_text())
