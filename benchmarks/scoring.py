@@ -6,6 +6,8 @@ of its own step, shared norms included, and the weights of today. No file is cha
 
 `options` are those of `python -m benchmarks.forgetting`.
 """
+import copy
+import functools
 import json
 
 from tqdm import tqdm
@@ -40,12 +42,16 @@ def training_loader(options, name, seed, place):
                        place.device.type == 'cuda')
 
 
-def score(step, column, number, evaluator, options):
-    """Entry of the domain of index `number` after a step, in a column; None where it is that of the column `trained`."""
+def score(step, column, number, load, evaluator, options):
+    """Entry of the domain of index `number` after a step, in a column; None where it is that of the column `trained`.
+
+    load: gives (network, its Domain objects) of the step.
+    """
     name, own = step.domains[number], own_step(step, step.domains[number])
     if column == KEPT and own == step:
         return None
-    model, domains = evaluator.load(checkpoint_of(step, options))
+    model, domains = load()
+    model = model if column == TRAINED else copy.deepcopy(model)        # its statistics are replaced
     if column == ESTIMATED:
         loader = training_loader(options, name, step.seed, evaluator.place)
         estimate_statistics(model, number, loader, evaluator.place, options.precision)
@@ -63,7 +69,8 @@ def scores(step, evaluator, options, column=TRAINED):
         known = json.loads(path.read_text())
         if known['protocol'] == protocol:
             return known['domains']
-    entries = {name: score(step, column, number, evaluator, options) for number, name in enumerate(step.domains)}
+    load = functools.cache(lambda: evaluator.load(checkpoint_of(step, options)))        # once, if at all
+    entries = {name: score(step, column, number, load, evaluator, options) for number, name in enumerate(step.domains)}
     entries = tables.without_nan({name: entry or scores(step, evaluator, options)[name]
                                   for name, entry in entries.items()})
     write_json(path, {'protocol': protocol, 'domains': entries})

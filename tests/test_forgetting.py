@@ -184,13 +184,13 @@ def run(folder, roads, *arguments):
 
 
 def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_here, monkeypatch, capsys):
-    calls, rows = [], ['single-task', 'mdil', 'released', 'mdil --shared-lr 5e-4', 'fine-tune-copies']
+    calls, rows = [], ['single-task', 'mdil', 'released', 'fine-tune-copies']
     trained_here(calls)
     files = [text for option, name in (('--json', 'f.json'), ('--markdown', 'f.md'), ('--curves', 'f.svg'), ('--figure', 'g.svg'))
              for text in (option, str(tmp_path / name))]
     assert run(tmp_path, roads, '--rows', *rows, '--against', 'mdil', *files) is None
-    # two single-task, the first of mdil, and mdil, released, 5e-4, fine-tune: the rest is of the same
-    assert len(calls) == 7
+    # two single-task, the first of mdil, and mdil, released, fine-tune: the rest is of the same
+    assert len(calls) == 6
     result = json.loads((tmp_path / 'f.json').read_text())['orders']['cityscapes BDD']
     assert list(result) == rows and result['mdil']['cost']['units'] == 7
     released, learnt = result['released']['seeds']['0'], result['mdil']['seeds']['0']['steps'][0]
@@ -204,11 +204,11 @@ def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_her
     assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
     drawn = (tmp_path / 'g.svg').read_text()
     assert all(f'<!-- {name} -->' in drawn.replace('- -', '--') for name in rows)
-    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| mdil --shared-lr 5e-4 |' in (tmp_path / 'f.md').read_text()
+    assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| released |' in (tmp_path / 'f.md').read_text()
     assert 'points more than mdil after the last step' in (tmp_path / 'f.md').read_text()
     shown = capsys.readouterr().out
     monkeypatch.setattr(scoring.Evaluator, 'score', None)        # nothing is evaluated again
-    assert run(tmp_path, roads, '--rows', *rows, '--against', 'mdil', *files) is None and len(calls) == 7
+    assert run(tmp_path, roads, '--rows', *rows, '--against', 'mdil', *files) is None and len(calls) == 6
     assert capsys.readouterr().out.splitlines()[-10:] == shown.splitlines()[-10:]
 
 

@@ -11,7 +11,8 @@ from tests.test_predict import knowing, model, state  # noqa: F401 (fixtures)
 NAMES = ['cityscapes', 'BDD', 'IDD']
 
 
-def test_every_kind_of_look_is_scored_on_the_validation_images(toy, tmp_path):
+def test_every_kind_of_look_is_scored_on_the_validation_images(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(identify, 'SIZES', ((32, 16), (64, 32)))
     arguments = ['--data-root', str(toy), '--domains', *NAMES, '--frames', '3']
     for name, more in (('plain', []), ('alike', ['--alike', '--look-alone'])):
         identify.main([*arguments, *more, '--out', str(tmp_path / name)])
@@ -24,6 +25,7 @@ def test_every_kind_of_look_is_scored_on_the_validation_images(toy, tmp_path):
         assert found['accuracy'] == pytest.approx(100 * right / 12)
     assert plain['kinds']['look']['features'] == FEATURES and plain['kinds']['look']['accuracy'] == 100
     assert plain['kinds']['layers 1, 2']['features'] == 2 * (16 + 64)
+    assert list(plain['cpu_milliseconds']['network']) == ['32x16', '64x32']
     assert (plain['alike'], alike['alike']) == (False, True) and list(alike['kinds']) == ['look']
 
 

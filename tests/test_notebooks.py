@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mdil.datasets.toy import roads
 from mdil.models import build_model
 from mdil.models.layouts import published_keys
 from tests.conftest import ROOT
@@ -30,6 +31,13 @@ def shell():
     made.history_manager.enabled = False
     yield made
     interactiveshell.InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def few_roads(monkeypatch):
+    """Has the notebooks draw 6 training images instead of 30."""
+    draw = roads.write_toy_roads
+    monkeypatch.setattr(roads, 'write_toy_roads', lambda root, train, **more: draw(root, train=train // 5, **more))
 
 
 def execute(shell, name, **settings):
@@ -83,7 +91,7 @@ def test_tsne_notebook_takes_published_files_and_every_pixel(toy, tmp_path, publ
     assert 64 < len(classes) <= 8 * 16 and len(set(names['pixels'].images)) == 1     # all of 8 x 16 but for void
 
 
-def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, tmp_path, capsys):
+def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, few_roads, tmp_path, capsys):
     name = 'Evaluation_Notebook.ipynb'
     cells = execute(shell, name, OUT=str(tmp_path / 'a'), **TINY)
     shown = '\n'.join(outputs(cells, 'text/markdown'))
@@ -98,7 +106,7 @@ def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, tmp_p
     assert not (tmp_path / 'b/mdil').exists() and '1 domain (20 classes)' in capsys.readouterr().out
 
 
-def test_tsne_notebook_on_toy_roads(shell, tmp_path):
+def test_tsne_notebook_on_toy_roads(shell, few_roads, tmp_path):
     cells = execute(shell, 'Plot_Tsne_Notebook.ipynb', OUT=str(tmp_path), **TINY, CHOICES=['--perplexity', '10', '--points', '20'])
     shown = '\n'.join(outputs(cells, 'text/markdown'))
     assert '| mdil |' in shown and '| fine-tune |' in shown
