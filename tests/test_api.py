@@ -12,11 +12,9 @@ import mdil
 from mdil import eval as evaluation, predict
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
-from mdil.evaluation import export
 from mdil.evaluation.advise import validation_set
 from mdil.losses import cross_entropy_parts
 from mdil.models import build_model, checkpoint
-from mdil.models.exported import Exported
 from mdil.models.identify import statistics_of
 from tests.conftest import ROOT
 from tests.test_eval import COUNTS
@@ -133,8 +131,6 @@ def test_a_domain_of_ones_own_is_what_its_checkpoint_says(tmp_path, photo):
     predict.main(['--state', str(tmp_path / 'own.pth'), '--input', str(photo), '--out', str(tmp_path / 'out'),
                   '--device', 'cpu', '--num-workers', '0'])
     assert len(list((tmp_path / 'out').glob('*.png'))) == 1
-    export.main([str(tmp_path / 'own.pth'), str(tmp_path / 'own.pt2'), '--format', 'torch'])
-    assert Exported(tmp_path / 'own.pt2').about['class_names'] == ['mud', 'hut']
     dataset, why = validation_set(net.predictor, 0, tmp_path)
     assert dataset is None and '--data village=FOLDER' in why
     with pytest.raises(mdil.UserError, match='unknown domain'):

@@ -43,8 +43,8 @@ def encoder_file(path):
     return published_file(path, state)
 
 
-@pytest.mark.parametrize('layout', PUBLISHED)
-@pytest.mark.parametrize('form', ['module', 'bare', 'old format'])
+@pytest.mark.parametrize('layout, form', [*((layout, 'module') for layout in PUBLISHED), ('ours-2', 'bare'),
+                                          ('fine-tune-3', 'bare'), ('ours-2', 'old format'), ('fine-tune-3', 'old format')])
 def test_published_files_load(tmp_path, layout, form):
     method, classes, multi = PUBLISHED[layout]
     model = fill(build_model(classes, method)).eval()
@@ -238,7 +238,7 @@ def test_broken_files_give_one_line(tmp_path, content):
     assert '\n' not in str(error.value) and str(tmp_path / 'x') in str(error.value)
 
 
-@pytest.mark.parametrize('layout', PUBLISHED)
+@pytest.mark.parametrize('layout', ['ours-3', 'fine-tune-2', 'fine-tune-3', 'single-task', 'multi-task'])
 def test_export_writes_the_published_layout(tmp_path, layout):
     method, classes, multi = PUBLISHED[layout]
     model = fill(build_model(classes, method))

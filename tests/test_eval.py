@@ -1,5 +1,7 @@
 """eval.py and the comparison: figures against independent ones, formats, resolutions, label spaces, seeds."""
+import contextlib
 import csv
+import io
 import json
 import re
 import shutil
@@ -53,11 +55,13 @@ def evaluate(toy, folder, *arguments):
 
 @pytest.fixture(scope='module')
 def sequence(toy, states, tmp_path_factory):
-    """(folder of the files, contents of the JSON) of the sequence with all options of scoring."""
+    """(folder of the files, contents of the JSON, what is shown) of the sequence with all options of scoring."""
     folder = tmp_path_factory.mktemp('sequence')
     files = [part for kind in ('csv', 'markdown', 'latex') for part in (f'--{kind}', folder / f'r.{kind}')]
-    return folder, evaluate(toy, folder, '--state', *states, '--cross-heads', '--common-classes', '--per-class',
-                            '--single-task', 'CS=50', 'BDD=40', 'IDD=30', *files)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        found = evaluate(toy, folder, '--state', *states, '--cross-heads', '--common-classes', '--per-class',
+                         '--single-task', 'CS=50', 'BDD=40', 'IDD=30', *files)
+    return folder, found, shown.getvalue()
 
 
 def maps(toy, state, number, images_of, native=False, size=(32, 64)):
@@ -193,12 +197,11 @@ def test_common_classes_score_all_label_ids_that_have_a_place(toy, states, tmp_p
 
 
 def test_common_classes_leave_the_own_figures_as_they_are(toy, states, sequence, tmp_path):
-    plainly = evaluate(toy, tmp_path, '--state', *states)
+    plainly = evaluate(toy, tmp_path, '--state', states[2])
     assert 'cross_heads' not in plainly and 'common_summary' not in plainly
-    for step, other in zip(plainly['steps'], sequence[1]['steps']):
-        for name, entry in step['domains'].items():
-            assert list(entry) == ['miou', 'accuracy', 'iou', 'loss']
-            assert entry == {key: other['domains'][name][key] for key in entry}
+    for name, entry in plainly['domains'].items():
+        assert list(entry) == ['miou', 'accuracy', 'iou', 'loss']
+        assert entry == {key: sequence[1]['domains'][name][key] for key in entry}
 
 
 def test_an_own_domain_without_a_place_in_the_common_classes_is_refused(tmp_path):
@@ -229,7 +232,7 @@ def test_summary_of_the_sequence(sequence):
 
 
 def test_csv_holds_every_figure(sequence):
-    folder, results = sequence
+    folder, results, _ = sequence
     with open(folder / 'r.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ['step', 'head', 'domain', 'classes', 'class', 'metric', 'value']
@@ -252,7 +255,7 @@ def test_csv_holds_every_figure(sequence):
 
 
 def test_markdown_and_latex_hold_the_tables(sequence):
-    folder, results = sequence
+    folder, results, _ = sequence
     miou = tables.number(results['domains']['IDD']['miou'])
     text = (folder / 'r.markdown').read_text()
     assert f'| 3 (IDD) | {tables.number(results["domains"]["cityscapes"]["miou"])} |' in text and f'| {miou} |' in text
@@ -278,9 +281,8 @@ def test_latex_escapes_what_it_must():
     assert tables.tex('1.50 +- 0.25') == r'$1.50 \pm 0.25$'
 
 
-def test_terminal_stays_within_80_columns_and_says_how_void_counts(toy, states, capsys):
-    run(toy, '--state', states[2], '--cross-heads', '--common-classes')
-    text = capsys.readouterr().out
+def test_terminal_stays_within_80_columns_and_says_how_void_counts(sequence):
+    text = sequence[2]
     assert max(map(len, text.splitlines())) <= 80
     assert 'Void pixels do not count' in text and 'pixel accuracy' in text and 'split val' in text
     for name in ('cityscapes', 'BDD', 'IDD', 'autorickshaw', 'obs-str-bar-fallback', 'traffic light', 'living things'):
@@ -425,9 +427,9 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
 
 
 def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):
-    for name, path in (('one', states[1]), ('two', states[1])):
-        (tmp_path / name).mkdir()
-        run(toy, '--state', path, '--json', tmp_path / name / 'results.json', '--limit-batches', 1)
+    (tmp_path / 'one').mkdir()
+    run(toy, '--state', states[1], '--json', tmp_path / 'one/results.json', '--limit-batches', 1)
+    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
     compare.main([f'one={tmp_path}/one', f'two={tmp_path}/two', '--data-root', str(toy), '--out', str(tmp_path),
                   '--device', 'cpu', '--images', 'BDD=1'])
     assert Image.open(tmp_path / 'comparison.png').size[0] > 1000

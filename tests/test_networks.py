@@ -10,10 +10,11 @@ from torch import nn
 
 import mdil
 from mdil import eval as evaluation, predict, train
-from mdil.datasets import get_domain
+from mdil.datasets import DOMAINS
 from mdil.evaluation import branches, describe, export, features, verify
 from mdil.models import METHODS, build_model, checkpoint, unchanged
 from mdil.models.adapters import Adapted, Adapter, with_adapters
+from mdil.models.exported import Exported
 from mdil.models.networks import NETWORKS, Network, Scaling
 from mdil.models.weights import start_from_weights
 from mdil.training import building
@@ -74,10 +75,9 @@ def learn(toy, folder, *arguments):
     return folder / 'model_best.pth.tar'
 
 
-def untrained(path, network):
-    """Writes a checkpoint of a network that knows Cityscapes by random weights; returns its path."""
-    cs = get_domain('CS')
-    checkpoint.save({'version': 1, 'state_dict': build_model([cs.num_classes], 'mdil', network).state_dict(), 'domains': [cs.entry],
+def untrained(path, network, entry=DOMAINS['cityscapes'].entry):
+    """Writes a checkpoint of a network that knows the domain `entry` by random weights; returns its path."""
+    checkpoint.save({'version': 1, 'state_dict': build_model([entry['classes']], 'mdil', network).state_dict(), 'domains': [entry],
                      'method': 'mdil', 'network': network, 'options': {'height': 32, 'width': 64}}, path)
     return path
 
@@ -325,9 +325,6 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
     predict.main(['--state', str(second), '--input', str(image), '--out', str(tmp_path / 'p'), '--device', 'cpu'])
     describe.main([str(second), '--height', '64'])
     assert LRASPP in capsys.readouterr().out
-    # torch takes 15 s for LR-ASPP.
-    export.main([str(untrained(tmp_path / 'tiny', 'tiny')), str(tmp_path / 'x.pt2'), '--format', 'torch'])
-    assert '100.00 % of the answers equal' in capsys.readouterr().out
     with pytest.raises(UserError, match=f'is of the network {LRASPP}; the published code has erfnet alone'):
         export.main([str(second), str(tmp_path / 'x.pth')])
     branches.main(['extract', str(second), '--domain', 'IDD', '--out', str(tmp_path / 'idd.branch')])
@@ -339,6 +336,13 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
     net.save(tmp_path / 'again')
     assert checkpoint.read_checkpoint(tmp_path / 'again').found.network == LRASPP
     assert features.encode(net.model, 1, torch.zeros(3, 64, 128, dtype=torch.uint8)).shape == (8 * 16, 960)
+
+
+def test_export_of_a_network_and_a_domain_of_ones_own(tmp_path, capsys):
+    village = {'name': 'village', 'classes': 3, 'class_names': ['mud', 'hut'], 'colors': [[1, 2, 3], [4, 5, 6]]}
+    export.main([str(untrained(tmp_path / 'x', 'tiny', village)), str(tmp_path / 'x.pt2'), '--format', 'torch'])
+    assert '100.00 % of the answers equal' in capsys.readouterr().out
+    assert Exported(tmp_path / 'x.pt2').about['class_names'] == ['mud', 'hut']
 
 
 def test_openvino_runs_a_network_with_pooled_features(tmp_path, capsys):

@@ -32,6 +32,18 @@ def sequence(toy, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='module')
+def text(sequence):
+    """The report of the sequence."""
+    return made(sequence)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Leaves the curves out, for reports that are made for something else."""
+    monkeypatch.setattr(report, 'curves', lambda steps: [])
+
+
 @pytest.fixture
 def copied(sequence, tmp_path):
     """A copy of the sequence to break."""
@@ -67,13 +79,12 @@ def contents(page, kind):
             if address.startswith(f'data:{kind};base64,')]
 
 
-def test_everything_is_in_the_file(copied):
-    text = made(copied)
-    page, results = Page(text), json.loads((copied / 'results.json').read_text())
+def test_everything_is_in_the_file(text, sequence):
+    page, results = Page(text), json.loads((sequence / 'results.json').read_text())
     for step in results['steps']:
         for entry in step['domains'].values():
             assert f'{entry["miou"]:.2f}' in page.text and f'{entry["accuracy"]:.2f}' in page.text
-    revision = json.loads((copied / 'step1-cityscapes/opts.json').read_text())['versions']['git']
+    revision = json.loads((sequence / 'step1-cityscapes/opts.json').read_text())['versions']['git']
     for words in ('1 (cityscapes)', '2 (IDD)', 'forgetting', 'autorickshaw', 'traffic light', str(revision),
                   'shared_lr', '<b>bold</b>', '2 of 2 epochs', 'learning rates', 'Predictions'):
         assert words in page.text, words
@@ -85,8 +96,7 @@ def test_everything_is_in_the_file(copied):
     assert len(plots) == 7 and all(plot.tag.endswith('svg') for plot in plots)
 
 
-def test_the_file_asks_for_nothing_outside(copied):
-    text = made(copied)
+def test_the_file_asks_for_nothing_outside(text):
     page = Page(text)
     assert page.addresses and all(address.startswith('data:') for address in page.addresses)
     assert not {'script', 'link', 'iframe', 'object', 'base'} & set(page.tags)
@@ -113,7 +123,7 @@ def test_a_running_sequence(copied):
     assert 'No step has a best checkpoint yet' in Page(made(copied)).text
 
 
-def test_steps_not_yet_evaluated_and_a_single_run(copied):
+def test_steps_not_yet_evaluated_and_a_single_run(copied, no_curves):
     results = json.loads((copied / 'results.json').read_text())
     evaluated = {**results, 'steps': results['steps'][:1], 'domains': results['steps'][0]['domains']}
     (copied / 'results.json').write_text(json.dumps(evaluated))
@@ -122,14 +132,14 @@ def test_steps_not_yet_evaluated_and_a_single_run(copied):
     assert 'Not evaluated yet' in page.text and len(contents(page, 'image/jpeg')) == 6
 
 
-def test_images_elsewhere_or_nowhere(copied, toy, tmp_path):
+def test_images_elsewhere_or_nowhere(copied, no_curves, toy, tmp_path):
     page = Page(made(copied, '--data-root', tmp_path / 'gone'))
     assert page.text.count('No pictures:') == 2 and not contents(page, 'image/jpeg')
     page = Page(made(copied, '--data-root', tmp_path / 'gone', '--data', f'CS={toy}/cityscapes'))
     assert page.text.count('No pictures:') == 1 and len(contents(page, 'image/jpeg')) == 4
 
 
-def test_bad_input_is_said_and_spoils_nothing(copied, tmp_path):
+def test_bad_input_is_said_and_spoils_nothing(copied, no_curves, tmp_path):
     before = made(copied)
     for damaged in ('{"steps": [', '[]', '{"steps": [], "protocol": {}, "summary": {}}', '{"steps": [{}]}'):
         (copied / 'results.json').write_text(damaged)
