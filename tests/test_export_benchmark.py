@@ -4,13 +4,14 @@ import json
 import pytest
 
 from mdil.benchmarks import export
-from tests.test_export import state  # noqa: F401 (fixture)
+from tests.test_networks import own, untrained  # noqa: F401 (fixture)
 
 
-def test_a_format_is_compared_with_eager(state, toy, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_format_is_compared_with_eager(toy, tmp_path, monkeypatch, capsys):
     pytest.importorskip('openvino')
     monkeypatch.setattr(export, 'FILES', {'OpenVINO float32': ('x.xml', 'openvino')})
     monkeypatch.setattr(export, 'PACKAGES', ('openvino',))
+    state = untrained(tmp_path / 'model.pth.tar', 'tiny')
     export.main([str(state), '--domain', 'CS', '--data-root', str(toy), '--threads', '1', '--rounds', '2', '--seconds', '0',
                  '--json', str(tmp_path / 'r.json')])
     found = json.loads((tmp_path / 'r.json').read_text())
