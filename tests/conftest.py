@@ -1,4 +1,5 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
+import copy
 import os
 import runpy
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdil.models import checkpoint
 from mdil.utils.precision import without_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,31 @@ def real():
     if not path.is_dir():
         pytest.skip('the small real data is not here; set REAL_DATA')
     return path
+
+
+@pytest.fixture(scope='module')
+def files_once():
+    """Has each checkpoint be read, and its network be built, once in a module; every caller gets copies of its own.
+
+    Not for tests of files, nor where the random state after the building of a network matters.
+    """
+    known = {}
+
+    def once(act, name):
+        def acting(*arguments):
+            *_, path = arguments
+            if not os.path.isfile(path):
+                return act(*arguments)
+            stat = os.stat(path)
+            key = name, str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino, *arguments[1:-1]
+            if key not in known:
+                known[key] = act(*arguments)
+            return copy.deepcopy(known[key])
+        return acting
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('read', 'network_of'):
+            patch.setattr(checkpoint, name, once(getattr(checkpoint, name), name))
+        yield
 
 
 def wait_for(path, process):

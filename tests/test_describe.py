@@ -14,6 +14,8 @@ from tests.fill import fill
 from tests.test_checkpoints import published_file
 from tests.test_tsne import save_network
 
+pytestmark = pytest.mark.usefixtures('files_once')
+
 
 def counted(model, number, height, width):
     """GFLOP by hooks: 2 for each weight of a convolution and each place it is applied at.

@@ -11,6 +11,7 @@ from mdil.models import build_model
 from mdil.training import resume
 from mdil.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('files_once')
 SMALL = ['--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0']
 
 

@@ -16,6 +16,8 @@ from mdil.models import branches, checkpoint, identify
 from mdil.models.identify import FEATURES, Identifier, OneDomain, appearance, statistics
 from mdil.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('files_once')
+
 
 def looks(seed, count, shift=0.0, spread=1.0):
     """Drawn looks (count, FEATURES) around `shift`."""

@@ -11,6 +11,7 @@ from tests.fill import fill
 from tests.test_checkpoints import published_file
 
 interactiveshell = pytest.importorskip('IPython.core.interactiveshell')
+pytestmark = pytest.mark.usefixtures('files_once')
 TINY = {'HEIGHT': 32, 'WIDTH': 64, 'EPOCHS': 1}
 
 

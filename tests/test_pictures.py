@@ -15,6 +15,7 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.test_eval import COUNTS, save
 
+pytestmark = pytest.mark.usefixtures('files_once')
 CPU = Place(torch.device('cpu'))
 
 

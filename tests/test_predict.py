@@ -20,6 +20,7 @@ from tests.test_eval import COUNTS
 
 NAMES = ['cityscapes', 'IDD']
 SIZE = 32, 64
+pytestmark = pytest.mark.usefixtures('files_once')
 CPU = Place(torch.device('cpu'))
 
 

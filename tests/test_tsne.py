@@ -14,6 +14,7 @@ from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
 from tests.fill import fill
 
+pytestmark = pytest.mark.usefixtures('files_once')
 SMALL = ['--perplexity', '5', '--points', '12', '--device', 'cpu']
 
 
