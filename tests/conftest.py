@@ -1,5 +1,6 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
 import copy
+import gc
 import os
 import runpy
 import signal
@@ -17,6 +18,10 @@ from mdil.utils.precision import without_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)     # the tests run two at a time
+# What tests write need not outlive a power cut. And the collector of garbage need not walk torch again and again.
+os.fsync = lambda number: None
+gc.freeze()
+gc.set_threshold(10_000, 10, 10)
 # A shell starts what it puts into the background with Ctrl-C ignored, nohup with SIGHUP ignored; programs of ours
 # would inherit that, and what they do on a signal is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
