@@ -6,7 +6,6 @@ of its own step, shared norms included, and the weights of today. No file is cha
 
 `options` are those of `python -m benchmarks.forgetting`.
 """
-import copy
 import functools
 import json
 
@@ -45,13 +44,12 @@ def training_loader(options, name, seed, place):
 def score(step, column, number, load, evaluator, options):
     """Entry of the domain of index `number` after a step, in a column; None where it is that of the column `trained`.
 
-    load: gives (network, its Domain objects) of the step.
+    load: gives (network, its Domain objects) of the step. The other columns replace every statistic that the domain uses.
     """
     name, own = step.domains[number], own_step(step, step.domains[number])
     if column == KEPT and own == step:
         return None
     model, domains = load()
-    model = model if column == TRAINED else copy.deepcopy(model)        # its statistics are replaced
     if column == ESTIMATED:
         loader = training_loader(options, name, step.seed, evaluator.place)
         estimate_statistics(model, number, loader, evaluator.place, options.precision)
