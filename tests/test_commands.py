@@ -1,9 +1,11 @@
 """The scripts as a user runs them, on toy roads: every method, the paper's commands, resuming, two processes."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -136,7 +138,7 @@ class StopAfter(Exception):
 
 
 def learn_until(monkeypatch, toy, folder, batches, arguments):
-    """A run that dies after `batches` batches, checkpoints written after each."""
+    """A run, or the rest of one, that dies after `batches` batches, checkpoints written after each."""
     count, real = [0], train.train_batch
 
     def dying(*args):
@@ -150,18 +152,22 @@ def learn_until(monkeypatch, toy, folder, batches, arguments):
             learn(toy, folder, *arguments, '--checkpoint-minutes', 0, epochs=2)
 
 
-@pytest.mark.parametrize('method, workers, batches', [
-    ('mdil', 0, 1), ('mdil', 2, 2), ('mdil', 2, 3), ('multi-task', 0, 3), ('fine-tune', 2, 3), ('lwf', 0, 2)])
-def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, workers, batches):
-    """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second."""
-    arguments = ['--method', method, '--domains', 'CS', 'IDD', '--num-workers', workers, '--class-weights', 'none']
+@pytest.mark.parametrize('method, stops', [('mdil', [(0, 1), (2, 1), (2, 1)]), ('multi-task', [(0, 3)]), ('lwf', [(0, 2)])])
+def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, stops):
+    """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second.
+
+    stops: [(loader processes, batches until the run dies once more)].
+    """
+    arguments = ['--method', method, '--domains', 'CS', 'IDD', '--class-weights', 'none']
     if not METHODS[method].joint:
         torch.manual_seed(1)
         torch.save({'state_dict': build_model([20], method).state_dict()}, tmp_path / 'start')
         arguments += ['--state', tmp_path / 'start']
     straight = learn(toy, tmp_path / 'straight', *arguments, epochs=2)
-    learn_until(monkeypatch, toy, tmp_path / 'broken', batches, arguments)
-    resumed = learn(toy, tmp_path / 'broken', *arguments, '--resume', epochs=2)
+    for number, (workers, batches) in enumerate(stops):
+        again = ['--resume'] if number else []
+        learn_until(monkeypatch, toy, tmp_path / 'broken', batches, [*arguments, '--num-workers', workers, *again])
+    resumed = learn(toy, tmp_path / 'broken', *arguments, '--num-workers', workers, '--resume', epochs=2)
     for content in (straight, resumed):
         content.pop('options')
     assert equal(straight, resumed)
@@ -205,14 +211,24 @@ def start_script(toy, savedir, *arguments, **how):
                             **how)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_signals_save_and_stop(toy, tmp_path, number):
-    """Sent to all processes of the run, the loaders too, as schedulers do."""
+def loaders(process):
+    """The loader processes of a run."""
+    return list(map(int, subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()))
+
+
+def test_a_signal_saves_and_stops_and_leaves_the_loaders_at_work(toy, tmp_path):
+    """Schedulers send it to all processes of the run, the loaders too; a run notes all of these signals alike."""
     process = start_script(toy, tmp_path, '--num-workers', '2', start_new_session=True)
     wait_for(tmp_path / 'checkpoint.pth.tar', process)
-    os.killpg(process.pid, number)
+    assert len(loaders(process)) >= 2
+    caught = int(re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{process.pid}/status').read_text())[1], 16)
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        assert caught >> number - 1 & 1, number
+        for loader in loaders(process):
+            os.kill(loader, number)
+    os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate()
-    assert process.returncode == 75 and 'stopped by a signal' in err
+    assert process.returncode == 75 and 'stopped by a signal' in err, err
     assert checkpoint.read(tmp_path / 'checkpoint.pth.tar')['batch'] > 0
 
 
@@ -275,8 +291,7 @@ def test_a_dead_loader_worker_ends_with_advice(toy, tmp_path):
     process = start_script(toy, tmp_path, '--num-workers', '1')
     try:
         wait_for(tmp_path / 'checkpoint.pth.tar', process)
-        workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[0]), signal.SIGKILL)
+        os.kill(loaders(process)[0], signal.SIGKILL)
         _, err = process.communicate()
     finally:
         process.kill()
