@@ -1,5 +1,5 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
-import copy
+import contextlib
 import gc
 import os
 import runpy
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdil.models import checkpoint
+from mdil.models import erfnet
 from mdil.utils.precision import without_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,28 +46,34 @@ def real():
     return path
 
 
-@pytest.fixture(scope='module')
-def files_once():
-    """Has each checkpoint be read, and its network be built, once in a module; every caller gets copies of its own.
-
-    Not for tests of files, nor where the random state after the building of a network matters.
-    """
-    known = {}
-
-    def once(act, name):
-        def acting(*arguments):
-            *_, path = arguments
-            if not os.path.isfile(path):
-                return act(*arguments)
-            stat = os.stat(path)
-            key = name, str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino, *arguments[1:-1]
-            if key not in known:
-                known[key] = act(*arguments)
-            return copy.deepcopy(known[key])
-        return acting
+@contextlib.contextmanager
+def shallow_erfnet():
+    """ERFNet has one block of each kind in place of 13 and 4: the same names and parts, a third of the tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('read', 'network_of'):
-            patch.setattr(checkpoint, name, once(getattr(checkpoint, name), name))
+        for kind, kept in ((erfnet.Encoder, (0, 1, 6, 7, 8)), (erfnet.Decoder, (0, 1, 3, 4))):
+            patch.setattr(kind, '__init__', shortened(kind.__init__, kept))
+        yield
+
+
+def shortened(build, kept):
+    """The constructor `build` of an encoder or decoder, which then keeps the layers of these numbers."""
+    def constructor(module, *arguments):
+        build(module, *arguments)
+        module.layers = torch.nn.ModuleList(module.layers[number] for number in kept)
+    return constructor
+
+
+@pytest.fixture
+def shallow():
+    """For tests in this process to which the depth of ERFNet is all the same."""
+    with shallow_erfnet():
+        yield
+
+
+@pytest.fixture(scope='module')
+def shallow_module():
+    """The same for all tests of a file, and for what they share."""
+    with shallow_erfnet():
         yield
 
 
@@ -100,3 +106,33 @@ def run_script(*arguments, expect=0, **environment):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
     assert done.returncode == expect, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
     return done
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """Has benchmarks train in this process; call it with a list for the commands, and what failing ones name."""
+    from mdil.benchmarks import sequences
+    from mdil.training import resume
+    monkeypatch.setattr(resume.Interrupt, '__enter__', lambda self: self)     # signals are the main thread's alone
+    return lambda calls, failing='': monkeypatch.setattr(sequences, 'start', trained_in(calls, failing))
+
+
+def trained_in(calls, failing):
+    """A stand-in for `sequences.start`."""
+    from mdil import train
+
+    class Process:
+        def __init__(self, command, log):
+            calls.append(command)
+            self.status = int(bool(failing) and any(failing in part for part in command))
+            if self.status:
+                log.write('error: no luck\n')
+                log.flush()
+            else:
+                train.main(command[2:])
+
+        def wait(self):
+            return self.status
+
+        terminate = wait
+    return Process

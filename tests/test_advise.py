@@ -14,6 +14,8 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.test_predict import NAMES, SIZE, knowing, model, photos, state  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 CPU = Place(torch.device('cpu'))
 
 

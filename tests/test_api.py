@@ -20,7 +20,6 @@ from tests.conftest import ROOT
 from tests.test_eval import COUNTS
 from tests.test_predict import expected
 
-pytestmark = pytest.mark.usefixtures('files_once')
 NAMES = ['cityscapes', 'IDD']
 SIZE = 32, 64
 

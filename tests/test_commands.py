@@ -40,6 +40,7 @@ def evaluate(toy, out, *arguments):
     return json.loads(out.read_text())
 
 
+@pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_learns_two_domains_and_is_evaluated(toy, tmp_path, method):
     row = METHODS[method]
@@ -65,6 +66,7 @@ def test_every_method_learns_two_domains_and_is_evaluated(toy, tmp_path, method)
         assert results['domains'][name]['miou'] == pytest.approx(line['val'][name]['miou'], abs=1e-9)
 
 
+@pytest.mark.usefixtures('shallow')
 def test_the_papers_three_commands(toy, tmp_path):
     encoder = encoder_file(tmp_path / 'erfnet_encoder_pretrained.pth.tar')
     learn(toy, tmp_path / '1', '--state', encoder, '--num-classes', 20, '--current_task=0', '--dataset=cityscapes')
@@ -94,6 +96,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
     assert len(content['domains']) == 3
 
 
+@pytest.mark.usefixtures('shallow')
 def test_released_recipe_of_step_three_from_a_published_file(toy, tmp_path):
     model = fill(build_model([20, 20]))
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
@@ -106,6 +109,7 @@ def test_released_recipe_of_step_three_from_a_published_file(toy, tmp_path):
     assert opts['class_weights']['IDD'][0] == pytest.approx(3.2356356) and opts['class_weights']['IDD'][-1] == 0
 
 
+@pytest.mark.usefixtures('shallow')
 def test_old_domain_without_data_is_not_validated(toy, tmp_path, capsys):
     learn(toy, tmp_path / '1', '--domains', 'CS')
     learn(toy, tmp_path / '2', '--domains', 'CS', 'BDD', '--state', tmp_path / '1/checkpoint.pth.tar', '--data',
@@ -152,6 +156,7 @@ def learn_until(monkeypatch, toy, folder, batches, arguments):
             learn(toy, folder, *arguments, '--checkpoint-minutes', 0, epochs=2)
 
 
+@pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('method, stops', [('mdil', [(0, 1), (2, 1), (2, 1)]), ('multi-task', [(0, 3)]), ('lwf', [(0, 2)])])
 def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, stops):
     """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second.
@@ -181,6 +186,7 @@ def test_an_option_that_the_interrupted_run_did_not_know_may_be_left_at_its_defa
     assert resume.differences({'lr': 0.1}, options) == (['--distill-domains was None, is 1'], [])
 
 
+@pytest.mark.usefixtures('shallow')
 def test_resuming_with_other_options_is_refused_and_finished_is_said(toy, tmp_path, capsys):
     learn(toy, tmp_path / 'a', '--domains', 'CS', epochs=1)
     with pytest.raises(UserError, match='--lr was 0.0005, is 0.1; --seed was 0, is 7'):
@@ -191,6 +197,7 @@ def test_resuming_with_other_options_is_refused_and_finished_is_said(toy, tmp_pa
     assert 'already finished after 1 epochs' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures('shallow')
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, capsys):
     arguments = ['--domains', 'CS', '--class-weights', 'none']
     straight = learn(toy, tmp_path / 'a', *arguments, epochs=2)

@@ -14,8 +14,6 @@ from tests.fill import fill
 from tests.test_checkpoints import published_file
 from tests.test_tsne import save_network
 
-pytestmark = pytest.mark.usefixtures('files_once')
-
 
 def counted(model, number, height, width):
     """GFLOP by hooks: 2 for each weight of a convolution and each place it is applied at.
@@ -35,6 +33,7 @@ def counted(model, number, height, width):
     return total[0] / 1e9
 
 
+@pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('method', ['mdil', 'fine-tune', 'series-adapters'])
 def test_cost_equals_a_count_by_hooks(method):
     model = build_model([20, 12], method)
@@ -70,6 +69,7 @@ def test_card_of_a_run(tmp_path, capsys):
     assert 'limit-batches' not in out and 'mIoU 63' not in out
 
 
+@pytest.mark.usefixtures('shallow')
 def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
     model = fill(build_model([20, 20]))
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
@@ -81,6 +81,7 @@ def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
     assert 'BDD' in out and 'names not known' not in out
 
 
+@pytest.mark.usefixtures('shallow')
 def test_the_parts_add_up_to_the_whole(tmp_path):
     path = save_network(tmp_path / 'model_best.pth.tar', ['cityscapes', 'BDD', 'IDD'], 'mdil', 0)
     options = describe.parse([str(path), '--height', '64'])

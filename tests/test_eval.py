@@ -20,7 +20,8 @@ from mdil.evaluation import compare, tables
 from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('files_once')
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 COUNTS = {'cityscapes': 20, 'BDD': 20, 'IDD': 27}
 # Label ids of Cityscapes in each of the common classes.
 COMMON_IDS = ((7, 9), (8, 10, 22), (24, 25), range(26, 34), (12, 13, 14, 17, 18, 19, 20), (11, 15, 16, 21), (23,))

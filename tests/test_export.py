@@ -18,6 +18,8 @@ from mdil.models.exported import PACKAGES, WRITERS, Exported, write_openvino
 from mdil.utils.errors import UserError
 from tests.fill import fill
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 FORMATS = {'onnx': 'x.onnx', 'torch': 'x.pt2', 'openvino': 'x.xml'}
 
 

@@ -4,14 +4,13 @@ import math
 
 import pytest
 
-from mdil import train
 from mdil.benchmarks import forgetting, scoring, sequence_tables, sequences
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.models import build_model
-from mdil.training import resume
 from mdil.utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('files_once')
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 SMALL = ['--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0']
 
 
@@ -153,32 +152,6 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
     assert shown[0] == 'mdil (1 of 2 seeds)' and shown[1] == '20.00'
 
 
-@pytest.fixture
-def trained_here(monkeypatch):
-    """Has steps be trained in this process; call it with a list for the commands, and what failing ones name."""
-    monkeypatch.setattr(resume.Interrupt, '__enter__', lambda self: self)     # signals are the main thread's alone
-    return lambda calls, failing='': monkeypatch.setattr(sequences, 'start', trained_in(calls, failing))
-
-
-def trained_in(calls, failing):
-    """A stand-in for `sequences.start`."""
-    class Process:
-        def __init__(self, command, log):
-            calls.append(command)
-            self.status = int(bool(failing) and any(failing in part for part in command))
-            if self.status:
-                log.write('error: no luck\n')
-                log.flush()
-            else:
-                train.main(command[2:])
-
-        def wait(self):
-            return self.status
-
-        terminate = wait
-    return Process
-
-
 def run(folder, roads, *arguments):
     return forgetting.main(['--out', str(folder / 'runs'), '--data-root', str(roads), '--orders', 'CS BDD',
                             '--seeds', '0', '--epochs', '1', '--limit-batches', '1', *SMALL, *arguments])
@@ -202,7 +175,8 @@ def test_whole_sequences_are_learnt_once_and_tabled(roads, tmp_path, trained_her
     assert estimated != released['steps']
     assert result['single-task']['seeds']['0']['delta_m'] == 0
     copies = result['fine-tune-copies']
-    assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] > 2e6
+    fine_tuned = sum(p.numel() for p in build_model([20], 'fine-tune').parameters())     # the whole network again
+    assert copies['seeds']['0']['forgetting'] == {'cityscapes': 0} and copies['cost']['added_parameters'] == fine_tuned
     drawn = (tmp_path / 'g.svg').read_text()
     assert all(f'<!-- {name} -->' in drawn.replace('- -', '--') for name in rows)
     assert 'BDD' in (tmp_path / 'f.svg').read_text() and '| released |' in (tmp_path / 'f.md').read_text()

@@ -32,6 +32,8 @@ from mdil.utils.files import temporary_name
 from mdil.utils.parallel import session
 from tests.fill import fill
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 def content(state):
     """A checkpoint of a step with one domain of two classes, without what only resuming needs."""
@@ -347,7 +349,7 @@ def learnt(tmp_path_factory):
     write_toy_roads(root / 'toy', train=3, val=1, height=32, width=64, seed=1)
     arguments = ['--data-root', str(root / 'toy'), '--savedir', str(root / 'run'), '--domains', 'CS', '--height', '32',
                  '--width', '64', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', '--num-epochs', '2',
-                 '--class-weights', 'none', '--checkpoint-minutes', '0']
+                 '--class-weights', 'none', '--checkpoint-minutes', '0', '--seed', '1']
     real, count = train.train_batch, [0]
 
     def stopping(run, *batch):

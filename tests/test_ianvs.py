@@ -10,6 +10,8 @@ from PIL import Image
 import mdil
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 FILE = ROOT / 'examples/ianvs/basemodel.py'
 OPTIONS = {'height': 16, 'width': 32, 'batch_size': 2, 'num_workers': 0, 'device': 'cpu', 'num_epochs': 1}
 

@@ -16,7 +16,7 @@ from mdil.models import branches, checkpoint, identify
 from mdil.models.identify import FEATURES, Identifier, OneDomain, appearance, statistics
 from mdil.utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('files_once')
+pytestmark = pytest.mark.usefixtures('shallow_module')
 
 
 def looks(seed, count, shift=0.0, spread=1.0):

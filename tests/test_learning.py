@@ -15,6 +15,8 @@ from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
 from mdil.models import checkpoint
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 TINY = {'height': 16, 'width': 32, 'batch_size': 4, 'num_workers': 0, 'device': 'cpu', 'num_epochs': 1}
 
 

@@ -34,6 +34,7 @@ def test_plain_model_is_written_with_the_published_keys():
     assert shapes(state) == keys_of('state_dict_keys_single_20.txt')
 
 
+@pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('method', ['mdil', 'series-adapters', 'domain-bn'])
 def test_every_module_of_a_branch_matters_to_its_domain_and_to_no_other(method):
     """A wrong adapter, batch-norm or decoder index would show in one of the two."""

@@ -9,6 +9,8 @@ from mdil.models.methods import METHODS
 from mdil.training import records
 from tests import ewc
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 SMALL = ['--height', '32', '--batch-size', '2', '--num-workers', '0', '--device', 'cpu', '--num-epochs', '1',
          '--class-weights', 'none', '--method', 'ewc']
 

@@ -4,15 +4,15 @@ import json
 import pytest
 
 from mdil.datasets.toy import roads
-from mdil.evaluation import pictures
 from mdil.models import build_model
 from mdil.models.layouts import published_keys
 from tests.conftest import ROOT
 from tests.fill import fill
 from tests.test_checkpoints import published_file
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 interactiveshell = pytest.importorskip('IPython.core.interactiveshell')
-pytestmark = pytest.mark.usefixtures('files_once')
 TINY = {'HEIGHT': 32, 'WIDTH': 64, 'EPOCHS': 1}
 
 
@@ -77,8 +77,7 @@ def published(tmp_path_factory):
     return files
 
 
-def test_evaluation_notebook_takes_published_files(toy, tmp_path, published, monkeypatch):
-    monkeypatch.setattr(pictures, 'save_confusion', lambda *_: None)
+def test_evaluation_notebook_takes_published_files(toy, tmp_path, published):
     names = run_here('Evaluation_Notebook.ipynb', OUT=str(tmp_path), DATA=str(toy), STATES=[published['one'], published['two']],
                      DOMAINS=['cityscapes', 'IDD'], SINGLE_TASK={'IDD': published['single']})
     found = json.loads((tmp_path / 'results.json').read_text())
@@ -94,7 +93,7 @@ def test_tsne_notebook_takes_published_files_and_every_pixel(toy, tmp_path, publ
     assert 64 < len(classes) <= 8 * 16 and len(set(names['pixels'].images)) == 1     # all of 8 x 16 but for void
 
 
-def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, few_roads, tmp_path, capsys, monkeypatch):
+def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, few_roads, tmp_path, capsys):
     name = 'Evaluation_Notebook.ipynb'
     cells = execute(shell, name, OUT=str(tmp_path / 'a'), **TINY)
     shown = '\n'.join(outputs(cells, 'text/markdown'))
@@ -102,7 +101,6 @@ def test_evaluation_notebook_on_toy_roads_then_on_given_checkpoints(shell, few_r
     assert len(outputs(cells, 'image/png')) == 3        # panels, two confusion matrices
     assert all(f'| {method} |' in shown for method in ('mdil', 'fine-tune', 'single-task'))
     states = [str(tmp_path / f'a/mdil/step{step}/model_best.pth.tar') for step in ('1-cityscapes', '2-IDD')]
-    monkeypatch.setattr(pictures, 'save_confusion', lambda *_: None)
     run_here(name, OUT=str(tmp_path / 'b'), STATES=states[:1], DATA=str(tmp_path / 'a/data'), **TINY)
     # A file of one domain that its record names needs no DOMAINS.
     first, second = (json.loads((tmp_path / place / 'results.json').read_text()) for place in 'ab')

@@ -22,6 +22,8 @@ from mdil.utils.errors import UserError
 from mdil.utils.graphs import EAGER, Graphed
 from mdil.utils.parallel import Place, session
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 
 

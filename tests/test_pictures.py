@@ -15,7 +15,8 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.test_eval import COUNTS, save
 
-pytestmark = pytest.mark.usefixtures('files_once')
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 CPU = Place(torch.device('cpu'))
 
 

@@ -18,9 +18,10 @@ from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import Place
 from tests.test_eval import COUNTS
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 NAMES = ['cityscapes', 'IDD']
 SIZE = 32, 64
-pytestmark = pytest.mark.usefixtures('files_once')
 CPU = Place(torch.device('cpu'))
 
 

@@ -7,13 +7,17 @@ from mdil.benchmarks import repair
 from mdil.utils.errors import UserError
 from mdil.datasets.toy.roads import write_toy_roads
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
 
-def test_a_sequence_is_learnt_repaired_and_counted(tmp_path, capsys):
+
+def test_a_sequence_is_learnt_repaired_and_counted(tmp_path, trained_here, capsys):
+    calls = []
+    trained_here(calls)
     write_toy_roads(tmp_path / 'roads', train=4, val=2, height=32, width=64, seed=2)
     given = ['--data-root', tmp_path / 'roads', '--out', tmp_path / 'out', '--orders', 'CS BDD', '--seeds', '0', '--epochs', '1',
              '--height', '32', '--batch-size', '2', '--class-weights', 'none', '--device', 'cpu', '--num-workers', '0',
              '--json', tmp_path / 'json', '--markdown', tmp_path / 'md']
-    assert repair.main(list(map(str, given))) is None
+    assert repair.main(list(map(str, given))) is None and len(calls) == 2
     found = json.loads((tmp_path / 'json').read_text())
     entries = found['orders']['cityscapes BDD']['0']
     assert found['options']['seeds'] == [0] and set(entries) == {'cityscapes', 'BDD'}

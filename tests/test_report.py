@@ -14,6 +14,8 @@ from mdil import eval as evaluation, train
 from mdil.evaluation import report
 from mdil.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 SMALL = ['--height', '32', '--num-workers', '0', '--device', 'cpu']
 
 

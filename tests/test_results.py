@@ -19,6 +19,8 @@ from mdil.utils.files import check_writable, write_atomically, write_text
 from tests.conftest import ROOT
 from tests.fill import fill
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 SMALL = ['--height', '32', '--num-epochs', '1', '--limit-batches', '1', '--batch-size', '2', '--num-workers', '0',
          '--device', 'cpu', '--class-weights', 'none']
 

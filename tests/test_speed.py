@@ -301,7 +301,6 @@ def test_speed_benchmark_compares_both_sides(tmp_path, monkeypatch):
     """Real work on both sides, tiny: the file holds what the table shows."""
     monkeypatch.setattr(speed, 'SOURCES', [Source('256x128 PNG', 256, 128, 0, 1)])
     monkeypatch.setattr(speed, 'best_time', functools.partial(speed.best_time, rounds=1))
-    monkeypatch.setattr(speed.gc, 'collect', lambda: 0)     # takes long, the more the longer the tests have run
     speed.main(['--height', '16', '--batch-size', '2', '--rounds', '1', '--seconds', '0', '--device', 'cpu',
                 '--what', 'step 1', 'evaluation', '--num-workers', '1', '--json', str(tmp_path / 'speed.json')])
     found = json.loads((tmp_path / 'speed.json').read_text())

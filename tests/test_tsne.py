@@ -14,7 +14,8 @@ from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
 from tests.fill import fill
 
-pytestmark = pytest.mark.usefixtures('files_once')
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 SMALL = ['--perplexity', '5', '--points', '12', '--device', 'cpu']
 
 
