@@ -194,6 +194,18 @@ def test_the_documented_recipes_are_the_options_own():
             assert set(re.findall(r'`([^`]+)`', cell)) == words or {cell} == words, (name, cell, words)
 
 
+def test_the_fast_recipe_is_the_documented_one_and_what_is_given_wins():
+    changed = dict(RECIPES['fast'].items() - RECIPES['corrected'].items())
+    words = re.search(r'`--recipe fast` is `corrected` with `([^`]+)`', (ROOT / 'docs/methods.md').read_text()).group(1)
+    start = '--savedir S --domains CS'
+    assert vars(parse(f'{start} --recipe fast')) == {**vars(parse(f'{start} {words}')), 'recipe': 'fast'}
+    assert changed.keys() == {'schedule', 'lr', 'no_dropout'}
+    given = parse(f'{start} --recipe fast --lr 1e-3 --dropout --schedule poly')
+    assert vars(given) == {**vars(parse(f'{start} --lr 1e-3')), 'recipe': 'fast'}
+    later = parse('--savedir S --domains CS BDD --state x --recipe fast')
+    assert (later.lr, later.shared_lr, later.no_dropout) == (4e-3, 5e-6, True)
+
+
 def test_the_documented_methods_use_what_their_rows_say():
     rows = table_rows('methods.md', 'Methods')
     rows.pop('--method')

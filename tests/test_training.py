@@ -12,6 +12,7 @@ from mdil.models.multi_domain import batch_norms_of
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
+from mdil.training.schedules import one_cycle
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from tests.fill import fill, inputs
@@ -199,6 +200,18 @@ def test_optimiser_and_schedule_are_the_published_ones():
         assert optimizer.param_groups[1]['lr'] == pytest.approx(5e-4 * (1 - (epoch - 1) / 10) ** 0.9)
         optimizer.step()
         schedule.step()
+
+
+def test_one_cycle_rises_for_a_quarter_of_the_epochs_and_falls_after_it():
+    run, _, _ = step_of('mdil', '--num-epochs', '8', '--schedule', 'one-cycle')
+    optimizer, schedule = building.build_optimizer(run.student, run.options)
+    seen = []
+    for _ in range(8):
+        seen.append(optimizer.param_groups[1]['lr'] / 5e-4)
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert [one_cycle(0, 1), one_cycle(0, 3)] == [1, 1]      # too few to rise
 
 
 def test_a_step_that_nothing_learns_from_is_left_out():

@@ -33,7 +33,7 @@ Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value)
   HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS
   NETWORK=${NETWORK:-erfnet}  WEIGHTS=${WEIGHTS:-none} (or imagenet, or a file)  ENCODER=$ENCODER (of ERFNet, a file; docs/networks.md)
   GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
-  RECIPE=${RECIPE:-corrected} (or released)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
+  RECIPE=${RECIPE:-corrected} (or released, fast)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
   EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
   PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
 Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Finished steps are skipped,
@@ -77,7 +77,7 @@ check_words() {
     DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/} WEIGHTS=${WEIGHTS/#\~\//$HOME/}
     [ -z "$ENCODER" ] || [ -z "$WEIGHTS" ] || refuse "ENCODER and WEIGHTS both say what the first step starts from; give one"
     first=(${ENCODER:+--state "$ENCODER"} ${WEIGHTS:+--weights "$WEIGHTS"})     # of train.py in the first step
-    case $RECIPE in ''|corrected|released) ;; *) refuse "--recipe $RECIPE is not corrected or released" ;; esac
+    case $RECIPE in ''|corrected|released|fast) ;; *) refuse "--recipe $RECIPE is not corrected, released or fast" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
     case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
     # The rows of the table of methods: those in it, and those that other files add.

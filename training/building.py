@@ -25,6 +25,7 @@ from mdil.models.networks import DEFAULT as ERFNET
 from mdil.models.weights import IMAGENET, start_from_weights
 from mdil.training.options import check_network
 from mdil.training.plan import plan_step
+from mdil.training.schedules import SCHEDULES
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError, printable
 from mdil.utils.parallel import tell, wrap
@@ -348,8 +349,8 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
 
 
 def build_optimizer(student, options):
-    """Adam as published, and the rate's decay (1 - (epoch-1)/epochs)^0.9, stepped once an epoch."""
+    """Adam as published, and how its rates change, once an epoch (`training.schedules`)."""
     optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
                                  fused=next(student.parameters()).device.type in FUSED, capturable=options.cuda_graphs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / options.num_epochs) ** 0.9)
-    return optimizer, schedule
+    factor = SCHEDULES[options.schedule]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: factor(done, options.num_epochs))
