@@ -15,7 +15,7 @@ from mdil.models import METHODS, checkpoint
 from mdil.training.options import parse_train
 from tests.conftest import ROOT, wait_for
 
-SCRIPTS = ['mdil', 'ours', 'adapters_only', 'parallel', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real']
+SCRIPTS = ['mdil', 'ours', 'adapters_only', 'parallel', 'fine_tune', 'multi_task', 'single_task', 'ablations', 'demo', 'small_real', 'speedrun']
 
 
 def script(name, *arguments, expect=0):
@@ -35,7 +35,7 @@ def test_dry_run_prints_commands_that_train_py_accepts(name):
     found = commands(script(name, '--dry-run'))
     options = [parse_train(words) for words in found]
     steps = {'mdil': 3, 'ours': 3, 'adapters_only': 3, 'parallel': 3, 'fine_tune': 3, 'multi_task': 1, 'single_task': 3, 'ablations': 36,
-             'demo': 6, 'small_real': 6}
+             'demo': 6, 'small_real': 6, 'speedrun': 1}
     assert len(options) == steps[name]
     assert len({option.savedir for option in options}) == len(options)
     for option in options:

@@ -74,6 +74,7 @@ def test_frozen_is_frozen_and_the_rest_learns(method):
         assert shared <= moved, sorted(shared - moved)
         return
     assert not moved & shared, sorted(moved & shared)
+    assert not any(parameter.requires_grad for parameter in run.student.shared_parameters())
     old = copy.deepcopy(run.student)
     old.load_state_dict(before)
     with torch.no_grad():

@@ -6,7 +6,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 export DATA=${DATA:-runs/speedrun/data} OUT=${OUT:-runs/speedrun} DOMAINS=${DOMAINS:-cityscapes} HEIGHT=${HEIGHT:-64}
-export WORKERS=${WORKERS:-0} EPOCHS=${EPOCHS:-8} RECIPE=${RECIPE:-fast}
+export BATCH=${BATCH:-3} WORKERS=${WORKERS:-0} EPOCHS=${EPOCHS:-8} RECIPE=${RECIPE:-fast}
 export TRAIN_ARGS=${TRAIN_ARGS:---class-weights computed --val-every 1000}
 source trainer_files/common.sh
 read_arguments "Trains one network as fast as is known; results in $OUT/seed$SEED." "$@"
@@ -15,5 +15,5 @@ if [ "$DATA" = runs/speedrun/data ] && [ ! -e "$DATA" ]; then
     run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 400 --val 100 --height "$HEIGHT" --width "$WIDTH"
 fi
 SECONDS=0
-run_train "$OUT/seed$SEED" "$EPOCHS" --method single-task --domains "$DOMAINS"
+run_train "$OUT/seed$SEED" "$EPOCHS" --domains "$DOMAINS"
 [ -n "$DRY_RUN" ] || echo "== $SECONDS seconds, the start of the program and the validations included"
