@@ -221,7 +221,7 @@ def test_a_checkout_with_autocrlf_keeps_line_ends(tmp_path):
 
 @pytest.mark.parametrize('number, gpus', [(signal.SIGUSR1, 1), (signal.SIGHUP, 2)])
 def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path, number, gpus):
-    words = ['bash', 'trainer_files/mdil.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', f'EPOCHS={10 if gpus == 1 else 200}',
+    words = ['bash', 'trainer_files/mdil.sh', f'DATA={toy}', f'OUT={tmp_path}', 'DOMAINS=cityscapes', f'EPOCHS={20 if gpus == 1 else 200}',
              'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'GPUS={gpus}', f'PYTHON={sys.executable}',
              'TRAIN_ARGS=--limit-batches 1 --val-every 50']
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
