@@ -288,13 +288,13 @@ def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
 
 def test_floor_counts_what_the_design_counts():
     """60.2 GFLOP forward per image at 1024x512; step 1 three times that but for the image's own gradient."""
-    options = speed.parse([])
-    count = lambda what: speed.floors(what, options, (1e12, 1e10))
+    options = speed.parse(['--precision', 'fp32'])
+    count = lambda what: speed.floors(what, options, (1e12, 2e10))      # some layers wait for memory, others compute
     forward = count('evaluation')
     assert forward['gflop'] == pytest.approx(60.2, abs=0.05)
     assert count('step 1')['gflop'] == pytest.approx(3 * 60.2, rel=0.01)
     assert count('step 2')['gflop'] < 7 * 60.2 < count('step 3')['gflop'] < 11 * 60.2
-    assert forward['seconds'] > max(forward['gflop'] / 1e3, forward['gb'] / 10)
+    assert forward['seconds'] > 1.01 * max(forward['gflop'] / 1e3, forward['gb'] / 20)
 
 
 def test_speed_benchmark_compares_both_sides(tmp_path, monkeypatch):
