@@ -97,7 +97,7 @@ def method_options(parser):
     """Adds the recipe and each difference between the recipes."""
     group = parser.add_argument_group('recipe', '--recipe sets what is not given')
     group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
-                       help='corrected, released (the published loops to rounding), or fast (the same score in fewer epochs)')
+                       help='corrected, released (the published loops to rounding), or fast (one-cycle at 4e-3 without dropout, for few epochs)')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
                        help=f'weight of the distillation term (default: {LAMBDA})')
     group.add_argument('--temperature', type=rate, metavar='T',
@@ -107,9 +107,9 @@ def method_options(parser):
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
                        help='rate of the shared weights after the first domain (default: by method)')
     group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,
-                       help="disable dropout in the student's encoder (default: by method)")
+                       help='disable dropout in what trains (default: by method)')
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
-                       help="use dropout in the student's encoder (default: by method)")
+                       help='use dropout in what trains (default: by method)')
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)')
     group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')

@@ -1,4 +1,7 @@
-"""What a step of a sequence trains and freezes: decided here, from the method's row and the options."""
+"""What a step of a sequence trains and freezes: decided here, from the method's row and the options.
+
+`building.freeze` carries it out, with `MultiDomainNet.freeze`, which says what frozen means for batch norms and dropout.
+"""
 from dataclasses import dataclass, replace
 
 from mdil.models import get_method
