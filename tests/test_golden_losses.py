@@ -1,7 +1,7 @@
 """The losses of the same 20 batches of every method are those in golden_losses.json, within rounding.
 
-Five batches each from four starts, on a shallow ERFNet, in float64: in float32 what one processor rounds otherwise than another grows
-tenfold with each step, as Adam scales up gradients that are nothing but rounding and as ReLUs flip.
+Five batches each from four starts, on a shallow ERFNet, in float64: in float32 what one processor rounds otherwise
+than another grows tenfold with each step, as Adam scales up gradients that are nothing but rounding and as ReLUs flip.
 After a change that is meant to alter losses: python -m tests.test_golden_losses
 """
 import json

@@ -34,18 +34,13 @@ def base(toy, tmp_path_factory):
 @pytest.fixture(scope='module')
 def shallow_bases(toy, tmp_path_factory):
     """{method: run of a shallow ERFNet that learnt Cityscapes first}, one run for all methods of one network."""
-    with shallow_erfnet():
-        return bases_of(toy, tmp_path_factory)
-
-
-def bases_of(toy, tmp_path_factory):
-    """{method: run that learnt Cityscapes first}, one run for all methods of one network."""
     made, found = {}, {}
     for name, row in METHODS.items():
         kind = row.adapter, row.domain_bn
         if not row.lonely and not row.joint:
             if kind not in made:
-                made[kind] = learn(toy, tmp_path_factory.mktemp('base'), ['CS'], '--method', name)
+                with shallow_erfnet():
+                    made[kind] = learn(toy, tmp_path_factory.mktemp('base'), ['CS'], '--method', name)
             found[name] = made[kind]
     return found
 

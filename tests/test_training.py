@@ -204,7 +204,7 @@ def test_optimiser_and_schedule_are_the_published_ones():
 
 
 def test_one_cycle_rises_for_a_quarter_of_the_epochs_and_falls_after_it():
-    run, _, _ = step_of('mdil', '--num-epochs', '8', '--schedule', 'one-cycle')
+    run = run_of('mdil', '--num-epochs', '8', '--schedule', 'one-cycle')
     optimizer, schedule = building.build_optimizer(run.student, run.options)
     seen = []
     for _ in range(8):

@@ -137,7 +137,6 @@ class Other(nn.Module):
         self.heads = nn.ModuleList([nn.Conv2d(4, classes, 1) for classes in heads])
 
 
-@pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('wrapped', ['model', None])
 def test_networks_of_other_code_by_a_map_of_keys(tmp_path, capsys, wrapped):
     new = Other([3, 5])
@@ -161,7 +160,6 @@ def test_networks_of_other_code_by_a_map_of_keys(tmp_path, capsys, wrapped):
             run(old, tmp_path / 'new', *given)
 
 
-@pytest.mark.usefixtures('shallow')
 def test_digests_tell_bits_types_shapes_and_names():
     value = torch.arange(6.).reshape(2, 3)
     assert digest_of(value) == digest_of(value.clone()) == digest_of(value.t().contiguous().t())

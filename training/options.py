@@ -97,7 +97,8 @@ def method_options(parser):
     """Adds the recipe and each difference between the recipes."""
     group = parser.add_argument_group('recipe', '--recipe sets what is not given')
     group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
-                       help='corrected, released (the published loops to rounding), or fast (one-cycle at 4e-3 without dropout, for few epochs)')
+                       help='corrected, released (the published loops to rounding), or fast (one-cycle at 4e-3 without '
+                            'dropout, for few epochs)')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
                        help=f'weight of the distillation term (default: {LAMBDA})')
     group.add_argument('--temperature', type=rate, metavar='T',
