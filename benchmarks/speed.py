@@ -47,6 +47,7 @@ from mdil.utils.graphs import graphed
 from mdil.utils.parallel import pick_device, session
 from mdil.utils.parser import Parser, complete_size, positive, rate, size_options
 from mdil.utils.precision import memory_format, without_bf16
+from mdil.utils.workers import CONTEXT
 
 CLASSES = 20
 WHAT = 'step 1', 'step 2', 'step 3', 'evaluation'
@@ -346,7 +347,7 @@ def starving(options, place):
         data = SegmentationDataset(SOURCES[0].domain, folder, 'train', size, augmented=False)
         batches = TrainBatches(len(data), options.batch_size, seed=0)
         loaders = {PUBLISHED: DataLoader(Published(data.pairs, size), options.batch_size, shuffle=True, drop_last=True,
-                                         num_workers=options.num_workers, persistent_workers=True,
+                                         num_workers=options.num_workers, persistent_workers=True, multiprocessing_context=CONTEXT,
                                          pin_memory=place.device.type == 'cuda'),
                    OURS: make_loader(cached(data, folder), batches, options.num_workers, place.device.type == 'cuda')}
         for side, loader in loaders.items():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from mdil.datasets.segmentation import SegmentationDataset
 from mdil.utils.errors import UserError
-from mdil.utils.workers import become_loader
+from mdil.utils.workers import CONTEXT, become_loader
 
 ORDER = 1       # distinguishes the order's random numbers from the augmentation's
 
@@ -95,4 +95,4 @@ def make_loader(dataset, batches, workers, pin, collate=None):
         check_shared_memory(dataset, batches.batch_size, workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       persistent_workers=workers > 0, generator=torch.Generator(), collate_fn=collate,
-                      worker_init_fn=partial(become_loader, os.getpid()))
+                      multiprocessing_context=CONTEXT if workers else None, worker_init_fn=partial(become_loader, os.getpid()))

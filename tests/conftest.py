@@ -1,6 +1,7 @@
 """Shared fixtures: toy roads drawn once, a way to run the scripts as a user does."""
 import contextlib
 import gc
+import multiprocessing
 import os
 import runpy
 import signal
@@ -86,6 +87,14 @@ def wait_for(path, process):
 
 # Without bf16 instructions such a test takes minutes.
 needs_bf16 = pytest.mark.skipif(bool(without_bf16(torch.device('cpu'))), reason='the processor has no bf16 arithmetic')
+
+
+@pytest.fixture
+def start_method():
+    """Sets how Python starts processes where nobody says how, until the test ends."""
+    usual = multiprocessing.get_start_method()
+    yield lambda name: multiprocessing.set_start_method(name, force=True)
+    multiprocessing.set_start_method(usual, force=True)
 
 
 @pytest.fixture

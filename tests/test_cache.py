@@ -214,8 +214,9 @@ def test_moved_data_is_recognised(roads, tmp_path, loads):
     assert len(loads) == 8
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_batches_do_not_depend_on_workers(toy, tmp_path, workers):
+@pytest.mark.parametrize(('workers', 'started_by'), [(0, 'fork'), (2, 'fork'), (2, 'forkserver')])
+def test_batches_do_not_depend_on_workers(toy, tmp_path, workers, started_by, start_method):
+    start_method(started_by)
     data = train_set(toy, augmented=True, seed=1)
     both = [make_loader(dataset, TrainBatches(len(data), 3, 1), count, pin=False)
             for dataset, count in ((data, 0), (cached(data, tmp_path), workers))]

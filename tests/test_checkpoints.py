@@ -94,7 +94,7 @@ def test_two_files_in_one_are_refused(tmp_path):
     glued = tmp_path / 'glued'
     glued.write_bytes((tmp_path / 'a').read_bytes() + (tmp_path / 'b').read_bytes())
     assert torch.load(glued, weights_only=True)['state_dict']['x'][0] == 1
-    with pytest.raises(UserError, match='two files in one'):
+    with pytest.raises(UserError, match='two files in one|Corrupt zip64'):      # Python 3.14 notices by itself
         checkpoint.read(glued)
 
 

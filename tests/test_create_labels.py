@@ -347,7 +347,9 @@ def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_in_parallel_keeps_order():
+@pytest.mark.parametrize('started_by', ['fork', 'forkserver'])       # Python's default before and from 3.14
+def test_in_parallel_keeps_order(started_by, start_method):
+    start_method(started_by)
     numbers = list(range(100))
     assert list(in_parallel(square, numbers, 2, 'squares')) == [number ** 2 for number in numbers]
     assert list(in_parallel(square, [], 2, 'squares')) == []

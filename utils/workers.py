@@ -1,5 +1,6 @@
 """Work shared among processes and threads, and how the processes end."""
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ from mdil.utils.errors import UserError
 STOPPING = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM     # signals that ask a run to stop
 INTERRUPTED = 75        # exit status of a run that a signal stopped: saved, run again with --resume
 PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
+# How processes start. From 3.14 on, Python's default on Linux is a server that starts them: each would import torch
+# anew, scripts without `if __name__ == '__main__'` would fail, and the server would be their parent.
+CONTEXT = multiprocessing.get_context('fork') if sys.platform == 'linux' else None
 
 
 def end_with(parent, number=signal.SIGKILL):
@@ -56,7 +60,7 @@ def in_parallel(function, items, workers, title):
         return
     chunk = max(1, min(16, len(items) // (4 * workers)))
     # A pool ends its processes by SIGTERM, so they must not ignore that.
-    worker = {'initializer': become_worker, 'initargs': (os.getpid(), STOPPING[:-1])}
+    worker = {'mp_context': CONTEXT, 'initializer': become_worker, 'initargs': (os.getpid(), STOPPING[:-1])}
     try:
         with ProcessPoolExecutor(min(workers, len(items)), **worker) as pool:
             yield from progress(pool.map(function, items, chunksize=chunk))
