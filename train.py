@@ -110,7 +110,7 @@ def validate(run):
                              run.options.precision, data.domain.name)
             if not score.matrix[:-1].any():
                 raise UserError(f'no pixel that is not void in the val images of {data.domain.name}; see '
-                                f'python -m datasets.check --domains {data.domain.name}')
+                                f'python -m mdil check --domains {data.domain.name}')
             results[data.domain.name] = {'loss': score.loss, 'miou': score.miou(run.options.published_metric)}
     return results
 
@@ -186,8 +186,8 @@ def begin(options, place, saved):
     if shared:
         print(shared)
     for data in run.trained:
-        print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate; '
-              f'python -m datasets.check --domains {data.domain.name} reads every file', flush=True)
+        print(f'{data.domain.name}: {len(data.train.dataset)} training pairs, {len(data.val.dataset)} to validate '
+              '(python -m mdil check reads every file)', flush=True)
     return run, [Dashboard(options), *([Scalars(options, run.epoch)] if options.tensorboard else [])]
 
 

@@ -1,6 +1,6 @@
 """Checks that domains are fit to train on: pairs, files, sizes, label values, class counts.
 
-    python -m datasets.check --domains cityscapes BDD IDD --data-root data
+    python -m mdil check --domains cityscapes BDD IDD --data-root data
 
 Every file of every pair is decoded. Images and labels without a partner are warnings
 (BDD100K's archives hold six of each) and left out in training; anything else is an error.
@@ -127,6 +127,10 @@ def compare_splits(reports):
         for other in reports[:number]:
             copies = copied_files(other.files, report.files)
             same = set(shared_files(other.files, report.files))
+            if len(same) == len(report.files) > 0:
+                report.errors.append(Problem('shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are '
+                                             f'those of {other.split}; lists can divide a folder (docs/data.md, Your own domain)'))
+                continue
             report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
                               for path, known in copies if path in same]
             copies = [(path, known) for path, known in copies if path not in same]
@@ -181,7 +185,7 @@ def as_json(reports):
 
 def check_parser():
     """The parser of this command."""
-    parser = Parser(prog='python -m datasets.check', description='Checks that domains are fit to train on.')
+    parser = Parser(prog='python -m mdil check', description='Checks that domains are fit to train on.')
     parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains to check')
     data_options(parser)
     parser.add_argument('--splits', nargs='+', default=['train', 'val'], metavar='SPLIT', help='splits to check')

@@ -4,7 +4,7 @@ The formula is ENet's (Paszke et al., 2016, with c = 1.1 as ERFNet's training us
 it); frequencies are over all pixels, void among them, and void's weight is reported
 but set to 0 in training.
 
-    python -m datasets.class_weights --domains cityscapes BDD IDD --data-root data --json weights.json
+    python -m mdil class-weights --domains cityscapes BDD IDD --data-root data --json weights.json
 
 prints them next to the published ones; train.py takes the file with --class-weights.
 """
@@ -107,7 +107,7 @@ def output_file(text):
 
 def class_weights_parser():
     """The parser of this command."""
-    parser = Parser(prog='python -m datasets.class_weights',
+    parser = Parser(prog='python -m mdil class-weights',
                     description='Cross-entropy weights 1 / ln(1.1 + class frequency) of domains.')
     parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains to count')
     data_options(parser)

@@ -1,7 +1,7 @@
 """Makes the label images of IDD and Cityscapes from their annotations, next to them.
 
-    python -m datasets.create_labels idd --datadir data/IDD_Segmentation --id-type level3Id
-    python -m datasets.create_labels cityscapes --datadir data/cityscapes
+    python -m mdil create-labels idd --datadir data/IDD_Segmentation --id-type level3Id
+    python -m mdil create-labels cityscapes --datadir data/cityscapes
 
 IDD: `<frame>_gtFine_polygons.json` becomes `<frame>_gtFine_label<id-type>s.png`, drawn as
 the data set's own converter draws it: objects in their order, deleted ones and those of
@@ -213,7 +213,7 @@ def report(outcomes, encoding):
 
 def create_labels_parser():
     """The parser of this command."""
-    parser = Parser(prog='python -m datasets.create_labels',
+    parser = Parser(prog='python -m mdil create-labels',
                     description='Makes label images from annotations, next to them.')
     parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='whose annotations')
     parser.add_argument('--datadir', required=True, metavar='DIR', help='folder that holds gtFine')

@@ -62,7 +62,7 @@ IDD_WEIGHTS = (
 DOMAINS = {domain.name: domain for domain in (
     Domain(
         'cityscapes', 'cityscapes', CS_CLASSES, CS_COLORS, aliases=('CS', 'city'), weights=CS_WEIGHTS,
-        make_labels='python -m datasets.create_labels cityscapes --datadir',
+        make_labels='python -m mdil create-labels cityscapes --datadir',
         layouts=(Layout('leftImg8bit/{split}', ('_leftImg8bit.png', '_leftImg8bit.jpg'),
                         'gtFine/{split}', (Labels('_gtFine_labelTrainIds.png', train_ids(19)),
                                            Labels('_gtFine_labelIds.png', cityscapes_label_ids()))),)),
@@ -74,7 +74,7 @@ DOMAINS = {domain.name: domain for domain in (
                         'labels/sem_seg/masks/{split}', (Labels('.png', train_ids(19)),)))),
     Domain(
         'IDD', 'IDD_Segmentation', IDD_CLASSES, IDD_COLORS, weights=IDD_WEIGHTS,
-        make_labels='python -m datasets.create_labels idd --id-type level3Id --datadir',
+        make_labels='python -m mdil create-labels idd --id-type level3Id --datadir',
         layouts=(Layout('leftImg8bit/{split}', ('_leftImg8bit.png', '_leftImg8bit.jpg'),
                         'gtFine/{split}', (Labels('_gtFine_labellevel3Ids.png', train_ids(26)),)),)),
     Domain(

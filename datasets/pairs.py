@@ -234,4 +234,4 @@ def report_unpaired(domain, split, found):
                                (len(found.without_image), 'labels without an image', found.without_image)):
         if count:
             print(printable(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
-                            f'python -m datasets.check lists them'), file=sys.stderr)
+                            f'python -m mdil check lists them'), file=sys.stderr)

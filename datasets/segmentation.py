@@ -23,7 +23,7 @@ FAST = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error,
               Image.DecompressionBombError)
 ORIENTATION = 0x0112    # EXIF tag
-CHECK_HINT = '; python -m datasets.check finds all such files'
+CHECK_HINT = '; python -m mdil check finds all such files'
 
 
 def lookup_table(values):

@@ -168,7 +168,7 @@ def test_values_out_of_range(tmp_path, values, cause):
     error = only_error(tmp_path)
     assert error['kind'] == 'label values' and cause in error['message']
     assert str([value for value in values if value > 18]) in error['message']
-    assert 'datasets.check' not in error['message']
+    assert 'mdil check' not in error['message']
 
 
 def test_camvid_void(tmp_path):
@@ -212,7 +212,7 @@ def test_missing_domain_does_not_stop_the_others(tmp_path, capsys):
 def test_images_without_any_label(tmp_path):
     save_image(tmp_path / 'cityscapes/leftImg8bit/train/a/f_leftImg8bit.png')
     (error,) = check(tmp_path, domains=['CS'])[1]['cityscapes']['train']['errors']
-    assert 'run python -m datasets.create_labels cityscapes --datadir' in error['message']
+    assert 'run python -m mdil create-labels cityscapes --datadir' in error['message']
 
 
 def test_own_domain(tmp_path):
@@ -299,6 +299,13 @@ def test_an_image_in_two_splits_is_an_error_and_a_copy_is_noted(tmp_path):
     fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
     (error,) = found['mine']['val']['errors']
     assert not fit and error['kind'] == 'shared file' and 'train0.png of train' in error['message']
+
+
+def test_one_folder_for_both_splits_is_one_error(tmp_path):
+    option = own_domain(tmp_path, [0, 1] * 6, [0, 1] * 6, images='train', labels='trainannot')
+    fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
+    (error,) = found['mine']['val']['errors']
+    assert not fit and error['message'].startswith('all 1 images of val are those of train; lists can divide')
 
 
 def test_linked_folders_are_followed(tmp_path):

@@ -139,7 +139,7 @@ def test_nothing_there_says_where_it_looked(tmp_path):
     with pytest.raises(UserError, match='no train images of BDD: looked in .*seg/images/train.*images/10k/train'):
         find_split(get_domain('BDD'), tmp_path, 'train')
     write(tmp_path / 'cityscapes/leftImg8bit/train/a/a_leftImg8bit.png', np.zeros((*SIZE, 3)))
-    with pytest.raises(UserError, match='run python -m datasets.create_labels cityscapes'):
+    with pytest.raises(UserError, match='run python -m mdil create-labels cityscapes'):
         find_split(get_domain('CS'), tmp_path, 'train')
 
 
@@ -154,7 +154,7 @@ def test_nothing_found_says_what_was(tmp_path):
     write(tmp_path / 'cityscapes/leftImg8bit/train/a/a_leftImg8bit.png', np.zeros((*SIZE, 3)))
     (tmp_path / 'cityscapes/gtFine/train/a').mkdir(parents=True)
     (tmp_path / 'cityscapes/gtFine/train/a/a_gtFine_polygons.json').write_text('')
-    with pytest.raises(UserError, match='holds 1 files, e.g. a_gtFine_polygons.json; run python -m datasets.create_labels'):
+    with pytest.raises(UserError, match='holds 1 files, e.g. a_gtFine_polygons.json; run python -m mdil create-labels'):
         find_split(get_domain('CS'), tmp_path, 'train')
 
 

@@ -3,6 +3,7 @@ import doctest
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import mdil
 from mdil.__main__ import TOOLS, run
+from mdil.datasets import check
 from mdil.datasets.domains import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
 from mdil.models import METHODS, build_model, checkpoint
@@ -33,7 +35,8 @@ class Parsed(Exception):
 
 def blocks(page, language=''):
     """Contents of the page's code blocks that are marked with `language`."""
-    return re.findall(rf'^```{language}\n(.*?)^```$', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r'^```(\w*)\n(.*?)^```$', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [block for marked, block in found if marked == language]
 
 
 def code(page, word):
@@ -86,7 +89,10 @@ def test_commands_are_accepted(line, monkeypatch):
 
 @pytest.mark.parametrize('line', sorted({line for page in PAGES for line in shown_commands(page)
                                          if line.startswith('bash trainer_files/') and 'setup' not in line}))
-def test_scripts_run_what_train_py_accepts(line):
+def test_scripts_run_what_train_py_accepts(line, tmp_path, monkeypatch):
+    (tmp_path / 'path/to/cambridge').mkdir(parents=True)
+    (tmp_path / 'path/to/cambridge/domain.json').write_text(blocks(ROOT / 'docs/data.md', 'json')[0])
+    monkeypatch.chdir(tmp_path)
     _, path, *words = shlex.split(line)
     found = commands(script(Path(path).stem, *words, '--dry-run'))
     assert found and [parse_train(words) for words in found]
@@ -128,6 +134,22 @@ def test_a_domain(tmp_path, monkeypatch):
         (tmp_path / 'kitti/train' / folder).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / 'kitti/train' / folder / 'a.png')
     assert 'kitti' in domains and len(find_split(get_domain('kitti'), tmp_path, 'train').pairs) == 1
+
+
+def test_lists_divide_a_folder(tmp_path, capsys):
+    page = ROOT / 'docs/data.md'
+    recipe, = [block for block in blocks(page) if 'all.txt' in block]
+    declared, = [block for block in blocks(page, 'json') if '"train": "train.txt"' in block and 'by_color' not in block]
+    (tmp_path / 'domain.json').write_text(declared)
+    for number in range(10):
+        for folder, suffix, image in (('images', 'jpg', Image.new('RGB', (8, 8), (number, 0, 0))),
+                                      ('labels', 'png', Image.new('L', (8, 8), number % 2))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / f'a.{number}.{suffix}')
+    subprocess.run(['bash', '-ec', recipe], cwd=tmp_path, check=True)
+    assert check.main(['--domains', 'my', '--data', f'my={tmp_path}', '--workers', '1']) == 0
+    said = capsys.readouterr().out
+    assert 'my train: 8 pairs, 0 errors' in said and 'my val: 2 pairs, 0 errors' in said
 
 
 def test_a_loss_term():
@@ -183,9 +205,9 @@ def test_the_declarations_of_the_data_page(tmp_path):
     for text in blocks(ROOT / 'docs/data.md', 'json'):
         (tmp_path / 'domain.json').write_text(text)
         found.append(get_domain('cambridge', {'cambridge': tmp_path}))
-    camvid, (layout,) = get_domain('camvid'), found[2].layouts
+    camvid, (layout,) = get_domain('camvid'), found[3].layouts
     assert (found[0].classes, found[0].colors) == (camvid.classes, camvid.colors)
-    assert layout.label_kinds[0].values == {0: 2, 1: 0, 7: 0, 26: 1} and set(found[3].layouts[0].lists) == {'train', 'val'}
+    assert layout.label_kinds[0].values == {0: 2, 1: 0, 7: 0, 26: 1} and set(found[4].layouts[0].lists) == {'train', 'val'}
 
 
 PYTHON = ROOT / 'docs/python.md'

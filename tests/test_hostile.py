@@ -10,10 +10,12 @@ import pickle
 import pickletools
 import random
 import resource
+import shutil
 import signal
 import struct
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -595,9 +597,8 @@ def test_a_lock_dies_with_its_process_though_its_loader_processes_live_on(tmp_pa
 
     def holder():
         with resume.lock(tmp_path):
-            worker = os.fork()
-            if worker:
-                os.write(writer, str(worker).encode().ljust(20))
+            if os.fork() == 0:
+                os.write(writer, str(os.getpid()).encode().ljust(20))
             time.sleep(60)
             os._exit(0)
     run = os.fork()
@@ -615,6 +616,28 @@ def test_a_lock_dies_with_its_process_though_its_loader_processes_live_on(tmp_pa
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_lock_holds_in_other_threads_and_while_its_folder_is_copied(tmp_path):
+    def another():
+        with pytest.raises(UserError, match='another run is at work'):
+            with resume.lock(tmp_path / 'run'):
+                pass
+    (tmp_path / 'run').mkdir()
+    with resume.lock(tmp_path / 'run'):
+        with ThreadPoolExecutor() as pool:
+            pool.submit(another).result()
+        shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+        process = os.fork()
+        if process == 0:
+            try:
+                another()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(process, 0)[1] == 0
+    with resume.lock(tmp_path / 'run'):
+        pass
 
 
 @contextmanager

@@ -146,6 +146,14 @@ def test_paths_with_spaces_and_home(tmp_path):
     assert (option.data_root, option.savedir) == (os.path.expanduser('~/my data'), 'a b/mdil/step1-CS')
 
 
+def test_all_commands_are_told_where_an_own_domain_lies():
+    text = script('mdil', '--dry-run', 'DOMAINS=CS my', "PATHS=my='/my disk/x' CS=y")
+    lists = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith('+ ')]
+    assert len(lists) == 5      # two steps, two evaluations, a report
+    assert all(words.count('--data') == 2 and 'my=/my disk/x' in words and 'CS=y' in words for words in lists)
+    assert "PATHS: 'my' is not NAME=PATH" in script('mdil', '--dry-run', 'PATHS=CS=y my', expect=2)
+
+
 @pytest.mark.parametrize('settings, batch, said', [
     ([], 6, ''), (['GPUS=3'], 6, ''), (['GPUS=4'], 8, '== BATCH=8: 6 images do not divide among 4 processes, 2 for each do'),
     (['GPUS=4', 'NODES=2', 'HOST=x'], 8, 'among 8 processes, 1 for each'), (['GPUS=4', 'BATCH=12'], 12, '')])

@@ -4,6 +4,7 @@ set -euo pipefail
 set -f          # settings are words, not patterns of file names
 
 DATA=${DATA:-data}                              # --data-root
+PATHS=${PATHS:-}                                # --data of each: NAME=PATH ..., such as domains of your own
 OUT=${OUT:-runs}                                # results go to $OUT/<name>/
 DOMAINS=${DOMAINS:-cityscapes BDD IDD}          # in the order learnt
 EPOCHS=${EPOCHS:-}                              # one number, or one for each domain; else train.py's
@@ -29,7 +30,8 @@ DRY_RUN=${DRY_RUN:-}
 # Prints the settings, as --help does.
 show_settings() { cat << END
 Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
-  DATA=$DATA  OUT=$OUT  DOMAINS="$DOMAINS"  EPOCHS="${EPOCHS:-150}"  BATCH=${BATCH:-6}
+  DATA=$DATA  PATHS="$PATHS" (NAME=PATH of domains that lie elsewhere, or are your own; docs/data.md)
+  OUT=$OUT  DOMAINS="$DOMAINS"  EPOCHS="${EPOCHS:-150}"  BATCH=${BATCH:-6}
   HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS
   NETWORK=${NETWORK:-erfnet}  WEIGHTS=${WEIGHTS:-none} (or imagenet, or a file)  ENCODER=$ENCODER (of ERFNet, a file; docs/networks.md)
   GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
@@ -53,14 +55,15 @@ read_arguments() {
             --recipe=*) RECIPE=${argument#*=} ;;
             --help|-h) printf '%s\n\n' "$about"; show_settings; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            DATA=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
+            DATA=*|PATHS=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
                 printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
             *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
     done
     check_words
     check_numbers
-    split_arguments
+    split_setting TRAIN_ARGS train_args
+    set_data
     choose_batch
     [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
 }
@@ -120,13 +123,23 @@ is_count() {
     [ "$1" -ge "$2" ]
 }
 
-# Splits TRAIN_ARGS into the array train_args as a shell would: quotes keep spaces; nothing is expanded or run.
-split_arguments() {
+# Splits the setting $1 into the array $2 as a shell would: quotes keep spaces; nothing is expanded or run.
+split_setting() {
     local words
-    train_args=()
-    [ -n "${TRAIN_ARGS// /}" ] || return 0
-    words=$(xargs printf '%s\n' <<< "$TRAIN_ARGS" 2> /dev/null) || refuse "TRAIN_ARGS=$TRAIN_ARGS: a quote is not closed"
-    mapfile -t train_args <<< "$words"
+    mapfile -t "$2" < /dev/null
+    [ -n "${!1// /}" ] || return 0
+    words=$(xargs printf '%s\n' <<< "${!1}" 2> /dev/null) || refuse "$1=${!1}: a quote is not closed"
+    mapfile -t "$2" <<< "$words"
+}
+
+# Sets the array data: where train.py, eval.py and the tools find the data.
+set_data() {
+    local places place
+    data=(--data-root "$DATA")
+    split_setting PATHS places
+    for place in ${places[@]+"${places[@]}"}; do
+        case $place in ?*=?*) data+=(--data "$place") ;; *) refuse "PATHS: '$place' is not NAME=PATH" ;; esac
+    done
 }
 
 # Sets BATCH unless it is given; every process takes an equal share.
@@ -197,7 +210,7 @@ run_train() {
     shift 2
     set_launcher "$savedir"
     run "${launcher[@]}" train.py --savedir "$savedir" ${epochs:+--num-epochs "$epochs"} --batch-size "$BATCH" \
-        --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
+        "${data[@]}" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
         ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
 }
 
@@ -241,7 +254,7 @@ learn_sequence() {
         [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
     [ "$EVALUATE" != last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
-    [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" --data-root "$DATA"
+    [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" "${data[@]}"
 }
 
 # Evaluates checkpoints in step order: evaluate_states JSON STATE...
@@ -249,6 +262,6 @@ evaluate_states() {
     local json=$1
     shift
     [ "$NODE" -eq 0 ] || return 0
-    run "$PYTHON" eval.py --state "$@" --data-root "$DATA" --height "$HEIGHT" --width "$WIDTH" \
+    run "$PYTHON" eval.py --state "$@" "${data[@]}" --height "$HEIGHT" --width "$WIDTH" \
         --num-workers "$WORKERS" --json "$json" --per-class ${metric[@]+"${metric[@]}"}
 }

@@ -19,4 +19,4 @@ for method in mdil fine-tune; do
     learn_sequence "$method" --method "$method"
 done
 echo "== comparing"
-run "$PYTHON" -m mdil compare "mdil=$OUT/mdil" "fine-tune=$OUT/fine-tune" --data-root "$DATA" --out "$OUT"
+run "$PYTHON" -m mdil compare "mdil=$OUT/mdil" "fine-tune=$OUT/fine-tune" "${data[@]}" --out "$OUT"

@@ -18,4 +18,4 @@ for method in $METHODS; do
     learn_sequence "$method" --method "$method"
 done
 # shellcheck disable=SC2046
-run "$PYTHON" -m mdil compare $(for method in $METHODS; do echo "$method=$OUT/$method"; done) --data-root "$DATA" --out "$OUT"
+run "$PYTHON" -m mdil compare $(for method in $METHODS; do echo "$method=$OUT/$method"; done) "${data[@]}" --out "$OUT"

@@ -236,7 +236,7 @@ def first_network(options, domains, counts, checkpoint):
     if checkpoint:
         if checkpoint.found.num_classes:
             raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
-                            'domain of --domains: it starts from an encoder, or without --state')
+                            f'domain that --method {options.method} learns here: it starts from an encoder, or without --state')
         lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
     return student, None, lines
 

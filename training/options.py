@@ -189,7 +189,7 @@ def parse_train(argv=None):
     if options.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
     check_declared(options)
-    translate_paper(options)
+    published = translate_paper(options)
     if not options.domains:
         raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
     paths = data_paths(options.data)
@@ -209,6 +209,8 @@ def parse_train(argv=None):
         if getattr(options, name, None) is None:
             setattr(options, name, value)
     complete_method(options)
+    if published:
+        tell(f"the paper's options mean --method {options.method} --domains {' '.join(options.domains)} --recipe {options.recipe}")
     return options
 
 

@@ -36,10 +36,11 @@ def paper_options(parser):
 
 
 def translate_paper(options):
-    """Turns the paper's options into the native ones and removes them from `options`."""
+    """Turns the paper's options into the native ones and removes them from `options`; whether any was given."""
     paper = {name: options.__dict__.pop(name) for name in (
         'dataset', 'dataset_new', 'dataset_old', 'datasets', 'num_classes', 'num_classes_old',
         'num_classes_new', 'current_task', 'nb_tasks', 'finetune', 'decoder', 'pretrainedEncoder')}
+    given = any(value not in (None, False) for value in paper.values())
     method = options.method = paper_method(paper, options)
     if method == JOINT and paper['dataset']:
         options.model_name_suffix = '-'.join(filter(None, (paper.pop('dataset'), options.model_name_suffix)))
@@ -51,6 +52,7 @@ def translate_paper(options):
             raise UserError('--state and --pretrainedEncoder name two files; give one')
         options.state = paper['pretrainedEncoder']
     check_counts(paper, options)
+    return given
 
 
 def agree(what, values):

@@ -188,21 +188,22 @@ def locked(path, busy=None):
     """Holds the lock file `path` for this process; a dead process holds nothing.
 
     Where another process holds it, this one waits and says so, or raises UserError(busy)
-    if that is given. The lock belongs to the process alone: loader workers, which outlive
-    a killed run by seconds, do not hold it.
+    if that is given. A second lock in this process is refused as well. Loader workers, which
+    outlive a killed run by seconds, close the file they inherit and so do not hold it.
     """
     try:
         file = open(path, 'a')
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
+    os.register_at_fork(after_in_child=file.close)
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if busy:
                 raise UserError(busy) from None
             print(f'waiting for the process that holds {path}', file=sys.stderr)
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             print(f'{path.parent} is not locked ({error.strerror}); take care that no second run uses it',
                   file=sys.stderr)
