@@ -220,7 +220,8 @@ def start_script(toy, savedir, *arguments, **how):
 
 def loaders(process):
     """The loader processes of a run."""
-    return list(map(int, subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()))
+    return [int(child) for thread in Path(f'/proc/{process.pid}/task').iterdir()
+            for child in (thread / 'children').read_text().split()]
 
 
 def test_a_signal_saves_and_stops_and_leaves_the_loaders_at_work(toy, tmp_path):
