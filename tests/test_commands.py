@@ -219,9 +219,11 @@ def start_script(toy, savedir, *arguments, **how):
 
 
 def loaders(process):
-    """The loader processes of a run."""
-    return [int(child) for thread in Path(f'/proc/{process.pid}/task').iterdir()
-            for child in (thread / 'children').read_text().split()]
+    """The loader processes of a run: children with its own command line (Python's resource tracker has another)."""
+    line = lambda pid: Path(f'/proc/{pid}/cmdline').read_bytes()
+    children = [child for thread in Path(f'/proc/{process.pid}/task').iterdir()
+                for child in (thread / 'children').read_text().split()]
+    return [int(child) for child in children if line(child) == line(process.pid)]
 
 
 def test_a_signal_saves_and_stops_and_leaves_the_loaders_at_work(toy, tmp_path):
