@@ -674,3 +674,10 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path, learnt, where):
         checkpoint.save({}, tmp_path / where / 'x')
     with pytest.raises(UserError, match='does not exist|is not a file'):
         checkpoint.read(tmp_path / where)
+
+
+def test_a_lock_file_that_is_a_pipe_does_not_wait_for_a_reader(tmp_path):
+    os.mkfifo(tmp_path / '.lock')
+    signal.alarm(20)        # ends the tests where it waits
+    with resume.lock(tmp_path):
+        signal.alarm(0)

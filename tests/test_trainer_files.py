@@ -146,11 +146,22 @@ def test_paths_with_spaces_and_home(tmp_path):
     assert (option.data_root, option.savedir) == (os.path.expanduser('~/my data'), 'a b/mdil/step1-CS')
 
 
+def test_empty_words_stay_and_blank_settings_have_none():
+    words = commands(script('mdil', '--dry-run', 'DOMAINS=CS', "TRAIN_ARGS=--model-name-suffix ''", 'PATHS=\n\t'))[0]
+    assert words[-2:] == ['--model-name-suffix', ''] and '--data' not in words
+
+
+def test_the_comparison_of_a_folder_with_spaces():
+    line = script('small_real', '--dry-run', 'OUT=a b').splitlines()[-1]
+    assert shlex.split(line)[4:7] == ['compare', 'mdil=a b/mdil', 'fine-tune=a b/fine-tune']
+
+
 def test_all_commands_are_told_where_an_own_domain_lies():
     text = script('mdil', '--dry-run', 'DOMAINS=CS my', "PATHS=my='/my disk/x' CS=y")
     lists = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith('+ ')]
     assert len(lists) == 5      # two steps, two evaluations, a report
     assert all(words.count('--data') == 2 and 'my=/my disk/x' in words and 'CS=y' in words for words in lists)
+    assert f'my={os.path.expanduser("~/my disk/x")}' in commands(script('mdil', '--dry-run', 'PATHS="my=~/my disk/x"'))[0]
     assert "PATHS: 'my' is not NAME=PATH" in script('mdil', '--dry-run', 'PATHS=CS=y my', expect=2)
 
 

@@ -125,20 +125,19 @@ is_count() {
 
 # Splits the setting $1 into the array $2 as a shell would: quotes keep spaces; nothing is expanded or run.
 split_setting() {
-    local words
-    mapfile -t "$2" < /dev/null
-    [ -n "${!1// /}" ] || return 0
-    words=$(xargs printf '%s\n' <<< "${!1}" 2> /dev/null) || refuse "$1=${!1}: a quote is not closed"
-    mapfile -t "$2" <<< "$words"
+    xargs -r printf '' <<< "${!1}" 2> /dev/null || refuse "$1=${!1}: a quote is not closed"
+    mapfile -t "$2" < <(xargs -r printf '%s\n' <<< "${!1}")
 }
 
 # Sets the array data: where train.py, eval.py and the tools find the data.
 set_data() {
-    local places place
+    local places place path
     data=(--data-root "$DATA")
     split_setting PATHS places
     for place in ${places[@]+"${places[@]}"}; do
-        case $place in ?*=?*) data+=(--data "$place") ;; *) refuse "PATHS: '$place' is not NAME=PATH" ;; esac
+        case $place in ?*=?*) ;; *) refuse "PATHS: '$place' is not NAME=PATH" ;; esac
+        path=${place#*=}
+        data+=(--data "${place%%=*}=${path/#\~\//$HOME/}")
     done
 }
 

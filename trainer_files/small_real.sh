@@ -13,9 +13,10 @@ METHODS=${METHODS:-mdil fine-tune}
 source trainer_files/common.sh
 read_arguments "Learns three small real domains with the method and by fine-tuning; results in $OUT." "$@"
 
+compared=()
 for method in $METHODS; do
     echo "== $method: $DOMAINS, one after another"
     learn_sequence "$method" --method "$method"
+    compared+=("$method=$OUT/$method")
 done
-# shellcheck disable=SC2046
-run "$PYTHON" -m mdil compare $(for method in $METHODS; do echo "$method=$OUT/$method"; done) "${data[@]}" --out "$OUT"
+run "$PYTHON" -m mdil compare "${compared[@]}" "${data[@]}" --out "$OUT"

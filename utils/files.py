@@ -192,7 +192,7 @@ def locked(path, busy=None):
     outlive a killed run by seconds, close the file they inherit and so do not hold it.
     """
     try:
-        file = open(path, 'a')
+        file = open(path, 'ab+', buffering=0)      # for reading too: a FIFO would wait for a reader
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
     os.register_at_fork(after_in_child=file.close)

@@ -99,13 +99,14 @@ def data_options(parser):
 
 
 def data_paths(items):
-    """{domain name: Path} of `--data NAME=PATH` items; UserError if one is malformed."""
+    """{domain name: Path} of `--data NAME=PATH` items; UserError if one is malformed or two contradict."""
     paths = {}
     for item in items:
         name, equals, path = item.partition('=')
         if not (name and equals and path):
             raise UserError(f'--data {item!r} is not NAME=PATH')
-        paths[name] = Path(path)
+        if paths.setdefault(name, Path(path)) != Path(path):
+            raise UserError(f'--data names two places of {name}, {paths[name]} and {path}; give one')
     return paths
 
 
