@@ -206,9 +206,20 @@ def network_name(name):
 
 
 def build_network(name, num_classes, adapter, domain_bn):
-    """The plain network `name` of one domain; UserError if it cannot have batch norms for each domain but is to."""
+    """The plain network `name` of one domain; UserError if it cannot have the batch norms or output layers that it is to."""
     network = get_network(name).build(num_classes, adapter)
     if domain_bn and not any(isinstance(module, _BatchNorm) for _, module in outside_heads(network)):
         raise UserError(f'{name} has no batch norm outside its head, so domains cannot have their own; choose a method '
                         'without, such as fine-tune')
+    check_outputs(name, network, num_classes)
     return network
+
+
+def check_outputs(name, network, num_classes):
+    """UserError if an output layer that the plain network called `name` states is none: no later step could read its files."""
+    inside = dict(network.named_modules()).keys() - dict(outside_heads(network)).keys()
+    fit = sorted(layer for layer in inside if getattr(network.get_submodule(layer), 'out_channels', None) == num_classes)
+    for layer in network.output_layers:
+        if layer not in fit:
+            raise UserError(f'{name}: its output layer {layer!r} is no convolution of a head that gives {num_classes} classes; '
+                            f'such are: {", ".join(fit) or "none"}')

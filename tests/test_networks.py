@@ -15,7 +15,7 @@ from mdil.evaluation import branches, describe, export, features, verify
 from mdil.models import METHODS, build_model, checkpoint, unchanged
 from mdil.models.adapters import Adapted, Adapter, with_adapters
 from mdil.models.exported import Exported
-from mdil.models.networks import NETWORKS, Network, Scaling
+from mdil.models.networks import NETWORKS, Network, Scaling, from_torchvision
 from mdil.models.weights import start_from_weights
 from mdil.training import building
 from mdil.training.options import parse_train
@@ -204,6 +204,14 @@ def test_what_is_erfnets_alone_says_so(toy, first, tmp_path):
         learn(toy, tmp_path / 'x', '--domains', 'CS', 'IDD', '--state', first, '--recipe', 'released')
     with pytest.raises(UserError, match='--imagenet-bn .* erfnet'):
         parse_train(['--domains', 'CS', '--savedir', 'S', '--network', LRASPP, '--imagenet-bn', 'dropped'])
+
+
+@pytest.mark.parametrize('layer', ['nope', 'scale.0', ''])
+def test_an_output_layer_that_is_none_is_refused_before_training(monkeypatch, layer):
+    monkeypatch.setitem(NETWORKS, 'mine', from_torchvision(LRASPP, (layer,), 'mine'))
+    with pytest.raises(UserError, match=f"mine: its output layer 'net.classifier.{layer}' is no .* such are: "
+                                        "net.classifier.high_classifier, net.classifier.low_classifier$"):
+        build_model([20], 'mdil', 'mine')
 
 
 def test_unknown_networks_and_those_without_batch_norms_are_refused(monkeypatch):

@@ -35,6 +35,15 @@ def test_readme_commands(step):
         (0.1, 512, 1024, 150, 6)
 
 
+@pytest.mark.parametrize('text, said', [
+    (README[1], "the paper's options mean --method mdil --domains cityscapes --recipe corrected\n"),
+    ('--savedir S --domains CS --current-task 0', "the paper's options mean --method mdil --domains cityscapes --recipe corrected\n"),
+    ('--savedir S --domains CS', '')])
+def test_what_the_papers_options_mean_is_said_on_standard_error(text, said, capsys):
+    parse(text)
+    assert capsys.readouterr() == ('', said)
+
+
 FT2 = '--state X --dataset-old CS --dataset-new BDD --num-classes-old 20 --num-classes-new 20'
 FT3 = '--state X --datasets cityscapes BDD IDD --num-classes 20 20 27 --current_task=2 --nb_tasks=3 --dataset-new=IDD'
 THREE = ['cityscapes', 'BDD', 'IDD']

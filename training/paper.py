@@ -40,7 +40,7 @@ def translate_paper(options):
     paper = {name: options.__dict__.pop(name) for name in (
         'dataset', 'dataset_new', 'dataset_old', 'datasets', 'num_classes', 'num_classes_old',
         'num_classes_new', 'current_task', 'nb_tasks', 'finetune', 'decoder', 'pretrainedEncoder')}
-    given = any(value not in (None, False) for value in paper.values())
+    given = any(value is not None and value is not False for value in paper.values())      # task 0 is given
     method = options.method = paper_method(paper, options)
     if method == JOINT and paper['dataset']:
         options.model_name_suffix = '-'.join(filter(None, (paper.pop('dataset'), options.model_name_suffix)))
