@@ -168,7 +168,8 @@ def listed_pair(layout, base, split, line, place):
         raise UserError(f'{place} has one name; an image and a label, separated by a space, are expected')
     found = next((way for way in ways if os.path.isfile(way[0]) and os.path.isfile(way[1])), None)
     if found is None:
-        absent = next(path for path in ways[0] if not os.path.isfile(path))
+        nearest = max(ways, key=lambda way: os.path.isfile(way[0]) + os.path.isfile(way[1]))
+        absent = next(path for path in nearest if not os.path.isfile(path))
         raise UserError(f'{place}: {absent} is not a file')
     if same_file(*found):
         raise UserError(f'{place} names {found[0]} as the image and as its label')

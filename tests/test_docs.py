@@ -145,7 +145,8 @@ def test_lists_divide_a_folder(tmp_path, capsys):
         for folder, suffix, image in (('images', 'jpg', Image.new('RGB', (8, 8), (number, 0, 0))),
                                       ('labels', 'png', Image.new('L', (8, 8), number % 2))):
             (tmp_path / folder).mkdir(exist_ok=True)
-            image.save(tmp_path / folder / f'a.{number}.{suffix}')
+            image.save(tmp_path / folder / f'a.{number} b.{suffix}')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'images/z.jpg')
     subprocess.run(['bash', '-ec', recipe], cwd=tmp_path, check=True)
     assert check.main(['--domains', 'my', '--data', f'my={tmp_path}', '--workers', '1']) == 0
     said = capsys.readouterr().out
