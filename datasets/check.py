@@ -129,7 +129,7 @@ def compare_splits(reports):
             same = set(shared_files(other.files, report.files))
             if len(same) == len(report.files) > 0:
                 report.errors.append(Problem('shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are '
-                                             f'those of {other.split}; lists can divide a folder (docs/data.md, Your own domain)'))
+                                             f'those of {other.split}; lists can divide a folder (docs/data.md, One folder of images)'))
                 continue
             report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
                               for path, known in copies if path in same]
