@@ -47,23 +47,23 @@ def eval_parser():
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',
-                       help='also every head of the last checkpoint on every domain of its classes (with '
+                       help='also score every head of the last checkpoint on every domain with its classes (with '
                             '--common-classes: on all)')
     group.add_argument('--domain', choices=('auto',),
-                       help='auto: also with the branch that is told from each image, by the last checkpoint')
+                       help='auto: also score the branch that the last checkpoint chooses for each image')
     group.add_argument('--split', default='val', help='split of the data sets')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
-    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per domain, for trials')
     group = parser.add_argument_group('how it is scored')
     size_options(group, None)
     group.add_argument('--resolution', choices=('published', 'native'), default='published',
                        help="labels resized as published, or logits upsampled to each label's own size")
-    group.add_argument('--published-metric', action='store_true', help='absent classes count 0 in the mIoU')
+    group.add_argument('--published-metric', action='store_true', help='count absent classes as 0 in the mIoU')
     group.add_argument('--common-classes', action='store_true',
-                       help='also in the classes that all domains share (IDD level 1)')
+                       help='also score on the classes that all domains share (IDD level 1)')
     data_options(parser)
     group = machine_options(parser)
-    group.add_argument('--cuda-graphs', action='store_true', help='record the network and replay it as one launch, on one GPU')
+    group.add_argument('--cuda-graphs', action='store_true', help='on one GPU: record the network and replay it')
     result_options(parser)
     return parser
 
@@ -94,7 +94,7 @@ def check_options(options):
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
             if Path(getattr(options, name)).name in WRITTEN:
-                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is what a run calls its own files; '
+                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is the name of a file that runs write; '
                                 'choose another name')
             check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
@@ -102,7 +102,7 @@ def check_options(options):
         check_results('--json', options.json, ('domains', 'steps'))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
-        raise UserError('two kinds of results go into one file: ' + ', '.join(map(str, paths)))
+        raise UserError('two kinds of results would go into one file: ' + ', '.join(map(str, paths)))
     if options.save_panels:
         pictures.figure_format(options.save_panels)
     elif options.images:
@@ -171,7 +171,7 @@ def size_of_training(files, contents):
     sizes = list(map(trained_size, contents))
     if len(set(sizes)) > 1:
         shown = ', '.join(f'{file} {width}x{height}' for file, (height, width) in zip(files, sizes))
-        raise UserError(f'the checkpoints were trained at different sizes ({shown}); choose one for all by --height')
+        raise UserError(f'the checkpoints were trained at different sizes ({shown}); choose one for all with --height')
     return sizes[0]
 
 

@@ -49,17 +49,17 @@ def predict_parser():
     group.add_argument('--state', required=True, metavar='FILE', help='a checkpoint of this code or a published one')
     group.add_argument('--input', nargs='+', metavar='PATH', help=KINDS)
     group.add_argument('--advise', metavar='FOLDER',
-                       help='instead of --input: say which branch fits these images, with what mIoU, and whether a new '
+                       help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a new '
                             'one is worth training')
     group.add_argument('--domain', metavar='NAME|auto',
-                       help='domain whose branch answers, or auto: told from each image (default: auto, where the file '
+                       help='domain whose branch is used, or auto: chosen for each image (default: auto, if the file '
                             'knows several)')
     group.add_argument('--sequence', action='store_true',
-                       help='the images of each folder are frames of one drive, in order: the domain is told from all '
+                       help='the images of each folder are frames of one drive, in order: the domain is chosen from all '
                             'of them so far (videos: always)')
     group.add_argument('--native', action='store_true',
-                       help="images keep their own size (default: they are resized to the size of the training)")
-    group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: that of the training)')
+                       help="keep the size of each image (default: resize to the training size)")
+    group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: the training size)')
     group.add_argument('--width', type=side, help='image width, a multiple of 8 (default: twice the height)')
     group = parser.add_argument_group('results')
     group.add_argument('--out', metavar='DIR', help='folder to write to')
@@ -68,8 +68,8 @@ def predict_parser():
     group.add_argument('--label-ids', choices=('train', 'files'), default='train',
                        help='label images hold class indices, or the values of the data set\'s own label files')
     group.add_argument('--json', metavar='FILE', help='write domain, confidence and classes of every image')
-    group.add_argument('--overwrite', action='store_true', help='predict again what exists')
-    group = parser.add_argument_group('files that do not say what they hold')
+    group.add_argument('--overwrite', action='store_true', help='replace existing predictions')
+    group = parser.add_argument_group('files that do not name their domains or method')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains of a published file, in order')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS), help='method of a published file whose keys fit several')
     data_options(parser)
@@ -89,7 +89,7 @@ def check_options(options):
     if options.width and not options.height:
         raise UserError('--width is given without --height')
     if options.sequence and options.domain not in (None, 'auto'):
-        raise UserError(f'--sequence is for --domain auto; --domain {options.domain} asks no image')
+        raise UserError(f'--sequence is for --domain auto; --domain {options.domain} does not look at the images')
     options.size = options.height and (options.height, options.width or 2 * options.height)
 
 
@@ -134,18 +134,18 @@ def check_targets(options, sources):
     if options.json:
         check_writable('--json', options.json, inputs=[*options.input, *inputs])
     if record == Path(options.out).absolute() / MADE_BY:
-        raise UserError(f'--json {options.json} is where predict.py notes how the answers were made; name another file')
+        raise UserError(f'--json {options.json} is where predict.py records its settings; name another file')
     for source in sources:
         for path in targets(options, source.name).values():
             if path.absolute() == record:
-                raise UserError(f'--json {options.json} is what the answer for {source.path} is called; name another file')
+                raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
             if path.absolute() in inputs:
                 raise UserError(f'{path} is an input and would be replaced; choose another --out')
             if owners.get(path) == source.path:
                 raise UserError(f'{source.path} is given twice')
             if path in owners:
                 raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
-                                'predict them in two runs with an --out each')
+                                'predict them in two runs, each with its own --out')
             owners[path] = source.path
 
 
@@ -189,13 +189,13 @@ def claim(options, predictor, sources):
     before, there = read_object(path), [answer for source in sources for answer in answers_to(options, source)]
     other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
     if not options.overwrite and other:
-        raise UserError(f'--out {options.out} holds answers that were made otherwise: {"; ".join(other)}; choose '
+        raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(other)}; choose '
                         'another --out, or replace them with --overwrite')
     if not options.overwrite and not before and (path.exists() or there):
-        raise UserError(f'--out {options.out} holds answers without {MADE_BY}, which says how they were made; choose '
+        raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; choose '
                         'another --out, or replace them with --overwrite')
     if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
-        raise UserError(f'--out {options.out} holds {left[0].name} too, which was made otherwise and would stay; choose '
+        raise UserError(f'--out {options.out} holds {left[0].name}, made with other settings, which would stay; choose '
                         'another --out')
     if other or not before:
         for answer in there:        # or a run that is stopped would take them for its own

@@ -395,7 +395,7 @@ def main(arguments=None):
         alone = Place(root, root / 'alone')
         status, said = alone.finish()
         if status:
-            raise UserError(f'the run left alone ended with exit status {status}: {said}')
+            raise UserError(f'the uninterrupted run ended with exit status {status}: {said}')
         straight = result(alone.folder)
         tally = kill_many(root, options, straight)
         tried = [(name, outcome.replace(folder, ''), good) for name, outcome, good in trials(root, straight)]

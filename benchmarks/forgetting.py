@@ -118,7 +118,7 @@ def training_options(parser):
     group.add_argument('--lr', type=rate, help="rate of new domains (default: train.py's)")
     group.add_argument('--class-weights', default='computed', metavar='HOW', help='as of train.py')
     group.add_argument('--val-every', type=positive, default=1, metavar='N', help='validate every N epochs')
-    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per epoch, for trials')
 
 
 def parsed_epochs(items, paths):
@@ -151,7 +151,7 @@ def parse(argv=None):
     options.seeds = list(dict.fromkeys(options.seeds))
     options.against = options.against and ' '.join(options.against.split())
     if options.against and options.against not in options.rows:
-        raise UserError(f'--against {options.against!r} is none of --rows: {", ".join(options.rows)}')
+        raise UserError(f'--against {options.against!r} is not one of --rows: {", ".join(options.rows)}')
     for name in ('json', 'markdown', 'curves', 'figure'):
         if getattr(options, name):
             check_writable(f'--{name}', getattr(options, name))

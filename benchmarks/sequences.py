@@ -115,7 +115,7 @@ def epochs_of(options, name):
     if name not in known and name == JOINT:
         return min(known.values())
     if name not in known and '' not in known:
-        raise UserError(f'--epochs says nothing of {name}; add {name}=N')
+        raise UserError(f'--epochs has no value for {name}; add {name}=N')
     return known.get(name, known.get(''))
 
 

@@ -45,7 +45,7 @@ class Stored:
         try:
             self.images, self.labels = (np.load(folder / name, mmap_mode='r') for name in ('images.npy', 'labels.npy'))
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f'{folder}: gone or damaged ({error}); delete what is left and start again') from None
+            raise UserError(f'{folder}: missing or damaged ({error}); delete the rest and start again') from None
 
     def __getitem__(self, index):
         """Image (3, H, W) and label (H, W), uint8, in memory of their own."""
@@ -121,7 +121,7 @@ def check_space(dataset, folder):
     if needed > free:
         raise UserError(f'the cache of {dataset.domain.name} {dataset.split} at {width}x{height} needs '
                         f'{needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; choose another folder, '
-                        'make room, or go without')
+                        'free some space, or leave out --cache')
 
 
 def build(dataset, target, workers):

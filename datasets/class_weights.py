@@ -101,7 +101,7 @@ def output_file(text):
     """Path of a `--json` file, or None; UserError at once if its folder does not exist."""
     path = Path(text) if text else None
     if path and not path.parent.is_dir():
-        raise UserError(f'--json {path}: the folder {path.parent} does not exist; make it first')
+        raise UserError(f'--json {path}: the folder {path.parent} does not exist; create it first')
     return path
 
 

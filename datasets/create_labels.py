@@ -187,7 +187,7 @@ def prepare(datadir, out, dataset):
         try:
             link.symlink_to(images)
         except OSError as error:
-            raise UserError(f'{link} cannot be made a link to the images ({error.strerror}); put them there in another '
+            raise UserError(f'cannot make {link} a link to the images ({error.strerror}); put them there in another '
                             'way and run this again') from None
         print(f'{link} links to the images; --data {dataset}={out} uses both')
 
@@ -215,12 +215,12 @@ def create_labels_parser():
     """The parser of this command."""
     parser = Parser(prog='python -m mdil create-labels',
                     description='Makes label images from annotations, next to them.')
-    parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='whose annotations')
+    parser.add_argument('dataset', choices=('idd', 'cityscapes'), help='data set')
     parser.add_argument('--datadir', required=True, metavar='DIR', help='folder that holds gtFine')
     parser.add_argument('--out', metavar='DIR',
-                        help='folder for the label images, and a link to the images, where --datadir is read-only')
+                        help='folder for the label images, and a link to the images, if --datadir is read-only')
     parser.add_argument('--id-type', choices=ID_TYPES, help='label values of idd (level3Id if not given)')
-    parser.add_argument('--force', action='store_true', help='make images that are up to date again')
+    parser.add_argument('--force', action='store_true', help='also remake images that are up to date')
     parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
     return parser
 

@@ -40,7 +40,7 @@ def decoded(path):
         with Image.open(path, formats=FORMATS) as image:
             count = getattr(image, 'n_frames', 1)
             if count > 1 and image.format != 'MPO':     # of a phone: the photo first, then what belongs to it
-                raise UserError(f'{path} holds {count} images, one is expected; save the right one as a file of its own')
+                raise UserError(f'{path} holds {count} images, one is expected; save the right one as a separate file')
             image.load()
             return image
     except Image.UnidentifiedImageError:
@@ -118,7 +118,7 @@ def colors_to_classes(label, pair):
     if len(wrong):
         colors = [[int(number) >> shift & 255 for shift in (16, 8, 0)] for number in np.unique(wrong)[:4]]
         raise UserError(f'{pair.label}: the colors {colors} are not in the class list (soft edges? "values" '
-                        f'in domain.json can give a class to further colors){CHECK_HINT}')
+                        f'in domain.json can map more colors to classes){CHECK_HINT}')
     return np.array([pair.values[number] for number in known.tolist()], dtype=np.uint8)[places]
 
 

@@ -19,7 +19,7 @@ from mdil.utils.parser import Parser, data_paths
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m mdil branches', description='Domains of checkpoints as files.')
+    parser = Parser(prog='python -m mdil branches', description='Extracts domains as files, and joins them.')
     actions = parser.add_subparsers(dest='action', required=True, metavar='list|extract|add|remove')
     action(actions, 'list', 'print domains, classes, sizes and the fingerprint of the shared weights')
     one = action(actions, 'extract', 'write one domain as a branch file'), action(actions, 'remove', 'leave one domain out')
@@ -42,7 +42,7 @@ def action(actions, name, text):
     parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
                         help='method of a published file, where its keys fit several')
     parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                        help='place of your own domain (folder with domain.json), for its class names; repeatable')
+                        help='path of your own domain (folder with domain.json), for its class names; repeatable')
     return parser
 
 

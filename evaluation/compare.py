@@ -33,7 +33,7 @@ def parse(argv=None):
                              'one NAME are seeds')
     parser.add_argument('--out', required=True, metavar='DIR', help='where the tables and the picture go')
     parser.add_argument('--picture', action=argparse.BooleanOptionalAction, default=True,
-                        help='draw comparison.png, which takes data and checkpoints')
+                        help='draw comparison.png, which needs data and checkpoints')
     parser.add_argument('--images', nargs='+', default=[], metavar='[DOMAIN=]NAME|INDEX',
                         help='images of the picture, by part of the name or by index (default: the one with the most '
                              'classes of each domain)')
@@ -49,7 +49,7 @@ def files_of(item):
         raise UserError(f'{item!r} is not NAME=FOLDER')
     found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
     if not found:
-        raise UserError(f'{item}: no folder fits the pattern {pattern}')
+        raise UserError(f'{item}: no folder matches the pattern {pattern}')
     return name, [Path(place) / 'results.json' if not Path(place).is_file() else Path(place) for place in found]
 
 

@@ -36,7 +36,7 @@ def parse(argv=None):
                         help='its domains in order (published files do not name them)')
     parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
                         help='method of a published file, where its keys fit several')
-    size_options(parser.add_argument_group('size of the images whose cost is counted'))
+    size_options(parser.add_argument_group('image size for the cost'))
     data_options(parser)
     options = parser.parse_args(argv)
     complete_size(options)

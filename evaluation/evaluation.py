@@ -158,7 +158,7 @@ def load_network_and_domains(path, options, place, find=domain_at_hand):
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or (options.domains or [])[:count]
     if len(names) < count:
-        raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no names; pass --domains')
+        raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no domain names; pass --domains')
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
     domains = [find(entry, data_paths(options.data)) for entry in entries]
     check_known(checkpoint, domains)

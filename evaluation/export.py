@@ -41,9 +41,9 @@ def parse(argv=None):
                         help='the published key layout, ONNX, torch.export or OpenVINO')
     parser.add_argument('--domain', metavar='NAME', help='the domain whose network is written; not for published')
     parser.add_argument('--int8', action='store_true', help='8-bit weights and activations (NNCF), for openvino')
-    parser.add_argument('--calibrate', metavar='FOLDER', help='images that --int8 takes the ranges of activations from')
+    parser.add_argument('--calibrate', metavar='FOLDER', help='images to calibrate the activation ranges of --int8')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
-    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='place of a domain of your own')
+    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='path of your own domain')
     options = parser.parse_args(argv)
     options.domains, options.method, options.precision = None, None, 'fp32'
     check(options)
@@ -95,7 +95,7 @@ def chosen_branch(options, predictor):
     """Index of --domain, or of the only one."""
     names = [domain.name for domain in predictor.domains]
     if options.domain is None and len(names) > 1:
-        raise UserError(f'{options.state} knows {", ".join(names)}; choose one by --domain')
+        raise UserError(f'{options.state} knows {", ".join(names)}; choose one with --domain')
     return predictor.index(options.domain or names[0])
 
 
@@ -137,7 +137,7 @@ def export_published(options):
     """Writes all domains in the published key layout."""
     checkpoint = read_checkpoint(options.state)
     if checkpoint.found.network != ERFNET:
-        raise UserError(f'{options.state} is of the network {checkpoint.found.network}; the published code has {ERFNET} alone: '
+        raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only {ERFNET}: '
                         'choose --format onnx, torch or openvino')
     model = load_network(checkpoint)
     method = checkpoint.method or 'mdil'

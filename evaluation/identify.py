@@ -20,7 +20,7 @@ from mdil.utils.parser import Parser, data_options, data_paths, natural
 
 def parse(argv=None):
     parser = Parser(prog='python -m mdil identify',
-                    description='Adds to a checkpoint how the training images of its domains look.')
+                    description='Adds to a checkpoint the image statistics that --domain auto needs.')
     parser.add_argument('state', metavar='CKPT', help='a checkpoint, published ones too')
     parser.add_argument('--out', required=True, metavar='FILE', help='the file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')

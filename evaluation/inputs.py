@@ -44,7 +44,7 @@ def find_sources(inputs, out=None):
     """The Sources of the paths `inputs`, in order; of a folder without what lies in the folder `out` within it."""
     found = [source for path in map(Path, inputs) for source in sources_of(path, out)]
     if not found:
-        raise UserError(f'no images in {", ".join(map(str, inputs))}; files that end in {" ".join(IMAGES)} are read, '
+        raise UserError(f'no images in {", ".join(map(str, inputs))}; only files that end in {" ".join(IMAGES)} are read, '
                         'hidden ones are not')
     return found
 

@@ -207,7 +207,7 @@ def choose(datasets, wanted):
                  for index in [find_image(dataset, what if equals else item)] if index is not None]
         if not found:
             places = ', '.join(dataset.domain.name for _, dataset in searched) or f'no domain called {name!r}'
-            raise UserError(f'--images {item}: no image, or more than one, of that name or index in {places}')
+            raise UserError(f'--images {item}: no image, or more than one, with that name or index in {places}')
         chosen += found
     return sorted(set(chosen))
 

@@ -81,7 +81,7 @@ class Predictor:
         for index, domain in enumerate(self.domains):
             if name.lower() in map(str.lower, (domain.name, *domain.aliases)):
                 return index
-        raise UserError(f'the network does not know the domain {name!r} but {", ".join(d.name for d in self.domains)}')
+        raise UserError(f'the network does not know the domain {name!r}, only {", ".join(d.name for d in self.domains)}')
 
     def prepare(self, image):
         """The Prepared form of a PIL image in RGB."""

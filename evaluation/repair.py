@@ -36,12 +36,12 @@ class Source:
 
 def parse(argv=None):
     parser = Parser(prog='python -m mdil repair',
-                    description='Puts back what later steps changed of old domains.')
+                    description='Restores what later steps changed in old domains.')
     parser.add_argument('states', nargs='+', metavar='OLD... NEW', help='checkpoints of the steps, in order')
     parser.add_argument('--out', required=True, metavar='FILE', help='the file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')
     parser.add_argument('--what', choices=WHAT, default='statistics',
-                        help="running statistics of each old domain's batch norms, or all that it has for itself")
+                        help="running statistics of each old domain's batch norms, or its whole branch")
     parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
                         help='domains of NEW in order (published files do not name them)')
     parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
@@ -51,7 +51,7 @@ def parse(argv=None):
     group = parser.add_argument_group('evaluation before and after, with --data-root')
     size_options(group, None)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
-    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per domain at most, for trials')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per domain, for trials')
     machine_options(parser)
     parser.set_defaults(**EVALUATION)
     options = parser.parse_args(argv)
@@ -90,11 +90,11 @@ def sources(older, new):
 def check_alike(known, number, new, name):
     """UserError unless a domain's branch in `known` has the tensors that it has in `new`."""
     if known.network != new.network:
-        raise UserError(f'{known.checkpoint.source} is of the network {known.network}, {new.checkpoint.source} of {new.network}')
+        raise UserError(f'{known.checkpoint.source} holds {known.network}, {new.checkpoint.source} holds {new.network}')
     one, other = branch_state(known.model, number), branch_state(new.model, new.names.index(name))
     odd = sorted(one.keys() ^ other.keys()) or [key for key in one if one[key].shape != other[key].shape]
     if odd:
-        raise UserError(f'{known.checkpoint.source}: the branch of {name} ({known.method}) is another than in '
+        raise UserError(f'{known.checkpoint.source}: the branch of {name} ({known.method}) differs from that in '
                         f'{new.checkpoint.source} ({new.method}): {odd[0]}')
 
 

@@ -53,7 +53,7 @@ def parse(argv=None):
     group.add_argument('--data-root', '--datadir', default=argparse.SUPPRESS, metavar='DIR',
                        help="folder that holds the data sets (default: the run's own)")
     group.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                       help='place of one domain, or of your own domain; repeatable')
+                       help='path of a data set, or of your own domain; repeatable')
     return parser.parse_args(argv)
 
 

@@ -60,12 +60,12 @@ def tsne_parser():
     group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: as trained)')
     group.add_argument('--width', type=side, help='image width, a multiple of 8 (default: twice the height)')
     group.add_argument('--images', type=positive, default=1, help='how many images, those with the most classes')
-    group.add_argument('--points', type=positive, default=80, help='pixels of each class at most')
-    group.add_argument('--perplexity', type=float, default=30.0, help='neighbours that t-SNE keeps near')
+    group.add_argument('--points', type=positive, default=80, help='maximum number of pixels per class')
+    group.add_argument('--perplexity', type=float, default=30.0, help='perplexity of t-SNE')
     group.add_argument('--seed', type=seed_number, default=0, help='seed of the pixels and of t-SNE')
     group.add_argument('--device', default='auto', help='device that computes the features')
     data_options(parser)
-    parser.add_argument('--out', required=True, metavar='FILE', help='the files less their endings')
+    parser.add_argument('--out', required=True, metavar='FILE', help='path of the output files, without suffix')
     return parser
 
 
@@ -103,7 +103,7 @@ def read_named(path, options):
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or (options.domains or [])[:count]
     if len(names) < count or not count:
-        raise UserError(f'{path} holds {checkpoint.found.kind} but no names; pass --domains')
+        raise UserError(f'{path} holds {checkpoint.found.kind} but no domain names; pass --domains')
     domains = [get_domain(name, paths) for name in names]
     check_known(checkpoint, domains)
     return checkpoint, domains

@@ -31,7 +31,7 @@ PROBES, HEIGHT, WIDTH = 2, 64, 128
 
 def parse(argv=None):
     parser = Parser(prog='python -m mdil verify',
-                    description='Tells whether a step changed the old domains. Exit status: 0 unchanged, 1 changed, 2 '
+                    description='Checks whether a step changed the old domains. Exit status: 0 unchanged, 1 changed, 2 '
                                 'cannot be told.')
     parser.add_argument('state', nargs='+', metavar='OLD NEW | CKPT',
                         help='files before and after a step, or one file that is compared with its own record')
@@ -39,8 +39,8 @@ def parse(argv=None):
                         help='domains of NEW in order (published files do not name them)')
     parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
                         help='method of a published file, where its keys fit several')
-    parser.add_argument('--map', metavar='FILE', help='JSON: which keys of OLD are which of NEW, for files of other code')
-    parser.add_argument('--json', metavar='FILE', help='write what was found')
+    parser.add_argument('--map', metavar='FILE', help='JSON: maps keys of OLD to keys of NEW, for files of other code')
+    parser.add_argument('--json', metavar='FILE', help='write the result')
     options = parser.parse_args(argv)
     if len(options.state) > 2 or options.map and len(options.state) < 2:
         raise UserError(f'verify compares two files, or one with its own record; {len(options.state)} given'
@@ -109,7 +109,7 @@ def compare_networks(options):
     (old, one), (new, other) = (known(path, options) for path in options.state)
     networks = [checkpoint.found.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
-        raise UserError(f'{" and ".join(options.state)} are of other networks: {" and ".join(networks)}')
+        raise UserError(f'{" and ".join(options.state)} hold different networks: {" and ".join(networks)}')
     if new.domains:
         check_stated(options.domains, new.domains, new.source)
     result = {}
@@ -137,7 +137,7 @@ def compare_with_record(options):
     record = unchanged.read(Path(path).parent / unchanged.NAME)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
-        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is of {", ".join(record["domains"])}')
+        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for {", ".join(record["domains"])}')
     return {name: entry(moved) for name, moved in unchanged.moved_since(record, model).items()}
 
 
@@ -149,9 +149,9 @@ def read_map(path):
     except OSError as error:
         raise UserError(f'--map {path} cannot be read ({error.strerror})') from None
     except (ValueError, AttributeError) as error:
-        raise UserError(f'--map {path} is not {{domain: {{beginning of keys in OLD: in NEW}}}} ({error})') from None
+        raise UserError(f'--map {path} is not {{domain: {{key prefix in OLD: key prefix in NEW}}}} ({error})') from None
     if not found or not fits:
-        raise UserError(f'--map {path} is not {{domain: {{beginning of keys in OLD: in NEW}}}}')
+        raise UserError(f'--map {path} is not {{domain: {{key prefix in OLD: key prefix in NEW}}}}')
     return found
 
 
@@ -163,7 +163,7 @@ def mapped(state, prefixes, path, domain):
         if prefix is not None:
             result[prefixes[prefix] + key.removeprefix(prefix)] = value
     if not result:
-        raise UserError(f'{path}: no key begins as --map says of {domain} ({", ".join(prefixes)}); the first is '
+        raise UserError(f'{path}: no key has a prefix that --map gives for {domain} ({", ".join(prefixes)}); the first is '
                         f'{next(iter(state), "none")!r}')
     return result
 

@@ -18,12 +18,12 @@ TOOLS = {
     'report': ('mdil.evaluation.report', 'write an HTML report about a sequence'),
     'tsne': ('mdil.evaluation.tsne', 'show encoder features before and after a step'),
     'describe': ('mdil.evaluation.describe', 'print the model card of a checkpoint'),
-    'branches': ('mdil.evaluation.branches', 'take domains out of checkpoints as files and put them together'),
-    'verify': ('mdil.evaluation.verify', 'prove that a step changed nothing of the old domains, or say what'),
-    'repair': ('mdil.evaluation.repair', 'put back what later steps changed of old domains'),
+    'branches': ('mdil.evaluation.branches', 'extract domains from checkpoints as files, and join them'),
+    'verify': ('mdil.evaluation.verify', 'check that a step left the old domains unchanged'),
+    'repair': ('mdil.evaluation.repair', 'restore what later steps changed in old domains'),
     'identify': ('mdil.evaluation.identify', 'add to a checkpoint what --domain auto needs'),
-    'export': ('mdil.evaluation.export', 'write a domain as ONNX, torch.export or OpenVINO, or all in the published layout'),
-    'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on a GPU of its own'),
+    'export': ('mdil.evaluation.export', 'export a domain to ONNX, torch.export or OpenVINO, or all as published'),
+    'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on its own GPU'),
 }
 
 

@@ -50,7 +50,7 @@ def is_size(value):
 def check_pair(pair):
     """UserError unless it is (path of an image, path of its label)."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(path, PATH) for path in pair):
-        raise UserError(f'{pair!r} is no pair; (path of an image, path of its label) is expected')
+        raise UserError(f'{pair!r} is not a pair (image path, label path)')
 
 
 def load(file, *, domains=None, method=None, data=None, size=None, device='auto', precision='fp32'):
@@ -59,7 +59,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     domains, method: names of the domains, in order, and of the method, of a file that does not say
     them. data: {name: folder or JSON file} of domains that are not built in; without, their classes
     are what the checkpoint says. size: (height, width) that images are resized to, multiples of 8
-    (default: that of the training). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
+    (default: the training size). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
     'fp16'. Raises `mdil.UserError` where the file cannot be read, the device is not there, or the size is none.
 
         >>> net = mdil.load('step3.pth', device='cpu')

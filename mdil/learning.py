@@ -92,7 +92,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
             pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
             data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
         elif val is not None or classes is not None:
-            raise UserError('val and classes go with train, a list of pairs; without it all three are looked for at data')
+            raise UserError('val and classes need train, a list of pairs; without it, all three come from data')
         names = options.pop('domains', None) or [*known_domains(state), domain]
         words = arguments({**options, 'savedir': folder, 'state': state, 'domains': names,
                            'data': [f'{name}={path}' for name, path in data.items()]})
@@ -147,12 +147,12 @@ def declare(name, pairs, classes, folder, overwrite=False):
     """
     built_in = domain_names().get(name.lower())
     if built_in and classes is not None:
-        raise UserError(f'{built_in} is built in and has its classes; leave out classes, or choose another name')
+        raise UserError(f'{built_in} is built in and has its own classes; leave out classes, or choose another name')
     if not built_in and not classes:
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
     if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name:
-        raise UserError(f'{name!r} cannot be the name of a domain: files and --data NAME=PATH are called so')
+        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name and in --data NAME=PATH')
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'
@@ -192,7 +192,7 @@ def listed(pair):
 def write_bytes(path, content, overwrite):
     """Writes a file, atomically; UserError if there is one of other content, unless `overwrite`."""
     if not overwrite and path.exists() and path.read_bytes() != content:
-        raise UserError(f'{path} exists and is of other pairs or classes; give those, use another savedir, or '
+        raise UserError(f'{path} exists with other pairs or classes; pass those, use another savedir, or '
                         'replace it with overwrite=True')
     write_atomically(path, lambda file: file.write(content))
 
@@ -201,7 +201,7 @@ def known_domains(state):
     """Names of the domains that the checkpoint `state` knows, [] without one; UserError if it does not name them."""
     checkpoint = state and read_checkpoint(state)
     if checkpoint and checkpoint.found.num_classes and checkpoint.domains is None:
-        raise UserError(f'{state} holds {checkpoint.found.kind} but no names; pass domains=[...], all in order')
+        raise UserError(f'{state} holds {checkpoint.found.kind} but no domain names; pass domains=[...], all in order')
     return checkpoint and checkpoint.domains or []
 
 

@@ -57,7 +57,7 @@ def with_adapters(network, kind):
     """`network` with an adapter at each fitting convolution outside its heads; kind: 'parallel', 'series' or None."""
     found = [(name, module) for name, module in outside_heads(network) if fits(module)] if kind else []
     if kind and not found:
-        raise UserError(f'{type(network).__name__} has no convolution that an adapter fits beside: choose a method without '
+        raise UserError(f'{type(network).__name__} has no convolution that an adapter fits: choose a method without '
                         'adapters, such as fine-tune')
     for name, conv in found:
         parent, _, child = name.rpartition('.')

@@ -45,7 +45,7 @@ class Known:
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
         names = self.checkpoint.domains or [domain_names().get(name.lower(), name) for name in names or []]
         if len(names) != len(counts) or len(set(names)) < len(names):
-            raise UserError(f'{path} holds {found.kind} but no names of them; pass --domains, one for each')
+            raise UserError(f'{path} holds {found.kind} but no names for them; pass --domains, one for each')
         stated = self.checkpoint.content.get('domains') if self.checkpoint.domains else [{}] * len(names)
         self.entries = [{**described(name, count, paths), **entry, 'name': name, 'classes': count}
                         for name, count, entry in zip(names, counts, stated)]
@@ -104,7 +104,7 @@ def read_branch(path, paths=None):
     """The content of a branch file; UserError, naming the domain, if it is damaged, renamed or for other classes."""
     branch = read(path)
     if not isinstance(branch, dict) or branch.get('kind') != KIND:
-        raise UserError(f'{path} is no branch file; python -m mdil branches extract makes one of a checkpoint')
+        raise UserError(f'{path} is not a branch file; python -m mdil branches extract makes one from a checkpoint')
     lacking = [name for name in PARTS if name not in branch]
     if lacking:
         raise UserError(f'{path}: damaged, it has no {lacking[0]}')
@@ -131,7 +131,7 @@ def check_classes(entry, path, paths):
     if entry['classes'] != domain.num_classes or stated != list(domain.classes):
         other = next((f'{one!r} instead of {two!r}' for one, two in zip(stated, domain.classes) if one != two),
                      f'{entry["classes"]} instead of {domain.num_classes}, void included')
-        raise UserError(f'{path}: a branch of {entry["name"]} for other classes than {entry["name"]} has here: {other}')
+        raise UserError(f'{path}: a branch of {entry["name"]} with other classes than {entry["name"]} has here: {other}')
 
 
 def put_on(known, branch, source):
@@ -141,9 +141,9 @@ def put_on(known, branch, source):
     if network != known.network:
         raise UserError(f'{source}: a branch of {network}, {known.checkpoint.source} is {known.network}')
     if name in known.names:
-        raise UserError(f'{source}: a branch of {name}, which is there already: {", ".join(known.names)}')
+        raise UserError(f'{source}: a branch of {name}, which is already there: {", ".join(known.names)}')
     if branch['base'] != base:
-        raise UserError(f'{source}: the branch of {name} was learnt with the shared weights {branch["base"][:SHOWN]}, '
+        raise UserError(f'{source}: the branch of {name} was trained with the shared weights {branch["base"][:SHOWN]}, '
                         f'those of {known.checkpoint.source} are {base[:SHOWN]}')
     number = model.add_domain(entry['classes'])
     own = branch_state(model, number)
@@ -172,7 +172,7 @@ def without(known, name):
     """The content of the checkpoint of a Known that lacks the domain `name`."""
     number, about = known.index(name), known.about()
     if len(known.entries) == 1:
-        raise UserError(f'{known.checkpoint.source} knows {known.names[0]} alone; nothing would be left')
+        raise UserError(f'{known.checkpoint.source} knows only {known.names[0]}; nothing would be left')
     gone = known.entries.pop(number)['name']
     known.model.remove_domain(number)
     left = {key: {domain: value for domain, value in values.items() if domain != gone} for key, values in about.items()}

@@ -108,7 +108,7 @@ def read(path):
     if not os.path.isfile(path):
         raise UserError(f'{path} is not a file')
     if is_exported(path):
-        raise UserError(f'{path}: an exported network, which predict.py alone takes')
+        raise UserError(f'{path}: an exported network, which only predict.py takes')
     try:
         with open(path, 'rb') as file:
             return read_from(file)
@@ -116,7 +116,7 @@ def read(path):
         raise UserError(f'{path}: refused, {error}') from None
     except Exception as error:      # a damaged file makes zipfile, pickle and torch fail in any way at all
         reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: damaged or no checkpoint ({type(error).__name__}: {reason[:200]})') from None
+        raise UserError(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {reason[:200]})') from None
 
 
 def read_from(file):
@@ -361,7 +361,7 @@ def build_plain(name, row, path):
         with torch.device('meta'):
             return get_network(name).build(2, row.adapter)
     except UserError as error:
-        raise UserError(f'{path}: a network of another kind: {error}. One of your own is registered first, see '
+        raise UserError(f'{path}: unknown network: {error}. Register your own first, see '
                         'docs/networks.md') from None
 
 
@@ -382,7 +382,7 @@ def check_known(checkpoint, domains):
     if checkpoint.domains is not None:
         canonical = [domain_names().get(name.lower(), name) for name in checkpoint.domains]
         if canonical != names:
-            raise UserError(f'{checkpoint.source} knows {", ".join(canonical)}, but the domains to know are '
+            raise UserError(f'{checkpoint.source} knows {", ".join(canonical)}, but should know '
                             f'{", ".join(names)}')
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
@@ -395,8 +395,8 @@ def check_class_names(entry, domain, source):
     """UserError if the checkpoint `source` calls a class of a domain (its entry there) otherwise than `domain` does."""
     for number, (stated, name) in enumerate(zip(entry.get('class_names', []), domain.classes)):
         if stated != name:
-            raise UserError(f'{source} learnt {domain.name} with {stated!r} as class {number}, which is {name!r} here; '
-                            'give the class list that it was learnt with')
+            raise UserError(f'{source} was trained on {domain.name} with {stated!r} as class {number}, which is {name!r} here; '
+                            'use the class list that it was trained with')
 
 
 def fitting_methods(found):
@@ -423,7 +423,7 @@ def load_network(checkpoint, method=None):
     """The network of a checkpoint, that of `method` (default: as stated, else the first that fits)."""
     method = method or checkpoint.method or next(iter(fitting_methods(checkpoint.found)), None)
     if not checkpoint.found.num_classes:
-        raise UserError(f'{checkpoint.source} holds an encoder alone, no decoder')
+        raise UserError(f'{checkpoint.source} holds only an encoder, no decoder')
     return network_of(checkpoint.found, method, checkpoint.source)
 
 

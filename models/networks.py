@@ -162,7 +162,7 @@ def from_timm(name):
         try:
             network = TimmNet(name, num_classes)
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-            raise UserError(f"timm's {name} gives no feature maps of several scales ({str(error)[:100]})") from None
+            raise UserError(f"timm's {name} returns no feature maps at several scales ({str(error)[:100]})") from None
         return with_adapters(network, adapter)
 
     def imagenet():

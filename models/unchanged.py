@@ -97,10 +97,10 @@ def read(path):
         version, names, tensors = record['version'], record['domains'], record['tensors']
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}); train.py writes it in every step after the first, '
-                        'without it give two files: OLD NEW') from None
+                        'without it, pass two files: OLD NEW') from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path}: no record of train.py ({type(error).__name__}: {error})') from None
+        raise UserError(f'{path}: not a record of train.py ({type(error).__name__}: {error})') from None
     if version != VERSION or not (isinstance(names, list) and all(isinstance(name, str) for name in names)
                                   and isinstance(tensors, dict)):
-        raise UserError(f'{path}: no record of train.py, or of a later version than this code')
+        raise UserError(f'{path}: not a record of train.py, or from a later version of this code')
     return record

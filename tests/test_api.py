@@ -152,7 +152,7 @@ def test_a_published_file_is_told_its_domains(tmp_path, photo):
 @pytest.mark.parametrize('options, says', [
     ({'domains': ['BDD', 'IDD']}, '--domains BDD IDD contradicts .*which knows cityscapes IDD'), ({'precision': 'int8'}, 'is not one of'),
     ({'size': 3}, 'multiples of 8'), ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
-    ({'device': 'moon'}, 'no device of torch'), ({'method': 'fine-tune'}, 'not a network of')])
+    ({'device': 'moon'}, 'not a torch device'), ({'method': 'fine-tune'}, 'not a network of')])
 def test_what_cannot_be_loaded_is_said(file, options, says):
     with pytest.raises(mdil.UserError, match=says):
         mdil.load(file, **{'device': 'cpu', **options})
@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_is_said(file, options, says):
 @pytest.mark.parametrize('name', ['n.onnx', 'n.xml', 'n.pt2'])
 def test_an_exported_network_is_called_that(tmp_path, name):
     (tmp_path / name).write_bytes(b'x')
-    with pytest.raises(mdil.UserError, match='an exported network, which predict.py alone takes'):
+    with pytest.raises(mdil.UserError, match='an exported network, which only predict.py takes'):
         mdil.load(tmp_path / name)
 
 
@@ -170,7 +170,7 @@ def test_other_types_are_refused_at_the_door(file, net):
                 lambda: net.predict(None), lambda: net.predict(np.zeros((8, 8)), 3), lambda: net.classes(0), lambda: net.save(None)):
         with pytest.raises(TypeError, match='is expected, not'):
             act()
-    with pytest.raises(mdil.UserError, match="'a.png' is no pair"):
+    with pytest.raises(mdil.UserError, match="'a.png' is not a pair"):
         net.evaluate('IDD', ['a.png'])
 
 

@@ -202,8 +202,8 @@ def not_finite(content):
     (lambda content: content.pop('digests'), 'damaged, it has no digests'),
     (lambda content: content.update(method='nonsense'), "its method is not one of mdil.*import its file.*'nonsense'"),
     (lambda content: content.update(version=7), 'version 7, this code reads 1'),
-    (other_classes, "IDD for other classes than IDD has here: 'sky' instead of 'road'"),
-    (fewer_classes, 'IDD for other classes.*20 instead of 27'),
+    (other_classes, "IDD with other classes than IDD has here: 'sky' instead of 'road'"),
+    (fewer_classes, 'IDD with other classes.*20 instead of 27'),
     (wrong_head, r'branch of mine \(mdil, 9 classes\) does not fit.*output_conv'),
     (huge, 'its domain is not'), (not_finite, 'not finite')])
 def test_a_bad_branch_is_refused_by_name(parted, tmp_path, change, message):
@@ -228,9 +228,9 @@ def test_a_cut_or_flipped_file_is_refused(three, parted, tmp_path):
 @pytest.mark.usefixtures('shallow')
 def test_another_base_another_network_and_a_domain_twice_are_refused(three, parted, tmp_path):
     idd, two = parted
-    with pytest.raises(UserError, match='branch of IDD, which is there already: cityscapes, BDD, IDD'):
+    with pytest.raises(UserError, match='branch of IDD, which is already there: cityscapes, BDD, IDD'):
         run('add', three, idd, '--out', tmp_path / 'out')
-    with pytest.raises(UserError, match='branch of IDD, which is there already'):
+    with pytest.raises(UserError, match='branch of IDD, which is already there'):
         run('add', two, idd, idd, '--out', tmp_path / 'out')
     other = branches.Known(two).model
     old = fingerprint(shared_state(other))
@@ -244,7 +244,7 @@ def test_another_base_another_network_and_a_domain_twice_are_refused(three, part
     save_network(tmp_path / 'series', series, ['cityscapes', 'BDD'], 'series-adapters')
     with pytest.raises(UserError, match='branch of IDD .mdil, 27 classes. does not fit .* .series-adapters.'):
         run('add', tmp_path / 'series', idd, '--out', tmp_path / 'out')
-    with pytest.raises(UserError, match='is no branch file'):
+    with pytest.raises(UserError, match='is not a branch file'):
         run('add', two, three, '--out', tmp_path / 'out')
 
 
@@ -259,7 +259,7 @@ def test_unknown_domains_the_only_one_and_existing_files_are_refused(three, tmp_
     with pytest.raises(UserError, match='knows cityscapes, BDD, IDD, not camvid'):
         run('extract', three, '--domain', 'camvid', '--out', tmp_path / 'x')
     one = save_network(tmp_path / 'one', network(['BDD']), ['BDD'], 'mdil')
-    with pytest.raises(UserError, match='knows BDD alone'):
+    with pytest.raises(UserError, match='knows only BDD'):
         run('remove', one, '--domain', 'BDD', '--out', tmp_path / 'x')
     (tmp_path / 'x').write_text('mine')
     with pytest.raises(UserError, match='exists; name another file, or replace it with --overwrite'):

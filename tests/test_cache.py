@@ -192,7 +192,7 @@ def test_changed_file_rebuilds_and_replaces(roads, tmp_path, loads, part, level)
     assert len(loads) == 16 and len(subfolders(folder)) == 1
     number = ('image', 'label').index(part)
     assert not torch.equal(first.load(2)[number], second.load(2)[number]), 'a run keeps what it has mapped'
-    with pytest.raises(UserError, match='gone or damaged'):
+    with pytest.raises(UserError, match='missing or damaged'):
         pickle.loads(pickle.dumps(first))
 
 
@@ -254,7 +254,7 @@ def test_folder_that_cannot_be_written(toy, tmp_path):
 def test_damaged_cache_is_named(toy, tmp_path):
     cached(train_set(toy), tmp_path)
     damage(next(tmp_path.rglob('images.npy')))
-    with pytest.raises(UserError, match='gone or damaged'):
+    with pytest.raises(UserError, match='missing or damaged'):
         cached(train_set(toy), tmp_path)
 
 

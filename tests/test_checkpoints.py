@@ -158,7 +158,7 @@ def test_other_methods_and_other_domains_are_refused(tmp_path):
     with pytest.raises(UserError, match='20 classes.*IDD need 27'):
         checkpoint.check_known(plain, [IDD])
     plain.domains = ['cityscapes']
-    with pytest.raises(UserError, match='knows cityscapes, but the domains to know are BDD'):
+    with pytest.raises(UserError, match='knows cityscapes, but should know BDD'):
         checkpoint.check_known(plain, [BDD])
     torch.save({'weights': torch.zeros(3)}, tmp_path / 'other')
     with pytest.raises(UserError, match="no ERFNet in it; the first of its 1 tensors is 'weights'"):
@@ -181,7 +181,7 @@ def test_other_classes_of_the_same_number_are_refused_by_name(tmp_path):
     for act in (lambda: checkpoint.check_known(checkpoint.read_checkpoint(tmp_path / 'x'), [other]),
                 lambda: building.build_networks(options(tmp_path / 'x', [other, CS]), [other, CS]),
                 lambda: evaluation.main(['--state', str(tmp_path / 'x'), '--data', f'own={tmp_path / "b"}'])):
-        with pytest.raises(UserError, match="learnt own with 'car' as class 1, which is 'sky' here"):
+        with pytest.raises(UserError, match="was trained on own with 'car' as class 1, which is 'sky' here"):
             act()
     del content['domains'][0]['class_names']        # a file of before they were kept
     checkpoint.save(content, tmp_path / 'x')

@@ -90,7 +90,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
     assert set(evaluate(toy, tmp_path / 'x.json', '--state', path, '--domains', 'CS', 'BDD')['domains']) == {
         'cityscapes', 'BDD'}
     assert 'tensors loaded\n  renamed: 0' in capsys.readouterr().err
-    with pytest.raises(UserError, match='no names; pass --domains'):
+    with pytest.raises(UserError, match='no domain names; pass --domains'):
         evaluate(toy, tmp_path / 'x.json', '--state', path)
     content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'mdil')
     assert len(content['domains']) == 3
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, caps
     assert 'continuing from' in capsys.readouterr().err
     for path in (latest, previous):
         path.write_bytes(b'')
-    with pytest.raises(UserError, match='damaged or no checkpoint.*damaged or no checkpoint'):
+    with pytest.raises(UserError, match='damaged or not a checkpoint.*damaged or not a checkpoint'):
         learn(toy, tmp_path / 'a', *arguments, '--resume', epochs=2)
 
 

@@ -111,7 +111,7 @@ def test_the_size_is_that_of_the_training_unless_stated(toy, states, tmp_path, c
     evaluation.main([*words, str(tmp_path / '1.pth'), '--json', str(tmp_path / 'r.json')])
     protocol = json.loads((tmp_path / 'r.json').read_text())['protocol']
     assert (protocol['height'], protocol['width']) == (32, 64) and 'at 64x32: images' in capsys.readouterr().out
-    with pytest.raises(UserError, match='different sizes .*1.pth 64x32, .*2.pth 64x16.; choose one for all by --height'):
+    with pytest.raises(UserError, match='different sizes .*1.pth 64x32, .*2.pth 64x16.; choose one for all with --height'):
         evaluation.main([*words, str(tmp_path / '1.pth'), str(tmp_path / '2.pth')])
     run(toy, '--state', tmp_path / '1.pth', tmp_path / '2.pth', '--limit-batches', 1)
     with pytest.raises(UserError, match='--width is given without --height'):
@@ -332,8 +332,8 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
 @pytest.mark.parametrize('arguments, message', [
     (['--json', '{file}/x.json'], '--json .*x.json cannot be written to: .*name another place'),
     (['--csv', '{folder}'], '--csv .* is a folder, a file name is expected'),
-    (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two kinds of results go into one file'),
-    (['--json', '{folder}/metrics.jsonl'], '--json .*metrics.jsonl is what a run calls its own files'),
+    (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two kinds of results would go into one file'),
+    (['--json', '{folder}/metrics.jsonl'], '--json .*metrics.jsonl is the name of a file that runs write'),
     (['--save-overlays', '{file}'], '--save-overlays .* cannot be written to'),
     (['--save-panels', '{folder}/panels.bmp2'], 'figures are .png, .pdf or .svg, not .bmp2'),
     (['--images', '0'], '--images chooses the images of --save-panels'),
@@ -419,7 +419,7 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
             ('a', seed_results(tmp_path / 'e', [{'CS': 1.0, 'IDD': 1.0}]), 'a: its folders hold different steps'),
             ('b', tmp_path / 'none', 'none/results.json cannot be read'),
             ('a', tmp_path / 'e/../a', 'a/results.json is given twice'),
-            ('b', tmp_path / 'no*', 'no folder fits the pattern'),
+            ('b', tmp_path / 'no*', 'no folder matches the pattern'),
             ('', tmp_path, 'is not NAME=FOLDER')):
         with pytest.raises(UserError, match=message):
             compare.read_results([f'a={folder}', f'{name}={other}'])

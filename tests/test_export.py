@@ -99,8 +99,8 @@ def test_eight_bits_are_calibrated_by_images(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (['x.onnx', '--format', 'onnx'], 'knows cityscapes, camvid; choose one by --domain'),
-    (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], "does not know the domain 'IDD' but cityscapes, camvid"),
+    (['x.onnx', '--format', 'onnx'], 'knows cityscapes, camvid; choose one with --domain'),
+    (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], "does not know the domain 'IDD', only cityscapes, camvid"),
     (['x.bin', '--format', 'onnx', '--domain', 'CS'], 'OUT must end in .onnx'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
     (['x.onnx', '--format', 'onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 needs --format openvino'),

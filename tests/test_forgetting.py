@@ -74,11 +74,11 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
 
 
 @pytest.mark.parametrize('arguments, line', [
-    (['--epochs', 'CS=2'], '--epochs says nothing of BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
+    (['--epochs', 'CS=2'], '--epochs has no value for BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
     (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'fine-tune-copies'),
     (['--rows', 'mdil --nonsense 1'], '--rows: --nonsense 1: '),
     (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
-    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is none of --rows: mdil"), (['--rows', ''], 'does not begin with a method'),
+    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is not one of --rows: mdil"), (['--rows', ''], 'does not begin with a method'),
     (['--rows', 'mdil', '--curves', 'x.png'], '--rows leaves them out'),
     (['--rows', 'mdil', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):

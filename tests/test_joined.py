@@ -77,7 +77,7 @@ def test_a_branch_that_starts_from_the_domain_before_it_is_another_one(toy, shal
 @pytest.mark.parametrize('domains, method', [(['CS', 'BDD'], 'mdil'), (['CS'], 'mdil'), (['CS', 'IDD'], 'multi-task')])
 def test_a_branch_starts_from_a_domain_that_is_known(domains, method):
     source = 'BDD' if method == 'mdil' else 'CS'
-    with pytest.raises(UserError, match='--branch-from .* is not a domain that is known before'):
+    with pytest.raises(UserError, match='--branch-from .* is not a domain that was trained before'):
         parse_train(['--domains', *domains, '--state', 'x', '--savedir', 'x', '--method', method, '--branch-from', source])
 
 

@@ -98,7 +98,7 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     with pytest.raises(mdil.UserError, match='holds a result'):
         mdil.learn('village', village[:2], village[:1], **options)
     assert (tmp_path / 'run/village.train.txt').read_bytes() == before
-    with pytest.raises(mdil.UserError, match='village.train.txt exists and is of other pairs'):
+    with pytest.raises(mdil.UserError, match='village.train.txt exists with other pairs'):
         mdil.learn('village', village[:2], village[:1], resume=True, **options)
     record = mdil.learn('village', village, village[:1], resume=True, **options)
     assert [line['epoch'] for line in record.epochs] == [1, 2]
@@ -109,11 +109,11 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
 @pytest.mark.parametrize('arguments, says', [
     ({'domain': 'village'}, 'unknown domain'), ({'domain': 'village', 'train': [('a', 'b')]}, 'pass classes'),
     ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
-    ({'domain': 'CS', 'val': [('a', 'b')]}, 'go with train'),
-    *[({'domain': name, 'train': [], 'classes': ['mud']}, 'cannot be the name') for name in ('a/b', 'a=b', '--x', ' ')],
+    ({'domain': 'CS', 'val': [('a', 'b')]}, 'need train'),
+    *[({'domain': name, 'train': [], 'classes': ['mud']}, 'cannot be a domain name') for name in ('a/b', 'a=b', '--x', ' ')],
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': {'mud', 'hut'}}, 'give a list of names'),
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': ['mud', 'hut', 'mud']}, "two classes are called 'mud'"),
-    ({'domain': 'CS', 'train': ['a.png']}, 'is no pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
+    ({'domain': 'CS', 'train': ['a.png']}, 'is not a pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
     ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'),
     ({'domain': 'CS', 'colour': 3}, '--colour=3'), ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'),
     ({'domain': 'CS', 'state': 'none.pth'}, 'does not exist')])

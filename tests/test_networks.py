@@ -181,10 +181,10 @@ def test_adapters_start_as_if_they_were_not_there_and_cost_little():
 
 def test_a_file_of_another_network_is_refused_by_name(toy, first, tmp_path):
     step = '--domains', 'CS', 'IDD', '--state', first
-    with pytest.raises(UserError, match=f'is of the network {LRASPP}, not erfnet'):
+    with pytest.raises(UserError, match=f'holds the network {LRASPP}, not erfnet'):
         learn(toy, tmp_path / 'x', *step, '--network', 'erfnet')
     erfnet = untrained(tmp_path / 'erfnet', 'erfnet')
-    with pytest.raises(UserError, match=f'of other networks: {LRASPP} and erfnet'):
+    with pytest.raises(UserError, match=f'hold different networks: {LRASPP} and erfnet'):
         verify.main([str(first), str(erfnet)])
     branches.main(['extract', str(erfnet), '--domain', 'CS', '--out', str(tmp_path / 'b')])
     with pytest.raises(UserError, match=f'a branch of erfnet, .* is {LRASPP}'):
@@ -333,7 +333,7 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
     predict.main(['--state', str(second), '--input', str(image), '--out', str(tmp_path / 'p'), '--device', 'cpu'])
     describe.main([str(second), '--height', '64'])
     assert LRASPP in capsys.readouterr().out
-    with pytest.raises(UserError, match=f'is of the network {LRASPP}; the published code has erfnet alone'):
+    with pytest.raises(UserError, match=f'holds the network {LRASPP}; the published code has only erfnet'):
         export.main([str(second), str(tmp_path / 'x.pth')])
     branches.main(['extract', str(second), '--domain', 'IDD', '--out', str(tmp_path / 'idd.branch')])
     branches.main(['remove', str(second), '--domain', 'IDD', '--out', str(tmp_path / 'rest')])
@@ -365,5 +365,5 @@ def test_batch_norms_of_a_kind_of_their_own_are_not_synchronised():
     model = build_model([3], 'mdil', 'tiny')
     model.single(0).features[1] = Own(8)
     options = parse_train(['--domains', 'CS', '--savedir', 'S', '--network', 'tiny', '--sync-bn'])
-    with pytest.raises(UserError, match='--sync-bn: tiny has batch norms of a kind of its own .Own.'):
+    with pytest.raises(UserError, match='--sync-bn: tiny has special batch norms .Own.'):
         building.synchronised(model, options, Place(torch.device('cuda'), 0, 2))

@@ -121,7 +121,7 @@ def test_augmentation_and_answers_are_on_the_device(precision, fake_gpu):
 
 @pytest.mark.parametrize('given', [['--precision', 'fp16'], ['--distill-domains', '1']])
 def test_what_cannot_be_recorded_is_refused(given):
-    with pytest.raises(UserError, match='--cuda-graphs does not go with ' + ' '.join(given[:1])):
+    with pytest.raises(UserError, match='--cuda-graphs cannot be combined with ' + ' '.join(given[:1])):
         parse_train(['--domains', 'cityscapes', '--savedir', 'x', '--method', 'mdil', '--cuda-graphs', *given])
 
 

@@ -98,14 +98,14 @@ def test_the_dataset_of_a_multi_task_list_names_the_run():
     ('--savedir S --datasets CS IDD --dlr=100', '--dlr: the published code reads it nowhere'),
     ('--savedir S --datasets CS IDD --current_task 1 --num-classes 20 27', '--state is missing'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH'),
-    ('--savedir S --domains CS --data CS=a --data IDD=c --data CS=b', 'two places of CS, a and b')])
+    ('--savedir S --domains CS --data CS=a --data IDD=c --data CS=b', 'two paths for CS, a and b')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse(text)
 
 
 def test_an_old_domain_without_its_declaration_is_named_with_the_file():
-    with pytest.raises(UserError, match='--state a.pth is to know usa, whose declaration is not here: pass --data usa=FOLDER'):
+    with pytest.raises(UserError, match='--state a.pth should know usa, but its declaration is not here: pass --data usa=FOLDER'):
         parse('--domains usa IDD --state a.pth --savedir x')
 
 

@@ -230,10 +230,10 @@ def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, pho
                                   (state, (*first, '--height', 64), 'size 64x32, now 128x64'),
                                   (state, ('--input', photos, '--domain', 'IDD'), 'domain cityscapes, now IDD'),
                                   (state, (*first, '--label-ids', 'files'), 'label-ids train, now files')):
-        with pytest.raises(UserError, match=f'made otherwise: {said}.*another --out.*--overwrite'):
+        with pytest.raises(UserError, match=f'made with other settings: {said}.*another --out.*--overwrite'):
             run(file, tmp_path / 'out', *arguments)
     assert before.items() <= answers().items()
-    with pytest.raises(UserError, match='holds .*png too, which was made otherwise and would stay; choose another --out'):
+    with pytest.raises(UserError, match='holds .*png, made with other settings, which would stay; choose another --out'):
         run(knowing, tmp_path / 'out', '--input', photos / 'a.png', '--domain', 'CS', '--overwrite')
     assert before.items() <= answers().items()
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
@@ -243,7 +243,7 @@ def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, pho
     run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD')
     assert len(answers()) == 4
     (tmp_path / 'out/predict.json').unlink()
-    with pytest.raises(UserError, match='holds answers without predict.json'):
+    with pytest.raises(UserError, match='holds predictions without predict.json'):
         run(state, tmp_path / 'out', *first)
 
 
@@ -300,7 +300,7 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'empty'], 'no images in'),
     (['--input', 'notes.pdf'], 'an image, a folder'),
     (['--input', 'bad.txt'], 'gone.png does not exist; lines are relative'),
-    (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD' but cityscapes, IDD"),
+    (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD', only cityscapes, IDD"),
     (['--input', 'photos', '--out', 'photos'], 'a.png is an input and would be replaced'),
     (['--input', 'photos/sub', 'photos/sub'], 'b.JPG is given twice'),
     (['--input', 'photos', 'more'], 'photos/a.png and more/a.bmp would both be written to'),
@@ -308,8 +308,8 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'photos', '--width', '64'], '--width is given without'),
     (['--input', 'photos', '--json', 'notes.json'], 'was not written by predict.py'),
     (['--input', 'photos', '--json', 'photos/a.png'], 'a.png is a file that is read'),
-    (['--input', 'photos', '--json', 'out/predict.json'], 'predict.json is where predict.py notes'),
-    (['--input', 'photos', '--json', 'out/a.png'], 'is what the answer for .*a.png is called'),
+    (['--input', 'photos', '--json', 'out/predict.json'], 'predict.json is where predict.py records'),
+    (['--input', 'photos', '--json', 'out/a.png'], 'is an output file of .*a.png'),
     (['--input', 'photos', '--label-ids', 'colours'], 'invalid choice')])
 def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -72,7 +72,7 @@ def test_published_files_are_repaired_once_their_domains_are_named(steps, tmp_pa
         state = checkpoint.read(steps[number])['state_dict']
         return published_file(path, published_keys(state, [20, 20, 27][:number + 1], 'parallel'))
     files = [published(tmp_path / str(number), number) for number in range(3)]
-    with pytest.raises(UserError, match='no names of them; pass --domains'):
+    with pytest.raises(UserError, match='no names for them; pass --domains'):
         run(*files, '--out', tmp_path / 'out')
     run(*files, '--out', tmp_path / 'out', '--domains', 'CS', 'BDD', 'IDD')
     one, after = logits(steps[0]), logits(tmp_path / 'out')
@@ -83,7 +83,7 @@ def test_what_cannot_be_repaired_is_said(steps, tmp_path):
     plain = save_network(tmp_path / 'plain', fill(build_model([20], 'fine-tune')), ['cityscapes'], 'fine-tune')
     for states, message in (([steps[0]], 'repair needs'), ([steps[0], steps[2]], 'no file before it knows BDD'),
                             ([steps[0], steps[0]], 'it has no old domain'),
-                            ([plain, steps[1]], r'branch of cityscapes \(fine-tune\) is another than in .*\(mdil\)')):
+                            ([plain, steps[1]], r'branch of cityscapes \(fine-tune\) differs from that in .*\(mdil\)')):
         with pytest.raises(UserError, match=message):
             run(*states, '--out', tmp_path / 'out')
     (tmp_path / 'out').write_text('mine')

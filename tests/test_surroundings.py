@@ -151,7 +151,7 @@ def test_a_rank_without_validation_images_validates_too(toy, monkeypatch):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'{"epoch": 1}\nnonsense\n{"epoch": 2}\n', 'line 2 is none of a run'), (b'\xff\xfe\n{"epoch": 1}\n', 'line 1'),
+    (b'{"epoch": 1}\nnonsense\n{"epoch": 2}\n', 'line 2 was not written by a run'), (b'\xff\xfe\n{"epoch": 1}\n', 'line 1'),
     (b'[1]\n{"epoch": 1}\n', 'line 1'), (b'{"epoch": "1"}\n{"epoch": 2}\n', 'line 1')])
 def test_metrics_of_another_kind_are_refused_and_kept(tmp_path, content, message):
     (tmp_path / 'metrics.jsonl').write_bytes(content)

@@ -108,13 +108,13 @@ def test_what_cannot_be_compared_is_said(files, tmp_path):
     nameless = published_file(tmp_path / 'nameless', published_keys(build_model([12]).state_dict(), [12], 'parallel'))
     with pytest.raises(UserError, match='cityscapes has 20 classes .* and 12'):
         run(before, nameless)
-    with pytest.raises(UserError, match='without it give two files'):
+    with pytest.raises(UserError, match='without it, pass two files'):
         run(after)
     with pytest.raises(UserError, match='3 given'):
         run(before, after, after)
     for text in ('[]', '{"version": 1}', '{', '{"version": 9, "domains": [], "tensors": {}}'):
         (tmp_path / unchanged.NAME).write_text(text)
-        with pytest.raises(UserError, match='no record of train.py'):
+        with pytest.raises(UserError, match='not a record of train.py'):
             run(after)
 
 
@@ -124,7 +124,7 @@ def test_a_record_is_of_the_file_beside_it(files, tmp_path):
     unchanged.begin(tmp_path, new, ['cityscapes'], 'old')
     assert run(after) == 0
     unchanged.begin(tmp_path, new, ['BDD'], 'old')
-    with pytest.raises(UserError, match='knows cityscapes, IDD, but unchanged.json next to it is of BDD'):
+    with pytest.raises(UserError, match='knows cityscapes, IDD, but unchanged.json next to it is for BDD'):
         run(after)
 
 
@@ -153,7 +153,7 @@ def test_networks_of_other_code_by_a_map_of_keys(tmp_path, capsys, wrapped):
     new.backbone[1].running_mean.add_(1)
     assert run(old, save(tmp_path / 'new', new.state_dict()), *given) == 1
     assert '1 buffers of 1 batch norms, 0 of 6 parameters moved' in capsys.readouterr().out
-    for content, message in (('{"a": {"nothing.": "x."}}', 'no key begins as --map says of a'), ('[]', 'is not'), ('{"a": 1}', 'is not'),
+    for content, message in (('{"a": {"nothing.": "x."}}', 'no key has a prefix that --map gives for a'), ('[]', 'is not'), ('{"a": 1}', 'is not'),
                              ('{"a": {"head.": "heads.7."}}', 'a in .* cannot be compared, heads.7.bias')):
         (tmp_path / 'map').write_text(content)
         with pytest.raises(UserError, match=message):

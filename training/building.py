@@ -190,7 +190,7 @@ def build_networks(options, domains):
     if not plan.from_previous:
         return *first_network(options, domains, counts, checkpoint), {}
     if not checkpoint.found.num_classes:
-        raise UserError(f'{options.state} holds an encoder alone; learning {domains[-1].name} after '
+        raise UserError(f'{options.state} holds only an encoder; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
     check_known(checkpoint, domains[:-1])
     note_size(options, checkpoint)
@@ -221,7 +221,7 @@ def settle_network(options, checkpoint):
     known = checkpoint.found.network if checkpoint else ERFNET
     options.network = options.network or known
     if checkpoint and options.network != known:
-        raise UserError(f'{options.state} is of the network {known}, not {options.network}; leave out --network, or give '
+        raise UserError(f'{options.state} holds the network {known}, not {options.network}; leave out --network, or give '
                         'another --state')
     check_network(options)
 
@@ -270,8 +270,8 @@ def synchronised(student, options, place):
         raise UserError('--sync-bn needs several processes with a GPU each: torchrun --nproc_per_node N train.py ...')
     odd = {type(norm).__name__ for norm in batch_norms_of(student.modules())} - NORMS
     if odd:
-        raise UserError(f'--sync-bn: {options.network} has batch norms of a kind of its own ({min(odd)}), which would lose what '
-                        'they do besides; leave it out')
+        raise UserError(f'--sync-bn: {options.network} has special batch norms ({min(odd)}), which would lose what '
+                        'they add; leave it out')
     return student.synchronise_batch_norms()
 
 
@@ -287,8 +287,8 @@ def check_batches(student, data, options, replicas):
         if alone and not options.sync_bn and not bears_one_image(student, domain.index, height, width):
             larger = 'enlarge --height or --width, or ' if bears_one_image(student, domain.index, 16 * height, 16 * width) else ''
             raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a batch '
-                            f'norm of {options.network} one value; {larger}choose a --batch-size of at least 2 for each device '
-                            f'that leaves no single one of {domain.train.batch_sampler.samples} images over')
+                            f'norm of {options.network} one value; {larger}choose a --batch-size of at least 2 per device '
+                            f'that does not leave one of {domain.train.batch_sampler.samples} images over')
 
 
 def bears_one_image(student, domain, height, width):
@@ -342,7 +342,7 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
     unused = len(plan_step(options).trained) > 1 or options.steps_per_batch > 1 and len(terms) > 1
     wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
-        raise UserError('--compile does not go with DataParallel; use torchrun --nproc_per_node N train.py ...')
+        raise UserError('--compile does not work with DataParallel; use torchrun --nproc_per_node N train.py ...')
     if place.graphs and isinstance(wrapped, nn.DataParallel):
         raise UserError('--cuda-graphs needs one GPU, not several; add --device cuda:0, or leave it out')
     return wrapped

@@ -54,7 +54,7 @@ def recipe_settings(recipe, domains, method=DEFAULT):
 def train_parser():
     """The parser of train.py."""
     parser = Parser(prog='train.py', refused=REFUSED,
-                    description='Learns one step: the last of --domains; --state knows the others.')
+                    description='Trains one step: the last of --domains. --state must know the others.')
     step_options(parser)
     input_options(parser)
     method_options(parser)
@@ -68,19 +68,19 @@ def train_parser():
 def step_options(parser):
     """Adds what a step learns, from what, and where it is kept."""
     group = parser.add_argument_group('what is learnt')
-    group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is learnt')
+    group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is trained')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                       help="row of the table of methods (default: mdil, the paper's; ours is the same)")
+                       help="training method (default: mdil, the paper's, also called ours)")
     group.add_argument('--network', type=network_name, metavar='NAME',
                        help=f'network of the first step, later ones keep it: {", ".join(NETWORKS)}, or {TIMM}ENCODER '
                             f'(default: {ERFNET})')
     group.add_argument('--weights', metavar='none|imagenet|FILE',
-                       help='weights that the encoder starts from in the first step (default: none, random ones)')
+                       help='initial weights of the encoder in the first step (default: none, random)')
     group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder of ERFNet')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group.add_argument('--branch-from', metavar='NAME',
-                       help='known domain whose branch the new one starts as a copy of (default: the last)')
+                       help='domain whose branch the new one starts from a copy of (default: the last)')
 
 
 def input_options(parser):
@@ -95,45 +95,45 @@ def input_options(parser):
 
 def method_options(parser):
     """Adds the recipe and each difference between the recipes."""
-    group = parser.add_argument_group('recipe', '--recipe sets what is not given')
+    group = parser.add_argument_group('recipe', '--recipe sets the options that are not given')
     group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
-                       help='corrected, released (the published loops to rounding), or fast (one-cycle at 4e-3 without '
+                       help='corrected, released (the published loops, up to rounding), or fast (one-cycle at 4e-3 without '
                             'dropout, for few epochs)')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
                        help=f'weight of the distillation term (default: {LAMBDA})')
     group.add_argument('--temperature', type=rate, metavar='T',
                        help=f'temperature of --distillation kl (default: {TEMPERATURE})')
     group.add_argument('--distill-domains', type=positive, metavar='K',
-                       help='how many old domains a batch distils, drawn anew each time (default: all)')
+                       help='number of old domains to distil per batch, drawn at random (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
-                       help='rate of the shared weights after the first domain (default: by method)')
+                       help='learning rate of the shared weights after the first domain (default: by method)')
     group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,
-                       help='disable dropout in what trains (default: by method)')
+                       help='disable dropout in the layers that train (default: by method)')
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
-                       help='use dropout in what trains (default: by method)')
+                       help='use dropout in the layers that train (default: by method)')
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)')
     group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')
     group.add_argument('--teacher-mode', choices=('eval', 'train'), help='mode of the frozen previous model')
     group.add_argument('--steps-per-batch', type=int, choices=(1, 2),
-                       help='one step on the sum, or one on each term')
+                       help='one optimiser step on the sum of the losses, or one on each')
     group.add_argument('--frozen-encoder', choices=('eval', 'train'),
-                       help='mode of a frozen plain encoder: eval, or train (its running statistics move, it drops out)')
+                       help='mode of a frozen plain encoder: eval, or train (statistics move, dropout is on)')
     group.add_argument('--new-decoder', choices=('copied', 'fresh'),
-                       help="weights that the new domain's decoder starts from: the last one's, or random")
+                       help="initial weights of the new domain's decoder: the last one's, or random")
     group.add_argument('--new-statistics', choices=('copied', 'fresh'),
-                       help="running statistics that the new domain's encoder branch starts from")
+                       help="initial running statistics of the new domain's encoder branch")
     group.add_argument('--imagenet-bn', choices=('loaded', 'dropped'),
-                       help="whether the ImageNet encoder's batch norms are taken over")
+                       help="whether the ImageNet encoder's batch norms are loaded")
     group.add_argument('--label-padding', choices=('void', 'released'),
-                       help='labels of pixels that a shift uncovers: void, or class 0 on the right and below as published')
+                       help='label of pixels that a shift uncovers: void, or class 0 on the right and below, as published')
     group.add_argument('--rounds', choices=('largest', 'smallest'),
-                       help='batches of each domain in an epoch of several at once: as many as the largest or smallest has')
+                       help='multi-task epochs: as many batches of each domain as the largest or smallest has')
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
-                       help='how the rate changes: poly, the published decay, or one-cycle, which rises for a quarter of the '
+                       help='learning rate: poly, the published decay, or one-cycle, which rises for a quarter of the '
                             'epochs before it falls')
     group.add_argument('--published-metric', action=argparse.BooleanOptionalAction,
-                       help='absent classes count 0 in the mIoU')
+                       help='count absent classes as 0 in the mIoU')
 
 
 def training_options(parser):
@@ -142,12 +142,12 @@ def training_options(parser):
     group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
     group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
-                       help='rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
+                       help='learning rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
     size_options(group)
     group.add_argument('--seed', type=seed_number, default=0, help='seed of weights, order, augmentation, dropout')
     group.add_argument('--val-every', type=positive, metavar='N',
                        help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
-    group.add_argument('--limit-batches', type=positive, metavar='N', help='batches per epoch at most, for trials')
+    group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per epoch, for trials')
     kept = group.add_mutually_exclusive_group()
     kept.add_argument('--resume', action='store_true', help='continue from the checkpoint in --savedir')
     kept.add_argument('--overwrite', action='store_true', help='replace the result in --savedir')
@@ -158,13 +158,13 @@ def training_options(parser):
 def device_options(parser):
     """Adds where a step is computed, and how fast."""
     group = machine_options(parser)
-    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (slow start, on GPUs)')
+    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (for GPUs; slow start)')
     group.add_argument('--cuda-graphs', action='store_true',
-                       help='record a batch and replay it as one launch, on one GPU (the processor no longer limits it)')
+                       help='on one GPU: record a batch and replay it as one launch, to spare the CPU')
     group.add_argument('--fast', action='store_true',
-                       help='the same as --augment device, --precision bf16 where the device is fast in it, and on a GPU '
+                       help='the same as --augment device, --precision bf16 if it is fast on the device, and on a GPU '
                             '--compile')
-    group.add_argument('--deterministic', action='store_true', help='on a GPU, algorithms that repeat to the last bit')
+    group.add_argument('--deterministic', action='store_true', help='on a GPU, use algorithms that repeat bit for bit')
     group.add_argument('--augment', choices=('workers', 'device'), default='workers',
                        help='where images are flipped and shifted; the result is the same')
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
@@ -180,7 +180,7 @@ def display_options(parser):
     group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
     group = parser.add_argument_group('scalars (TensorBoard)')
     group.add_argument('--tensorboard', action='store_true',
-                       help='write losses, rate and validations to --savedir/tensorboard; needs the package tensorboard')
+                       help='write losses, rates and scores to --savedir/tensorboard; needs the package tensorboard')
 
 
 def parse_train(argv=None):
@@ -191,7 +191,7 @@ def parse_train(argv=None):
     check_declared(options)
     published = translate_paper(options)
     if not options.domains:
-        raise UserError('say which domains: --domains NAME [NAME ...], the last is learnt')
+        raise UserError('say which domains: --domains NAME [NAME ...]; the last is trained')
     paths = data_paths(options.data)
     options.domains = [get_domain(name, paths).name for name in options.domains]
     if options.branch_from is not None:
@@ -218,7 +218,7 @@ def check_declared(options):
     """UserError for a domain before the last, which --state is to know, that is neither built in nor declared."""
     for name in options.domains[:-1] if options.domains and options.state else ():
         if name.lower() not in domain_names() and name not in data_paths(options.data):
-            raise UserError(f'--state {options.state} is to know {name}, whose declaration is not here: pass '
+            raise UserError(f'--state {options.state} should know {name}, but its declaration is not here: pass '
                             f'--data {name}=FOLDER, the folder with its domain.json')
 
 
@@ -275,7 +275,7 @@ def complete_fast(options):
             raise UserError('--fast stands for --precision bf16; give one of --fast and --precision fp16')
         lack = options.precision == 'fp32' and without_bf16(pick_device(options.device))
         if lack:
-            tell(f'--fast computes in float32, as {lack}')
+            tell(f'--fast computes in float32, because {lack}')
         options.precision, options.augment = 'fp32' if lack else 'bf16', 'device'
         # DataParallel, which several GPUs get without torchrun, cannot be compiled.
         alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
@@ -286,7 +286,7 @@ def check_graphs(options):
     """Refuses what cannot be recorded as a CUDA graph."""
     for name, given in (('--precision fp16', options.precision == 'fp16'), ('--distill-domains', options.distill_domains)):
         if options.cuda_graphs and given:
-            raise UserError(f'--cuda-graphs does not go with {name}; leave out one of them')
+            raise UserError(f'--cuda-graphs cannot be combined with {name}; leave out one of them')
 
 
 def check_domains(options):
@@ -298,9 +298,9 @@ def check_domains(options):
         raise UserError(f'--method {options.method} learns one domain, not {len(names)}: {" ".join(names)}')
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '
-                        'checkpoint that knows the latter')
+                        'checkpoint of that step')
     if options.branch_from is not None and (method.joint or options.branch_from not in names[:-1]):
-        raise UserError(f'--branch-from {options.branch_from} is not a domain that is known before {names[-1]} is learnt: '
+        raise UserError(f'--branch-from {options.branch_from} is not a domain that was trained before {names[-1]}: '
                         + (', '.join(names[:-1]) if names[:-1] and not method.joint else 'there is none'))
     if options.temperature is not None and not 1e-6 <= options.temperature <= 1e6:
         raise UserError(f'--temperature {options.temperature}: a value from 1e-6 to 1e6 is expected')

@@ -20,7 +20,7 @@ def paper_options(parser):
     """Adds the published scripts' options."""
     group = parser.add_argument_group("the paper's options", 'translated to the native ones above')
     many = {'nargs': '+', 'metavar': 'NAME'}
-    group.add_argument('--dataset', metavar='NAME', help='the domain to learn; of a multi-task list, a name for the run')
+    group.add_argument('--dataset', metavar='NAME', help='the domain to learn; with a multi-task list, a name for the run')
     group.add_argument('--dataset-new', '--dataset_new', metavar='NAME', help='the domain to learn')
     group.add_argument('--dataset-old', '--dataset_old', help='the earlier domains', **many)
     group.add_argument('--datasets', help='all domains, in order', **many)
@@ -31,7 +31,7 @@ def paper_options(parser):
     group.add_argument('--current-task', '--current_task', type=natural, metavar='N', help='index of the step, from 0')
     group.add_argument('--nb-tasks', '--nb_tasks', type=positive, metavar='N', help='number of domains after the step')
     group.add_argument('--finetune', action='store_true', help='the same as --method fine-tune')
-    group.add_argument('--decoder', action='store_true', help='train encoder and decoder (always so)')
+    group.add_argument('--decoder', action='store_true', help='train encoder and decoder (always on)')
     group.add_argument('--pretrainedEncoder', metavar='FILE', help='the same as --state, an ImageNet encoder')
 
 

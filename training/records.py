@@ -68,7 +68,7 @@ def read_metrics(folder):
     try:
         texts = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its epochs are lost to curves') from None
+        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its epochs will be missing from the curves') from None
     for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
@@ -76,7 +76,7 @@ def read_metrics(folder):
                 raise ValueError
         except (ValueError, TypeError, LookupError):
             if number < len(texts):
-                raise UserError(f'{path}: line {number} is none of a run; move the file away, or fix it') from None
+                raise UserError(f'{path}: line {number} was not written by a run; move the file away, or fix it') from None
             del lines[number - 1:]
     return lines
 

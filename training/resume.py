@@ -82,15 +82,15 @@ def check_run(content, path):
     checkpoint.check_content(content, path)
     options, names = content['options'], [entry['name'] for entry in content['domains']]
     if (content['method'], names) != (options.get('method'), options.get('domains')):
-        raise UserError(f'{path}: its method and domains are not those of its options')
+        raise UserError(f'{path}: its method and domains do not match its options')
     if content.get('network', ERFNET) != options.get('network', ERFNET):
-        raise UserError(f'{path}: its network is not that of its options')
+        raise UserError(f'{path}: its network does not match its options')
     if bool(content['batch']) != ('loss' in content['totals']):
-        raise UserError(f'{path}: its batch {content["batch"]} does not go with the sums {list(content["totals"])}')
+        raise UserError(f'{path}: its batch {content["batch"]} does not match the sums {list(content["totals"])}')
     if bool(content['scaler']) != (options.get('precision') == 'fp16'):
-        raise UserError(f'{path}: its scaler is not that of its --precision')
+        raise UserError(f'{path}: its scaler does not match its --precision')
     if content['scheduler'].get('last_epoch') != content['epoch']:
-        raise UserError(f'{path}: its epoch {content["epoch"]} is not that of its scheduler')
+        raise UserError(f'{path}: its epoch {content["epoch"]} does not match its scheduler')
     for name in checkpoint.not_finite(content):
         raise UserError(f'{path}: {name} holds values that are not finite')
 

@@ -36,7 +36,7 @@ def write_atomically(path, write, previous=None):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:    # writers of torch report a full disk as RuntimeError
-        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); what was there before '
+        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); the previous file '
                         'is kept') from None
     finally:
         with contextlib.suppress(OSError):

@@ -49,7 +49,7 @@ def main(argv=None):
     except SignalException:
         return INTERRUPTED
     except (RendezvousError, ConnectionError) as error:
-        raise UserError(f'the machines do not meet, or no longer ({" ".join(str(error).split())[:150]}); see what the '
+        raise UserError(f'the machines cannot connect, or no longer can ({" ".join(str(error).split())[:150]}); check what the '
                         'others say, that all name the same first machine, and that its port is open') from None
     return 0
 

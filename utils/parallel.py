@@ -49,7 +49,7 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
     if launched and launched.world > 1 and parallel in ('none', 'dp'):
         raise UserError(f'--parallel {parallel} contradicts torchrun with {launched.world} processes')
     if graphs and launched and launched.world > 1:
-        raise UserError('--cuda-graphs does not go with several processes; leave it out')
+        raise UserError('--cuda-graphs does not work with several processes; leave it out')
     if launched is None or parallel in ('none', 'dp'):
         chosen = current(pick_device(device))
         check_precision(precision, chosen)
@@ -117,7 +117,7 @@ def launch_number(name):
     text = os.environ.get(name)
     if text is None or text.isdecimal():
         return text and int(text)
-    raise UserError(f'{name}={text!r} in the environment is no whole number; unset it, or start with torchrun')
+    raise UserError(f'{name}={text!r} in the environment is not a whole number; unset it, or start with torchrun')
 
 
 def join(device):
@@ -131,8 +131,8 @@ def join(device):
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
         meeting = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-        raise UserError(f'the processes do not meet at {meeting} ({" ".join(str(error).split())[:150]}); see that the port '
-                        'is free and the machines reach it') from None
+        raise UserError(f'the processes cannot connect at {meeting} ({" ".join(str(error).split())[:150]}); check that the port '
+                        'is free and the machines can reach it') from None
 
 
 def tell(text):
@@ -155,7 +155,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f'--device {name} is no device of torch; use auto, cpu, cuda, cuda:N, mps or xpu') from None
+        raise UserError(f'--device {name} is not a torch device; use auto, cpu, cuda, cuda:N, mps or xpu') from None
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu')
     try:

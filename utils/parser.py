@@ -94,7 +94,7 @@ def data_options(parser):
     group.add_argument('--data-root', '--datadir', default='data', metavar='DIR',
                        help='folder that holds the data sets')
     group.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                       help='place of one domain, or of your own domain (folder with domain.json); repeatable')
+                       help='path of a data set, or of your own domain (folder with domain.json); repeatable')
     return group
 
 
@@ -106,14 +106,14 @@ def data_paths(items):
         if not (name and equals and path):
             raise UserError(f'--data {item!r} is not NAME=PATH')
         if paths.setdefault(name, Path(path)) != Path(path):
-            raise UserError(f'--data names two places of {name}, {paths[name]} and {path}; give one')
+            raise UserError(f'--data gives two paths for {name}, {paths[name]} and {path}; give one')
     return paths
 
 
 def size_options(group, height=512):
     """Adds the size that images are resized to; height: the default, None for that of a checkpoint's training."""
     group.add_argument('--height', type=side, default=height,
-                       help='image height, a multiple of 8' + ('' if height else ' (default: that of the training)'))
+                       help='image height, a multiple of 8' + ('' if height else ' (default: the training size)'))
     group.add_argument('--width', type=side, default=argparse.SUPPRESS,
                        help='image width, a multiple of 8 (default: twice the height)')
 
@@ -131,7 +131,7 @@ def complete_size(options):
 def machine_options(parser, workers=2):
     """Adds device, precision and workers."""
     group = parser.add_argument_group('machine')
-    group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another of torch, such as mps')
+    group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another torch device, such as mps')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help='autocast type')
     group.add_argument('--num-workers', type=natural, default=workers, help='loader processes')
     return group

@@ -41,7 +41,7 @@ def check_precision(precision, device):
     if precision == 'fp32':
         return
     if not torch.amp.autocast_mode.is_autocast_available(device.type):
-        raise UserError(f'--precision {precision}: {device.type} has float32 alone; leave it out')
+        raise UserError(f'--precision {precision}: {device.type} supports only float32; leave it out')
     reason = precision == 'bf16' and without_bf16(device)
     if reason:
         print(f'--precision bf16 is slow here, as {reason}; float32 is faster', file=sys.stderr)

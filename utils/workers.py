@@ -65,7 +65,7 @@ def in_parallel(function, items, workers, title):
         with ProcessPoolExecutor(min(workers, len(items)), **worker) as pool:
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
-        raise UserError(f'{title}: a worker process was killed, maybe for memory; use fewer --workers') from None
+        raise UserError(f'{title}: a worker process was killed, perhaps for lack of memory; use fewer --workers') from None
 
 
 def in_threads(function, items, threads):
