@@ -119,7 +119,7 @@ def export_network(options):
     apart, agree = difference(network, Exported(options.out), compared)
     print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'
           f'{", int8" if options.int8 else ""}; logits at most {apart:.1e} of their largest from PyTorch\'s, '
-          f'{100 * agree:.2f} % of the answers equal')
+          f'{100 * agree:.2f} % of the predictions equal')
 
 
 @torch.inference_mode()

@@ -173,7 +173,7 @@ def test_what_is_odd_about_the_labels_is_said_before_training(folder, tmp_path, 
     learn(folder, tmp_path / 'a', '--class-weights', 'computed')
     said = capsys.readouterr().err
     assert "camvid train: 8 of 11 classes occur in no training image: 'road', 'sidewalk'" in said
-    assert 'camvid: 1 of the images to validate are training images, e.g. ' in said and 'val/x0.png' in said
+    assert 'camvid: 1 validation images are also training images, e.g. ' in said and 'val/x0.png' in said
 
 
 def test_masks_of_0_and_255_are_refused_before_training(folder, tmp_path):

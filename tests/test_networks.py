@@ -349,14 +349,14 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
 def test_export_of_a_network_and_a_domain_of_ones_own(tmp_path, capsys):
     village = {'name': 'village', 'classes': 3, 'class_names': ['mud', 'hut'], 'colors': [[1, 2, 3], [4, 5, 6]]}
     export.main([str(untrained(tmp_path / 'x', 'tiny', village)), str(tmp_path / 'x.pt2'), '--format', 'torch'])
-    assert '100.00 % of the answers equal' in capsys.readouterr().out
+    assert '100.00 % of the predictions equal' in capsys.readouterr().out
     assert Exported(tmp_path / 'x.pt2').about['class_names'] == ['mud', 'hut']
 
 
 def test_openvino_runs_a_network_with_pooled_features(tmp_path, capsys):
     pytest.importorskip('openvino')
     export.main([str(untrained(tmp_path / 'x', 'pooled')), str(tmp_path / 'x.xml'), '--format', 'openvino'])
-    assert '100.00 % of the answers equal' in capsys.readouterr().out
+    assert '100.00 % of the predictions equal' in capsys.readouterr().out
 
 
 def test_batch_norms_of_a_kind_of_their_own_are_not_synchronised():

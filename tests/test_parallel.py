@@ -93,7 +93,7 @@ def test_devices_that_only_some_options_know_say_so(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(precision, 'cpu_features', lambda: {'avx2'})
     precision.check_precision('bf16', torch.device('cpu'))
-    assert 'slow here, as this processor has no bf16 arithmetic' in capsys.readouterr().err
+    assert 'slow here, because this processor has no bf16 arithmetic' in capsys.readouterr().err
     precision.check_precision('fp16', torch.device('cpu'))
     assert not capsys.readouterr().err
 

@@ -18,7 +18,7 @@ METHODS=${METHODS:-feature-extraction lwf adapters-only series-adapters domain-b
 RECIPES=${RECIPES-released:--recipe released;released-frozen-bn:--recipe released --old-bn frozen;\
 released-kl:--recipe released --distillation kl;released-one-step:--recipe released --steps-per-batch 1;\
 released-teacher-eval:--recipe released --teacher-mode eval;released-copied:--recipe released --new-statistics copied}
-read_arguments "Learns DOMAINS with every method of METHODS and every recipe of RECIPES; results in OUT/<name>." "$@"
+read_arguments "Trains on DOMAINS with every method of METHODS and every recipe of RECIPES; results in OUT/<name>." "$@"
 for method in $METHODS; do
     learn_sequence "$method" --method "$method"
 done

@@ -12,5 +12,5 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns DOMAINS one after another by adapters alone; results in OUT/adapters-only." "$@"
+read_arguments "Trains on DOMAINS one after another with adapters-only; results in OUT/adapters-only." "$@"
 learn_sequence adapters-only --method adapters-only

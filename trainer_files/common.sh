@@ -30,16 +30,16 @@ DRY_RUN=${DRY_RUN:-}
 # Prints the settings, as --help does.
 show_settings() { cat << END
 Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value):
-  DATA=$DATA  PATHS="$PATHS" (NAME=PATH of domains that lie elsewhere, or are your own; docs/data.md)
+  DATA=$DATA  PATHS="$PATHS" (NAME=PATH of domains in another place, or of your own; docs/data.md)
   OUT=$OUT  DOMAINS="$DOMAINS"  EPOCHS="${EPOCHS:-150}"  BATCH=${BATCH:-6}
   HEIGHT=$HEIGHT  WIDTH=${WIDTH:-twice the height}  SEED=$SEED  WORKERS=$WORKERS
   NETWORK=${NETWORK:-erfnet}  WEIGHTS=${WEIGHTS:-none} (or imagenet, or a file)  ENCODER=$ENCODER (of ERFNet, a file; docs/networks.md)
   GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
   RECIPE=${RECIPE:-corrected} (or released, fast)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
   EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
-  PYTHON  interpreter (default: .venv/bin/python, made by trainer_files/setup.sh)
+  PYTHON  interpreter (default: .venv/bin/python, created by trainer_files/setup.sh)
 Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Finished steps are skipped,
-interrupted ones are resumed. Runs as it is, or under SLURM: sbatch [options] $0
+interrupted ones are resumed. Run it directly or under SLURM: sbatch [options] $0
 END
 }
 

@@ -10,7 +10,7 @@ export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} W
 export EPOCHS=${EPOCHS:-11 4 3} BATCH=${BATCH:-3} EVALUATE=${EVALUATE:-last}
 export TRAIN_ARGS=${TRAIN_ARGS:---lr 2e-3 --class-weights computed --val-every 2}
 source trainer_files/common.sh
-read_arguments "Learns three toy domains with the method and by fine-tuning; results in $OUT." "$@"
+read_arguments "Trains on three toy domains, with the method and with fine-tuning; results in $OUT." "$@"
 
 echo "== drawing the toy roads into $DATA"
 run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 96 --val 24 --height "$HEIGHT" --width "$WIDTH"

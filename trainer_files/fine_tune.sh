@@ -12,5 +12,5 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns DOMAINS one after another by fine-tuning; results in OUT/fine-tune." "$@"
+read_arguments "Trains on DOMAINS one after another with fine-tuning; results in OUT/fine-tune." "$@"
 learn_sequence fine-tune --method fine-tune

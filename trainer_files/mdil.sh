@@ -12,5 +12,5 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns DOMAINS one after another with the method; results in OUT/mdil." "$@"
+read_arguments "Trains on DOMAINS one after another with the method; results in OUT/mdil." "$@"
 learn_sequence mdil --method mdil

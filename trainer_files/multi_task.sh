@@ -12,7 +12,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns all DOMAINS at once (multi-task); results in OUT/multi-task." "$@"
+read_arguments "Trains on all DOMAINS together (multi-task); results in OUT/multi-task." "$@"
 set_metric
 # shellcheck disable=SC2086
 run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${first[@]+"${first[@]}"}

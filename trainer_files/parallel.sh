@@ -13,8 +13,8 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns the first of DOMAINS, then all later ones at once by adapters alone, a process each
-(with GPUS=N over N cards), and joins them; results in OUT/parallel, output in log.txt of each step." "$@"
+read_arguments "Trains on the first of DOMAINS, then on all later ones in parallel with adapters-only, a process each
+(with GPUS=N over N GPUs), and joins them; results in OUT/parallel, output in log.txt of each step." "$@"
 
 method=(--method adapters-only)
 read -ra domains <<< "$DOMAINS"
@@ -24,7 +24,7 @@ set_metric "${method[@]}"
 run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${first[@]+"${first[@]}"} "${method[@]}"
 base=$(state_of "$base_folder")
 
-# Learns the domain of step $1 from the base, alone on its card, and takes its branch out.
+# Trains the domain of step $1 from the base, on its own GPU, and extracts its branch.
 learn_branch() {
     local domain=${domains[$1 - 1]} folder=$out/step$1-${domains[$1 - 1]}
     [ "$GPUS" -le 1 ] || export CUDA_VISIBLE_DEVICES=$((($1 - 2) % 10#$GPUS))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv and installs the requirements, once:
-#   bash trainer_files/setup.sh          what training and evaluation need
-#   bash trainer_files/setup.sh dev      the tests' needs too
-# A later call returns at once unless the requirements changed. PYTHON_BIN picks the
+# Creates the virtual environment .venv and installs the requirements:
+#   bash trainer_files/setup.sh          for training and evaluation
+#   bash trainer_files/setup.sh dev      for the tests too
+# Later calls return at once unless the requirements changed. PYTHON_BIN picks the
 # interpreter (Python 3.10 to 3.14). A torch already in .venv is kept if it fits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

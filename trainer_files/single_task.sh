@@ -12,7 +12,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Learns each of DOMAINS alone (single-task); results in OUT/single-task." "$@"
+read_arguments "Trains a separate network for each of DOMAINS (single-task); results in OUT/single-task." "$@"
 set_metric
 step=0
 for domain in $DOMAINS; do

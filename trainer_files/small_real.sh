@@ -11,7 +11,7 @@ export EPOCHS=${EPOCHS:-60 12 7} WORKERS=${WORKERS:-0}
 case ${1:-} in ''|-*|*=*) ;; *) export DATA=$1; shift ;; esac
 METHODS=${METHODS:-mdil fine-tune}
 source trainer_files/common.sh
-read_arguments "Learns three small real domains with the method and by fine-tuning; results in $OUT." "$@"
+read_arguments "Trains on three small real domains, with the method and with fine-tuning; results in $OUT." "$@"
 
 compared=()
 for method in $METHODS; do

@@ -9,11 +9,11 @@ export DATA=${DATA:-runs/speedrun/data} OUT=${OUT:-runs/speedrun} DOMAINS=${DOMA
 export BATCH=${BATCH:-3} WORKERS=${WORKERS:-0} EPOCHS=${EPOCHS:-8} RECIPE=${RECIPE:-fast}
 export TRAIN_ARGS=${TRAIN_ARGS:---class-weights computed --val-every 1000}
 source trainer_files/common.sh
-read_arguments "Trains one network as fast as is known; results in $OUT/seed$SEED." "$@"
+read_arguments "Trains one network the fastest way we know; results in $OUT/seed$SEED." "$@"
 
 if [ "$DATA" = runs/speedrun/data ] && [ ! -e "$DATA" ]; then
     run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 400 --val 100 --height "$HEIGHT" --width "$WIDTH"
 fi
 SECONDS=0
 run_train "$OUT/seed$SEED" "$EPOCHS" --domains "$DOMAINS"
-[ -n "$DRY_RUN" ] || echo "== $SECONDS seconds, the start of the program and the validations included"
+[ -n "$DRY_RUN" ] || echo "== $SECONDS seconds, including startup and validation"

@@ -97,7 +97,7 @@ def judge_data(data, place):
             print(*(f'{data.domain.name} {found.split}: {remark}' for remark in remarks), sep='\n', file=sys.stderr)
     shared = shared_files(*([pair.image for pair in found.pairs] for found in sets)) if len(sets) == 2 else []
     if shared and place.main:
-        print(printable(f'{data.domain.name}: {len(shared)} of the images to validate are training images, e.g. '
+        print(printable(f'{data.domain.name}: {len(shared)} validation images are also training images, e.g. '
                         f'{shared[0]}'), file=sys.stderr)
 
 

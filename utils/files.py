@@ -205,6 +205,6 @@ def locked(path, busy=None):
             print(f'waiting for the process that holds {path}', file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f'{path.parent} is not locked ({error.strerror}); take care that no second run uses it',
+            print(f'{path.parent} cannot be locked ({error.strerror}); make sure that no other run uses it',
                   file=sys.stderr)
         yield

@@ -184,7 +184,7 @@ def wrap(task, place, parallel, unused=False):
         return task
     if not unused:
         return nn.DataParallel(task)
-    print('one GPU is used: DataParallel would move weights that a batch does not use; for all of them '
+    print('using one GPU, because DataParallel would move weights that a batch does not use; to use all: '
           'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
     return task
 

@@ -44,7 +44,7 @@ def check_precision(precision, device):
         raise UserError(f'--precision {precision}: {device.type} supports only float32; leave it out')
     reason = precision == 'bf16' and without_bf16(device)
     if reason:
-        print(f'--precision bf16 is slow here, as {reason}; float32 is faster', file=sys.stderr)
+        print(f'--precision bf16 is slow here, because {reason}; float32 is faster', file=sys.stderr)
 
 
 def wide_type(device):
