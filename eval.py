@@ -39,7 +39,7 @@ def eval_parser():
     """The parser of eval.py."""
     parser = Parser(prog='eval.py', refused=REFUSED,
                     description='Evaluates checkpoints on the validation images of their domains.')
-    group = parser.add_argument_group('what is evaluated')
+    group = parser.add_argument_group('what to evaluate')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     group.add_argument('--domains', nargs='+', metavar='NAME',
                        help='domains of the last checkpoint, in order (published files do not name them)')
@@ -54,7 +54,7 @@ def eval_parser():
     group.add_argument('--split', default='val', help='split of the data sets')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per domain, for trials')
-    group = parser.add_argument_group('how it is scored')
+    group = parser.add_argument_group('scoring')
     size_options(group, None)
     group.add_argument('--resolution', choices=('published', 'native'), default='published',
                        help="labels resized as published, or logits upsampled to each label's own size")
@@ -73,7 +73,7 @@ def result_options(parser):
     group = parser.add_argument_group('results')
     group.add_argument('--per-class', action='store_true',
                        help='IoU of every class in the tables (one checkpoint: always)')
-    for name, text in (('json', 'all figures as JSON'), ('csv', 'all figures as CSV, one per line'),
+    for name, text in (('json', 'all scores as JSON'), ('csv', 'all scores as CSV, one per line'),
                        ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     group = parser.add_argument_group('pictures')
@@ -82,7 +82,7 @@ def result_options(parser):
                        ('extremes', f'the {pictures.EXTREMES} worst and best images of each domain, by mIoU'),
                        ('confusion', 'the confusion matrix of each domain')):
         group.add_argument(f'--save-{name}', metavar='DIR', help=text)
-    group.add_argument('--save-panels', metavar='FILE', help='input, truth, prediction after each step, a figure')
+    group.add_argument('--save-panels', metavar='FILE', help='one figure: input, truth, prediction after each step')
     group.add_argument('--images', nargs='+', default=[], metavar='[DOMAIN=]NAME|INDEX',
                        help='images of --save-panels, by part of the name or by index (default: the one with the most '
                             'classes of each domain)')

@@ -45,7 +45,7 @@ MADE_BY = 'predict.json'        # in --out: what made the answers there
 def predict_parser():
     """The parser of predict.py."""
     parser = Parser(prog='predict.py', description='Segments images with a checkpoint.')
-    group = parser.add_argument_group('what is segmented')
+    group = parser.add_argument_group('what to segment')
     group.add_argument('--state', required=True, metavar='FILE', help='a checkpoint of this code or a published one')
     group.add_argument('--input', nargs='+', metavar='PATH', help=KINDS)
     group.add_argument('--advise', metavar='FOLDER',

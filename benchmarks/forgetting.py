@@ -81,7 +81,7 @@ def report(plans, found, evaluator, options):
 def forgetting_parser():
     """The parser."""
     parser = Parser(prog='python -m benchmarks.forgetting', description='Compares whole sequences.')
-    group = parser.add_argument_group('what is compared')
+    group = parser.add_argument_group('what to compare')
     group.add_argument('--rows', nargs='+', default=DEFAULT_ROWS, metavar='"METHOD OPTIONS"',
                        help='rows of the table: methods, with options of train.py for the steps after the first (of '
                             f'{SINGLE} and {JOINT}: for all), each row quoted; or {", ".join(ROWS)} (default: these, the '

@@ -49,7 +49,7 @@ class Moved:
 def tsne_parser():
     """The parser of this tool."""
     parser = Parser(prog='python -m mdil tsne', description='Encoder features of one domain before and after a step.')
-    group = parser.add_argument_group('what is compared')
+    group = parser.add_argument_group('what to compare')
     group.add_argument('sequences', nargs='+', metavar='NAME=FOLDER|NAME=BEFORE,AFTER',
                        help='folders with steps of one sequence each, or two checkpoints')
     group.add_argument('--step', type=positive, metavar='K', help='the step, 2 or later (default: the last)')

@@ -67,7 +67,7 @@ def train_parser():
 
 def step_options(parser):
     """Adds what a step learns, from what, and where it is kept."""
-    group = parser.add_argument_group('what is learnt')
+    group = parser.add_argument_group('what to train')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is trained')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
                        help="training method (default: mdil, the paper's, also called ours)")
@@ -80,7 +80,7 @@ def step_options(parser):
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group.add_argument('--branch-from', metavar='NAME',
-                       help='domain whose branch the new one starts from a copy of (default: the last)')
+                       help='domain whose branch the new branch is copied from (default: the last)')
 
 
 def input_options(parser):
