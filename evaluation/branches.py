@@ -22,10 +22,10 @@ def parse(argv=None):
     parser = Parser(prog='python -m mdil branches', description='Extracts domains as files, and joins them.')
     actions = parser.add_subparsers(dest='action', required=True, metavar='list|extract|add|remove')
     action(actions, 'list', 'print domains, classes, sizes and the fingerprint of the shared weights')
-    one = action(actions, 'extract', 'write one domain as a branch file'), action(actions, 'remove', 'leave one domain out')
+    one = action(actions, 'extract', 'write one domain as a branch file'), action(actions, 'remove', 'drop one domain')
     for part in one:
         part.add_argument('--domain', required=True, metavar='NAME', help='the domain')
-    add = action(actions, 'add', 'put branch files onto one base')
+    add = action(actions, 'add', 'add branch files to a base checkpoint')
     add.add_argument('branches', nargs='+', metavar='BRANCH', help='branch files, in the order of the domains')
     for part in (*one, add):
         part.add_argument('--out', required=True, metavar='FILE', help='the file to write')

@@ -32,7 +32,7 @@ PROBES, HEIGHT, WIDTH = 2, 64, 128
 def parse(argv=None):
     parser = Parser(prog='python -m mdil verify',
                     description='Checks whether a step changed the old domains. Exit status: 0 unchanged, 1 changed, 2 '
-                                'cannot be told.')
+                                'cannot tell.')
     parser.add_argument('state', nargs='+', metavar='OLD NEW | CKPT',
                         help='files before and after a step, or one file that is compared with its own record')
     parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
