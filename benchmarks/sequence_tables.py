@@ -7,7 +7,7 @@ import argparse
 import statistics
 
 from mdil.benchmarks.scoring import COLUMNS, ESTIMATED, KEPT, TRAINED
-from mdil.benchmarks.sequences import SINGLE, is_single, parsed, row_of, steps_of
+from mdil.benchmarks.sequences import is_single, parsed, row_of, steps_of
 from mdil.datasets import get_domain
 from mdil.evaluation import metrics, paired, pictures, tables
 from mdil.evaluation.tables import Table, number, spread
@@ -78,7 +78,7 @@ def added(step, row, options):
     """Parameters that the last of the step's domains added: its branch, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
     if row.copies or METHODS[step.method].lonely:
-        return sum(parameter.numel() for parameter in build_model(counts[-1:], SINGLE, options.network).parameters())
+        return sum(parameter.numel() for parameter in build_model(counts[-1:], step.method, options.network).parameters())
     model = build_model(counts, step.method, options.network)
     return sum(parameter.numel() for parameter in model.branch_parameters(len(counts) - 1))
 

@@ -102,14 +102,16 @@ def test_all_rows_have_one_network(tmp_path):
 
 
 def test_units_count_teacher_and_old_branches(tmp_path):
-    last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only'))
+    last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only',
+                                 'single-task-adapters'))
     assert {name: sequence_tables.units(step) for name, step in last.items()} == {
-        'mdil': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3}
+        'mdil': 11, 'fine-tune': 3, 'lwf': 11, 'multi-task': 3, 'adapters-only': 3, 'single-task-adapters': 3}
     assert sequence_tables.units(last['mdil'].start) == 7
     few = 'mdil --distill-domains 1'
     assert sequence_tables.units(last_steps(options_of(tmp_path, '--rows', few))[few]) == 7
     added = lambda name: sequence_tables.added(last[name], sequences.row_of(name), options_of(tmp_path))
     assert added('mdil') == sum(p.numel() for p in build_model([20, 20, 27]).branch_parameters(2))
+    assert added('single-task-adapters') == sum(p.numel() for p in build_model([27]).parameters())
     copies = sequences.ROWS['fine-tune-copies']
     assert sequence_tables.added(last['fine-tune'], copies, options_of(tmp_path)) == sum(
         p.numel() for p in build_model([27], 'single-task').parameters())
