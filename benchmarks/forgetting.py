@@ -30,7 +30,7 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
-ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (single-task, multi-task: in all); '
+ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in that); '
               'fine-tune-copies: every domain keeps the network that had learnt it; released: mdil --recipe released. '
               'Columns: as the step left the network (trained); with nothing but the running statistics of batch norms '
               "estimated anew from each domain's own training images; with nothing but those kept that they had when its "
@@ -84,7 +84,7 @@ def forgetting_parser():
     group = parser.add_argument_group('what to compare')
     group.add_argument('--rows', nargs='+', default=DEFAULT_ROWS, metavar='"METHOD OPTIONS"',
                        help='rows of the table: methods, with options of train.py for the steps after the first (of '
-                            f'{SINGLE} and {JOINT}: for all), each row quoted; or {", ".join(ROWS)} (default: these, the '
+                            f'methods with one step: for that), each row quoted; or {", ".join(ROWS)} (default: these, the '
                             'methods, and released with one difference each switched off)')
     group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."',
                        help='orders of domains (default: "{}" and "{}")'.format(*ORDERS))

@@ -105,8 +105,7 @@ def is_single(name):
 def first_method(method):
     """The method that the first step of `method` is run as: the same for all of the same network."""
     network = lambda name: (METHODS[name].adapter, METHODS[name].domain_bn)
-    single_first = sorted(METHODS, key=lambda name: name != SINGLE)
-    return next(name for name in single_first if network(name) == network(method))
+    return next(name for name in (SINGLE, *METHODS) if network(name) == network(method))
 
 
 def epochs_of(options, name):

@@ -125,18 +125,24 @@ def compare_splits(reports):
     """Adds to each report of one domain what its images have in common with those of the splits before."""
     for number, report in enumerate(reports):
         for other in reports[:number]:
-            copies = copied_files(other.files, report.files)
-            same = set(shared_files(other.files, report.files))
-            if len(same) == len(report.files) > 0:
-                report.errors.append(Problem('shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are '
-                                             f'those of {other.split}; lists can divide a folder (docs/data.md, One folder of images)'))
-                continue
-            report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
-                              for path, known in copies if path in same]
-            copies = [(path, known) for path, known in copies if path not in same]
-            if copies:
-                report.remarks.append(f'{len(copies)} images of {report.split} are copies of images of {other.split}, '
-                                      f'e.g. {copies[0][0].name} of {copies[0][1].name}')
+            compare_files(other, report)
+
+
+def compare_files(other, report):
+    """Adds to `report` which of its images are those of `other`, or copies of them."""
+    same = set(shared_files(other.files, report.files))
+    if len(same) == len(report.files) > 0:
+        report.errors.append(Problem(
+            'shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are those of {other.split}; '
+            'lists can divide a folder (docs/data.md, One folder of images)'))
+        return
+    copies = copied_files(other.files, report.files)
+    report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
+                      for path, known in copies if path in same]
+    copies = [(path, known) for path, known in copies if path not in same]
+    if copies:
+        report.remarks.append(f'{len(copies)} images of {report.split} are copies of images of {other.split}, '
+                              f'e.g. {copies[0][0].name} of {copies[0][1].name}')
 
 
 def class_table(report):

@@ -100,6 +100,16 @@ def domain_names():
             for alias in (domain.name, *domain.aliases)}
 
 
+def placed(known, paths):
+    """`paths` by the domains' names in place of aliases; UserError if two aliases have different paths."""
+    found = {}
+    for key, value in paths.items():
+        path = found.setdefault(known.get(key.lower(), key), Path(value))
+        if path != Path(value):
+            raise UserError(f'--data gives two paths for {known[key.lower()]}, {path} and {value}; give one')
+    return found
+
+
 def get_domain(name, paths=None):
     """The domain called `name` (or an alias of it), placed where `paths` says.
 
@@ -109,7 +119,7 @@ def get_domain(name, paths=None):
     UserError for a name that is neither.
     """
     known = domain_names()
-    paths = {known.get(key.lower(), key): Path(value) for key, value in (paths or {}).items()}
+    paths = placed(known, paths or {})
     name = known.get(name.lower(), name)
     if name in DOMAINS and name in paths and paths[name].suffix == '.json':
         return read_domain(name, paths[name], DOMAINS[name])

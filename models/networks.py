@@ -216,9 +216,10 @@ def build_network(name, num_classes, adapter, domain_bn):
 
 
 def check_outputs(name, network, num_classes):
-    """UserError if an output layer that the plain network called `name` states is none: no later step could read its files."""
-    inside = dict(network.named_modules()).keys() - dict(outside_heads(network)).keys()
-    fit = sorted(layer for layer in inside if getattr(network.get_submodule(layer), 'out_channels', None) == num_classes)
+    """UserError unless every output layer of a plain network is a convolution of a head with `num_classes` outputs."""
+    outside = dict(outside_heads(network))
+    fit = sorted(layer for layer, module in network.named_modules()
+                 if layer not in outside and getattr(module, 'out_channels', None) == num_classes)
     for layer in network.output_layers:
         if layer not in fit:
             raise UserError(f'{name}: its output layer {layer!r} is no convolution of a head that gives {num_classes} classes; '

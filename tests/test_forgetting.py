@@ -101,6 +101,10 @@ def test_all_rows_have_one_network(tmp_path):
         p.numel() for p in build_model([20, 20, 27], 'mdil', other).branch_parameters(2))
 
 
+def test_a_first_step_serves_all_methods_of_its_network():
+    assert [sequences.first_method(name) for name in ('adapters-only', 'fine-tune', 'domain-bn')] == ['mdil', 'single-task', 'domain-bn']
+
+
 def test_units_count_teacher_and_old_branches(tmp_path):
     last = last_steps(options_of(tmp_path, '--rows', 'mdil', 'fine-tune', 'lwf', 'multi-task', 'adapters-only',
                                  'single-task-adapters'))

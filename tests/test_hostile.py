@@ -678,6 +678,9 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path, learnt, where):
 
 def test_a_lock_file_that_is_a_pipe_does_not_wait_for_a_reader(tmp_path):
     os.mkfifo(tmp_path / '.lock')
-    signal.alarm(20)        # ends the tests where it waits
-    with resume.lock(tmp_path):
+    signal.alarm(60)        # ends the tests where it waits
+    try:
+        with resume.lock(tmp_path):
+            pass
+    finally:
         signal.alarm(0)

@@ -98,7 +98,8 @@ def test_the_dataset_of_a_multi_task_list_names_the_run():
     ('--savedir S --datasets CS IDD --dlr=100', '--dlr: the published code reads it nowhere'),
     ('--savedir S --datasets CS IDD --current_task 1 --num-classes 20 27', '--state is missing'),
     ('--savedir S --domains CS --data nowhere', 'NAME=PATH'),
-    ('--savedir S --domains CS --data CS=a --data IDD=c --data CS=b', 'two paths for CS, a and b')])
+    ('--savedir S --domains CS --data CS=a --data IDD=c --data CS=b', 'two paths for CS, a and b'),
+    ('--savedir S --domains CS --data CS=a --data cityscapes=b', 'two paths for cityscapes, a and b')])
 def test_contradictions_and_bad_values_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse(text)

@@ -9,9 +9,13 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 from mdil.utils.errors import UserError
+
+HELD = weakref.WeakSet()        # files of the locks of this process; a forked child would go on holding them
+os.register_at_fork(after_in_child=lambda: [file.close() for file in HELD])
 
 
 def write_atomically(path, write, previous=None):
@@ -195,7 +199,7 @@ def locked(path, busy=None):
         file = open(path, 'ab+', buffering=0)      # for reading too: a FIFO would wait for a reader
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
-    os.register_at_fork(after_in_child=file.close)
+    HELD.add(file)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
