@@ -7,7 +7,7 @@ here=$(dirname "${BASH_SOURCE[0]}")/..
 cd "$here"
 export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} WORKERS=${WORKERS:-0}
 # Few epochs: small batches and a higher rate than the published 5e-4 make up for some of it.
-export EPOCHS=${EPOCHS:-11 4 3} BATCH=${BATCH:-3} EVALUATE=${EVALUATE:-last}
+export EPOCHS=${EPOCHS:-9 4 3} BATCH=${BATCH:-3} EVALUATE=${EVALUATE:-last}
 export TRAIN_ARGS=${TRAIN_ARGS:---lr 2e-3 --class-weights computed --val-every 2}
 source trainer_files/common.sh
 read_arguments "Trains on three toy domains, with the method and with fine-tuning; results in $OUT." "$@"
