@@ -27,8 +27,9 @@ def code(name, settings):
 
 
 @pytest.fixture
-def shell():
+def shell(monkeypatch):
     """What a kernel runs cells with."""
+    monkeypatch.delenv('VIRTUAL_ENV', raising=False)        # IPython would add the packages of that environment for good
     made = interactiveshell.InteractiveShell.instance()
     made.history_manager.enabled = False
     yield made
