@@ -206,7 +206,7 @@ def network_name(name):
 
 
 def build_network(name, num_classes, adapter, domain_bn):
-    """The plain network `name` of one domain; UserError if it cannot have the batch norms or output layers that it is to."""
+    """The plain network `name` of one domain; UserError if its batch norms or output layers do not fit."""
     network = get_network(name).build(num_classes, adapter)
     if domain_bn and not any(isinstance(module, _BatchNorm) for _, module in outside_heads(network)):
         raise UserError(f'{name} has no batch norm outside its head, so domains cannot have their own; choose a method '

@@ -153,7 +153,7 @@ def test_an_old_file_with_changed_bytes_never_crashes_and_keeps_its_layout(tmp_p
     chance, seen = random.Random(4), collections.Counter()
     for place in (*[range(60000)] * 12, *[range(len(data))] * 4):
         seen[attempt(tmp_path / 'x', flipped(data, chance, place))] += 1
-    assert seen['refused'] >= 3, seen       # 5 or more, by how Python and torch write files
+    assert seen['refused'] >= 5, seen       # 5 on Python 3.14, more on others, by how they write files
 
 
 FIRST, SAME = 'encoder.initial_block.conv.weight', 'encoder.layers.1.conv3x1_1.weight'
