@@ -14,9 +14,9 @@ state is then evaluated on all domains that it knows, in the three columns of be
 import signal
 
 from mdil.benchmarks.scoring import evaluated, make_evaluator
-from mdil.benchmarks.sequence_tables import (all_costs, all_figures, baseline, column_table, draw_curves, draw_rows,
+from mdil.benchmarks.sequence_tables import (all_costs, all_figures, column_table, draw_curves, draw_rows,
                                              paired_table, summary_table)
-from mdil.benchmarks.sequences import DEFAULT_ROWS, FILES, JOINT, ROWS, SINGLE, plan, run_steps, steps_of, training_images
+from mdil.benchmarks.sequences import DEFAULT_ROWS, FILES, JOINT, ROWS, plan, run_steps, steps_of, training_images
 from mdil.datasets import get_domain
 from mdil.eval import PROTOCOL
 from mdil.evaluation import pictures, tables
@@ -100,7 +100,7 @@ def forgetting_parser():
     group = parser.add_argument_group('results')
     group.add_argument('--out', required=True, metavar='DIR', help='folder of all runs')
     for name, text in (('json', 'all figures'), ('markdown', 'the tables'),
-                       ('curves', 'a figure of how the single-task runs converge'),
+                       ('curves', 'a figure of how every row learns each domain'),
                        ('figure', 'a figure of the rows: new domains over forgetting')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     return parser
@@ -157,8 +157,6 @@ def parse(argv=None):
             check_writable(f'--{name}', getattr(options, name))
     check_writable('--out', options.out, folder=True)
     pick_device(options.device)
-    if options.curves and not baseline(options):
-        raise UserError(f'--curves draws the {SINGLE} runs, but --rows leaves them out')
     for path in filter(None, (options.curves, options.figure)):
         pictures.figure_format(path)
     if options.figure and all(len(order) < 2 for order in options.orders):

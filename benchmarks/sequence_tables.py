@@ -7,7 +7,7 @@ import argparse
 import statistics
 
 from mdil.benchmarks.scoring import COLUMNS, ESTIMATED, KEPT, TRAINED
-from mdil.benchmarks.sequences import is_single, parsed, row_of, steps_of
+from mdil.benchmarks.sequences import is_single, parsed, row_of
 from mdil.datasets import get_domain
 from mdil.evaluation import metrics, paired, pictures, tables
 from mdil.evaluation.tables import Table, number, spread
@@ -163,20 +163,33 @@ def gain_cell(differences):
     return spread(differences) + said
 
 
+def learning_step(steps, domain):
+    """The step of a row that learns the domain."""
+    return next(step for step in steps if domain in step.domains)
+
+
+def curve(step, domain, options):
+    """How a domain is learnt: [percent of the step's epochs], [validation mIoU in percent]."""
+    epochs = parsed(step.arguments)['num_epochs']
+    lines = [line for line in records.read_metrics(step.folder(options)) if domain in line['val']]
+    return [100 * line['epoch'] / epochs for line in lines], [line['val'][domain]['miou'] for line in lines]
+
+
 def draw_curves(plans, options):
-    """Writes --curves: validation mIoU over the epochs of the single-task runs."""
-    runs = {}
-    for step in steps_of({key: states for key, states in plans.items() if key[1] == baseline(options)}):
-        runs.setdefault(step.domains[0], []).append(step)
-    figure = pictures.new_figure(figsize=(3.6 * len(runs), 3))
-    for axis, (name, steps) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
-        for step in steps:
-            lines = [line for line in records.read_metrics(step.folder(options)) if line['val']]
-            axis.plot([line['epoch'] for line in lines], [line['val'][name]['miou'] for line in lines],
-                      label=f'seed {step.seed}', linewidth=1.2, marker='.', markersize=3)
-        axis.set(title=name, xlabel='epoch', ylabel='validation mIoU in percent')
+    """Writes --curves: validation mIoU of each domain while it is learnt, a panel per domain, a line per row and seed."""
+    figure = pictures.new_figure(figsize=(3.2 * max(map(len, options.orders)) + 3, 3 * len(options.orders)))
+    axes = figure.subplots(len(options.orders), max(map(len, options.orders)), squeeze=False)
+    colours = {name: f'C{number % 10}' for number, name in enumerate(options.rows)}
+    panels = {(order, domain): axis for order, line in zip(options.orders, axes) for domain, axis in zip(order, line)}
+    for (order, name, _), steps in plans.items():
+        for domain in order:
+            panels[order, domain].plot(*curve(learning_step(steps, domain), domain, options), colours[name], alpha=0.7,
+                                       linewidth=1, marker='.', markersize=3, label=name)
+    for (order, domain), axis in panels.items():
+        axis.set(title=f'{domain}, {order.index(domain) + 1} of {len(order)}', xlabel="percent of the step's epochs",
+                 ylabel='validation mIoU in percent')
         axis.grid(color='#eee')
-        axis.legend(frameon=False, fontsize=8)
+    add_legend(figure)
     pictures.save_figure(options.curves, figure)
 
 
@@ -196,9 +209,14 @@ def draw_rows(figures, options):
         axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',
                  ylabel='mIoU of new domains when learnt, mean')
         axis.grid(color='#eee')
+    add_legend(figure)
+    pictures.save_figure(options.figure, figure)
+
+
+def add_legend(figure):
+    """One legend for all panels, each label once."""
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc='outside right upper', frameon=False, fontsize=8)
-    pictures.save_figure(options.figure, figure)
 
 
 def deviation(values):
