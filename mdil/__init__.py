@@ -1,11 +1,11 @@
-"""The project under one name: `mdil.models` is models/ and `mdil.train` is train.py, whatever else is called so.
+"""One import name for the project: `mdil.models` is models/, `mdil.train` is train.py, whatever else has those names.
 
-The Python interface, `mdil.load` and the like, is imported when it is first asked for.
+The Python interface, such as `mdil.load`, is imported on first use.
 """
 import importlib
 from pathlib import Path
 
-# Installed, everything lies in this folder; in a checkout one above, where `python train.py` expects it.
+# Once installed, everything is in this folder; in a checkout it is one level up, where `python train.py` expects it.
 if not Path(__file__).with_name('train.py').is_file():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 

@@ -28,7 +28,10 @@ TOOLS = {
 
 
 def run(arguments):
-    """Runs the tool that `arguments` start with; its exit status, or UserError."""
+    """Runs the tool named by the first of `arguments` and returns its exit status.
+
+    Without arguments, lists the tools. UserError for an unknown tool.
+    """
     if not arguments or arguments[0] in ('-h', '--help'):
         width = max(map(len, TOOLS))
         print('python -m mdil TOOL [--help | OPTIONS]\n',

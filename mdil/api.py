@@ -1,4 +1,4 @@
-"""A trained network in other programs: `mdil.load`, and `mdil.step_loss` for training loops of their own."""
+"""Trained networks in other programs: `mdil.load`, and `mdil.step_loss` for custom training loops."""
 import os
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,37 +30,41 @@ from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, current, pick_device
 from mdil.utils.precision import check_precision, memory_format
 
-BATCH = 6       # images that are segmented at a time
+BATCH = 6       # images segmented at a time
 PATH = str, os.PathLike
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 
 
 def expect(name, value, types, wanted):
-    """TypeError unless the argument called `name` is of one of `types`."""
+    """TypeError unless `value`, the argument called `name`, is an instance of `types`; `wanted` describes them."""
     if not isinstance(value, types):
         raise TypeError(f'{name}: {wanted} is expected, not a {type(value).__name__}')
 
 
 def is_size(value):
-    """Whether it is (height, width) that the network takes."""
+    """Whether `value` is a (height, width) that the network accepts."""
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(
         isinstance(side, Integral) and side > 0 and side % SIDE == 0 for side in value)
 
 
 def check_pair(pair):
-    """UserError unless it is (path of an image, path of its label)."""
+    """UserError unless `pair` is (image path, label path)."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(path, PATH) for path in pair):
         raise UserError(f'{pair!r} is not a pair (image path, label path)')
 
 
 def load(file, *, domains=None, method=None, data=None, size=None, device='auto', precision='fp32'):
-    """The Network in a checkpoint, a published one too.
+    """The Network in a checkpoint, ours or a published one.
 
-    domains, method: names of the domains, in order, and of the method, of a file that does not say
-    them. data: {name: folder or JSON file} of domains that are not built in; without, their classes
-    are what the checkpoint says. size: (height, width) that images are resized to, multiples of 8
-    (default: the training size). device: 'auto', 'cpu', 'cuda' ... precision: 'fp32', 'bf16' or
-    'fp16'. Raises `mdil.UserError` where the file cannot be read, the device is not there, or the size is none.
+    domains, method: names of the domains, in order, and of the method, for a file that does not state them.
+    data: {name: folder or JSON file} of domains that are not built in. Without it, their classes are those
+        in the checkpoint.
+    size: (height, width) to which images are resized, multiples of 8 (default: the training size).
+    device: 'auto', 'cpu', 'cuda', ...
+    precision: 'fp32', 'bf16' or 'fp16'.
+
+    Raises `mdil.UserError` if the file cannot be read, the device is not available, or an argument is
+    invalid.
 
         >>> net = mdil.load('step3.pth', device='cpu')
         >>> net.domains
@@ -87,8 +91,8 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
 class Network:
     """A trained network for several domains; `mdil.load` makes one.
 
-    model: the MultiDomainNet, an nn.Module, for loops of your own. predictor: the
-    evaluation.predictor.Predictor that images go through.
+    model: the MultiDomainNet, an nn.Module, for loops of your own.
+    predictor: the evaluation.predictor.Predictor that segments images.
     """
 
     def __init__(self, known, predictor):
@@ -99,24 +103,26 @@ class Network:
 
     @property
     def domains(self):
-        """Names of the domains, in the order in which they were learnt."""
+        """Names of the domains, in the order they were learnt."""
         return [domain.name for domain in self.predictor.domains]
 
     def classes(self, domain):
-        """Names of the classes of a domain, void left out; a label is an index into them."""
+        """Names of a domain's classes, without void. Labels are indices into this list."""
         return list(self.predictor.domains[self.predictor.index(domain)].classes)
 
     def predict(self, images, domain='auto', probabilities=False):
-        """The Prediction for an image, or a list of them for a list.
+        """The Prediction for an image, or a list of Predictions for a list of images.
 
-        images: a path, a PIL image, an array (see `to_image`), or a list of these, of any sizes. domain:
-        the name of one, or 'auto': it is told from each image. A Prediction has `labels` (H, W)
-        uint8 class indices, never void; `confidence` (H, W) float32 in [0, 1]; `domain.name`;
-        `choice`, which has the `probabilities` of the domains and whether the image is `unknown`;
-        and with `probabilities` also `probabilities` (C, H, W), of the classes. Tensors are on the CPU.
+        images: a path, a PIL image, an array (see `to_image`), or a list of these, of any size.
+        domain: the name of a domain, or 'auto' to identify it from each image.
 
-        Raises `mdil.UserError` for a file that cannot be read, for a domain that the network does not
-        know, and for 'auto' where the checkpoint does not say how images of its domains look.
+        A Prediction has `labels` (H, W) uint8 class indices, never void; `confidence` (H, W) float32 in
+        [0, 1]; `domain.name`; and `choice`, which has the `probabilities` of the domains and whether the
+        image is `unknown`. If `probabilities` is set, it also has `probabilities` (C, H, W) of the classes.
+        Tensors are on the CPU.
+
+        Raises `mdil.UserError` for a file that cannot be read, for a domain that the network does not know,
+        and for 'auto' if the checkpoint does not describe what images of its domains look like.
 
             >>> found = net.predict('photo.png')
             >>> found.domain.name, found.labels.shape, found.confidence.dtype
@@ -127,9 +133,10 @@ class Network:
         return self.of_each(images, lambda batch: self.predictor.predict(batch, self.chosen(domain), probabilities))
 
     def guess_domain(self, images):
-        """The Choice for an image, or a list of them for a list: `name`, `probabilities` of the domains, `unknown`.
+        """The Choice for an image, or a list of Choices for a list of images.
 
-        images and errors: as of `predict`. unknown: whether the image is like none of the domains.
+        A Choice has the domain's `name`, the `probabilities` of all domains, and `unknown`: whether the
+        image resembles none of them. Images and errors are as for `predict`.
 
             >>> choice = net.guess_domain('photo.png')
             >>> choice.name, choice.unknown, list(choice.probabilities)
@@ -140,7 +147,10 @@ class Network:
         return self.of_each(images, self.predictor.guess)
 
     def chosen(self, domain):
-        """The `domain` to ask the predictor for: where there is one, there is nothing to tell from the image."""
+        """The `domain` to pass to the predictor. If the network knows only one domain, 'auto' means that one.
+
+        Otherwise 'auto' stays, and the predictor gets its identifier.
+        """
         if domain == 'auto' and len(self.domains) == 1:
             return self.domains[0]
         if domain == 'auto' and self.predictor.identifier is None:
@@ -149,17 +159,16 @@ class Network:
         return domain
 
     def of_each(self, images, function):
-        """What `function` gives for lists of PIL images, a batch at a time: a list, or one result for one image."""
+        """Applies `function`, which takes a list of PIL images, in batches: a list of results, or one for one image."""
         if not isinstance(images, (list, tuple)):
             return function([to_image(images)])[0]
         return [found for batch in batched(map(to_image, images), BATCH) for found in function(batch)]
 
     def single(self, domain):
-        """The network of one domain, an nn.Module in eval mode: logits (B, C + 1, H, W) of images (B, 3, H, W).
+        """The network of one domain, an nn.Module in eval mode: images (B, 3, H, W) to logits (B, C + 1, H, W).
 
-        Images are floats in [0, 1], RGB, with sides that are multiples of 8; void is the last
-        class. The module shares its weights with this network. Raises `mdil.UserError` for an
-        unknown name.
+        Images are RGB, floats in [0, 1], with sides that are multiples of 8. Void is the last class. The
+        module shares its weights with this network. Raises `mdil.UserError` for an unknown name.
 
             >>> net.single('IDD')(torch.rand(1, 3, 64, 128)).shape
             torch.Size([1, 27, 64, 128])
@@ -167,12 +176,13 @@ class Network:
         return self.model.single(self.predictor.index(domain)).eval()
 
     def evaluate(self, domain, pairs):
-        """{'miou', 'accuracy': percent, 'iou': {class: IoU in [0, 1]}} of a domain's branch on [(image, label), ...].
+        """{'miou', 'accuracy', 'iou': {class: IoU}} of a domain's branch on [(image, label), ...].
 
-        Pairs are paths; label files hold what those of the domain do. Images and labels are resized
-        to the size of the training, as train.py validates. A class that occurs neither in a label
-        nor in an answer has the IoU NaN and does not count. Raises `mdil.UserError` for an unknown name,
-        no pair at all, and files that cannot be read.
+        mIoU and accuracy are in percent, the classes' IoUs in [0, 1]. Pairs are paths; label files hold the
+        same values as the domain's own. Images and labels are resized to the size that `load` chose, as
+        train.py does when it validates. A class that occurs in neither labels nor predictions has the IoU
+        NaN and does not count. Raises `mdil.UserError` for an unknown name, an empty list and files that
+        cannot be read.
         """
         index, place = self.predictor.index(domain), self.predictor.place
         known = self.predictor.domains[index]
@@ -187,7 +197,7 @@ class Network:
         return figures(score.own, known.classes, published=False)
 
     def save(self, file, overwrite=False):
-        """Writes a checkpoint of the network as it now is, which `load`, train.py and all tools read.
+        """Writes a checkpoint of the network in its current state, which `load`, train.py and all tools read.
 
         Raises `mdil.UserError` if the file exists (unless `overwrite`) or cannot be written.
         """
@@ -197,11 +207,11 @@ class Network:
 
 
 def to_image(image):
-    """The PIL image in RGB of a path, a PIL image or an array.
+    """A path, a PIL image or an array as a PIL image in RGB.
 
-    Arrays are (H, W, 3) or (H, W), tensors (3, H, W) or (H, W); uint8 in [0, 255], or floats in
-    [0, 1]. A file is turned upright as its EXIF data says. Raises `mdil.UserError` for a file that
-    cannot be read and for images of 16 bits, ValueError for an array of another kind, TypeError for anything else.
+    Arrays are (H, W, 3) or (H, W), tensors (3, H, W) or (H, W); uint8 in [0, 255], or floats in [0, 1].
+    Images from files are rotated as their EXIF data says. Raises `mdil.UserError` for a file that cannot be
+    read and for 16-bit images, ValueError for other arrays, TypeError for anything else.
     """
     if isinstance(image, (str, os.PathLike)):
         return upright(Path(image))
@@ -216,7 +226,7 @@ def to_image(image):
 
 
 def to_bytes(array):
-    """uint8 (H, W, 3) or (H, W) of an array of that shape, uint8 or floats in [0, 1]; ValueError for any other."""
+    """A uint8 or float array in [0, 1], (H, W, 3) or (H, W), as uint8 of the same shape; ValueError for any other."""
     if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(f'the shape {array.shape} is that of no image; arrays are (H, W, 3), tensors (3, H, W)')
     if array.dtype == np.uint8:
@@ -227,14 +237,14 @@ def to_bytes(array):
 
 
 def model_of(name, net):
-    """The MultiDomainNet of a Network, or what is one."""
+    """The MultiDomainNet of a Network; `net` itself if it is one. TypeError, naming the argument, for anything else."""
     model = net.model if isinstance(net, Network) else net
     expect(name, model, MultiDomainNet, 'a Network, or its model,')
     return model
 
 
 def index_of(net, domain):
-    """Index of a domain of a Network, or of its model, given by name (a Network alone has names) or index."""
+    """Index of a domain given by name or index. Names work with a Network only, not with its model."""
     if isinstance(domain, str):
         expect('net', net, Network, 'a Network, which knows domains by name,')
         return net.predictor.index(domain)
@@ -244,7 +254,7 @@ def index_of(net, domain):
 
 
 def check_numbers(lambdac, temperature):
-    """ValueError unless they are finite numbers of at least 0, and above 0."""
+    """ValueError unless both are finite numbers, lambdac at least 0 and temperature above 0."""
     if not isinstance(lambdac, Real) or not 0 <= lambdac < float('inf'):
         raise ValueError(f'lambdac: a finite number of at least 0 is expected, not {lambdac!r}')
     if not isinstance(temperature, Real) or not 0 < temperature < float('inf'):
@@ -252,7 +262,7 @@ def check_numbers(lambdac, temperature):
 
 
 def check_batch(images, labels, classes):
-    """TypeError, ValueError unless a network of so many classes, void included, learns from images with these labels."""
+    """TypeError or ValueError unless images and labels can train a network of `classes` classes, void included."""
     expect('images', images, torch.Tensor, 'a tensor')
     expect('labels', labels, torch.Tensor, 'a tensor')
     if images.ndim != 4 or images.shape[1] != 3 or labels.shape != (len(images), *images.shape[2:]):
@@ -261,26 +271,28 @@ def check_batch(images, labels, classes):
     if images.dtype != torch.uint8 and not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
         raise ValueError(f'the images ({images.dtype}) hold neither uint8 nor floats in [0, 1]; scale them')
     if labels.is_floating_point() or labels.dtype == torch.bool or ((labels < 0) | (labels >= classes)).any():
-        raise ValueError(f'the labels ({labels.dtype}) are no class indices: whole numbers from 0 to {classes - 1}, which '
-                         'is void')
+        raise ValueError(f'the labels ({labels.dtype}) are no class indices: whole numbers from 0 to {classes - 1}, '
+                         'which is void')
 
 
 def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA,
               temperature=TEMPERATURE):
     """The method's loss of a batch, for a training loop of your own: {'loss', 'ce', 'kd'}, 0-d tensors.
 
-    net: a Network, or its `model`. domain: name or index of the domain that is learnt. images:
-    (B, 3, H, W) uint8, or floats in [0, 1]; labels: (B, H, W) class indices, void last; both on the
-    network's device. teacher: the frozen network of the step before, in eval mode, whose domains
-    are the net's but for the new ones; without, there is no 'kd'. class_weights: (C + 1,) of the
-    cross-entropy (default: all equal, void 0).
+    net: a Network, or its `model`.
+    domain: name or index of the domain that is learnt.
+    images: (B, 3, H, W) uint8, or floats in [0, 1], on the network's device.
+    labels: (B, H, W) class indices, void last, on the network's device.
+    teacher: the frozen network of the previous step, in eval mode. It knows the net's domains except the
+        new ones. Without it, there is no 'kd'.
+    class_weights: (C + 1,) for the cross-entropy (default: all equal, void 0).
 
-    loss = ce + lambdac * kd, with kd the mean per-pixel KL divergence of the net's outputs from the
-    teacher's at `temperature`, times its square, summed over the old domains. Call `backward()` on 'loss'.
-    `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
+    loss = ce + lambdac * kd. kd is the mean per-pixel KL divergence of the net's outputs from the teacher's
+    at `temperature`, times the temperature squared, summed over the old domains. Call `backward()` on
+    'loss'. `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
 
-    Raises `mdil.UserError` for a name, IndexError for an index, that the network does not know; TypeError
-    and ValueError for arguments of other types, shapes and ranges.
+    Raises `mdil.UserError` for a name, and IndexError for an index, that the network does not know;
+    TypeError and ValueError for arguments of the wrong type, shape or range.
 
         >>> images, labels = torch.rand(2, 3, 16, 32), torch.zeros(2, 16, 32, dtype=torch.uint8)
         >>> losses = mdil.step_loss(net, 'IDD', images, labels)

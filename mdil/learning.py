@@ -1,4 +1,4 @@
-"""Learning a domain from other programs: `mdil.learn`."""
+"""Training a domain from other programs: `mdil.learn`."""
 import colorsys
 import contextlib
 import json
@@ -28,7 +28,7 @@ from mdil.utils.workers import INTERRUPTED
 
 @dataclass(frozen=True)
 class Record:
-    """What a run left: its folder, the names of the domains it trained, its lines of metrics.jsonl, one an epoch."""
+    """The result of a run: its folder, names of the domains it trained, its lines of metrics.jsonl, one per epoch."""
     folder: Path
     trained: tuple
     epochs: tuple
@@ -45,7 +45,7 @@ class Record:
 
     @property
     def miou(self):
-        """Mean IoU in percent of the best epoch, a mean over the trained domains; None where nothing was validated."""
+        """Mean IoU in percent of the best epoch, averaged over the trained domains; None if nothing was validated."""
         line, _ = best_and_last(self.epochs, self.trained)
         return line and mean_miou(line, self.trained)
 
@@ -62,21 +62,24 @@ class Watcher:
 def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on_epoch=None, **options):
     """Learns a domain after those that the checkpoint `state` knows; returns the Record of the run.
 
-    domain: the name of a built-in domain, or of your own. train, val: [(image, label), ...], paths; without,
-    the files are looked for as train.py does it (options `data_root` and `data`, a dict {name: path}).
-    classes: for a domain of your own given by pairs, names of the classes in the order of the label
-    values 0, 1, ..., 255 being void; or {name: (R, G, B)}. Label files of a built-in domain hold what its own do.
+    domain: the name of a built-in domain, or of your own.
+    train, val: [(image, label), ...], paths. Without them, files are found as in train.py (options
+        `data_root` and `data`, a dict {name: path}). Label files of a built-in domain hold the same values
+        as its own.
+    classes: for a domain of your own given by pairs: class names in the order of the label values 0, 1, ...
+        (255 is void), or {name: (R, G, B)}.
+    savedir: receives checkpoints and records as in train.py.
     on_epoch: called after each epoch with its record, {'epoch', 'train': {'loss', ...}, 'val': {name:
-    {'loss', 'miou'}}, 'lr'}; what it raises ends the run, which `resume=True` continues.
-    options: those of train.py with _ for -, such as num_epochs=20, height=256, method='fine-tune'; True for
-    an option without a value, while False and None leave one out. `domains` names all, in order,
-    where `state` does not say which it knows.
+        {'loss', 'miou'}}, 'lr'}. An exception it raises ends the run, which `resume=True` continues.
+    options: those of train.py with _ for -, such as num_epochs=20, height=256, method='fine-tune'. True
+        sets an option without a value; False and None leave an option out. `domains` names all domains, in
+        order, if `state` does not name those it knows.
 
-    savedir gets checkpoints and records as of train.py. Lists of pairs are written there too, with `DOMAIN.json`,
-    which later steps name: data={'DOMAIN': 'savedir/DOMAIN.json'}. In the main thread a signal
-    has the run saved, then KeyboardInterrupt; in another thread signals are left alone. Python's, NumPy's
-    and torch's random states are afterwards what they were. Where no run came of it, no lists are left. Raises
-    `mdil.UserError` for what does not fit, TypeError for arguments of other types.
+    Lists of pairs are also written to savedir, with `DOMAIN.json`, which later steps name: data={'DOMAIN':
+    'savedir/DOMAIN.json'}. If the call fails before the run has a result, the lists are removed again. In
+    the main thread, a signal makes the run save and raise KeyboardInterrupt; in other threads, signals are
+    left alone. The random states of Python, NumPy and torch are restored afterwards. Raises
+    `mdil.UserError` for invalid input, TypeError for arguments of the wrong type.
 
         >>> record = mdil.learn('cityscapes', data_root='DATA', savedir='runs/1', num_epochs=1, height=16, device='cpu')
         learning cityscapes (mdil, erfnet) at 32x16 on cpu: ...
@@ -103,7 +106,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
 
 
 def check_types(domain, train, val, savedir, state, on_epoch, options):
-    """TypeError if one of the arguments of `learn` is of another type than it says."""
+    """TypeError if an argument of `learn` is of the wrong type."""
     expect('domain', domain, str, 'a name')
     for name, pairs in (('train', train), ('val', val)):
         expect(name, pairs, (Iterable, type(None)), 'a list of pairs')
@@ -116,7 +119,7 @@ def check_types(domain, train, val, savedir, state, on_epoch, options):
 
 @contextlib.contextmanager
 def taken_back(folder, name):
-    """Removes what `declare` wrote of the domain `name` where no run came of it."""
+    """Removes the files that `declare` made for the domain `name` if an error leaves no result in `folder`."""
     files = {folder / f'{name}{ending}' for ending in ('.train.txt', '.val.txt', '.json')}
     made = {path for path in files if not path.exists()}
     try:
@@ -130,7 +133,7 @@ def taken_back(folder, name):
 
 @contextlib.contextmanager
 def as_interrupt():
-    """Turns the end of a run that a signal stopped into KeyboardInterrupt: it is not this program's end."""
+    """Turns the SystemExit of a run that a signal stopped into KeyboardInterrupt: the calling program does not end."""
     try:
         yield
     except SystemExit as end:
@@ -140,10 +143,10 @@ def as_interrupt():
 
 
 def declare(name, pairs, classes, folder, overwrite=False):
-    """Writes lists of the pairs {split: [(image, label), ...]} of a domain to `folder`, and the JSON file of them.
+    """Writes a domain's pairs {split: [(image, label), ...]} to `folder` as lists; returns the path of their JSON file.
 
-    Returns the path of the latter. classes: as of `learn`; UserError where they are missing or surplus,
-    and for files there that say something else, unless `overwrite`.
+    classes: as for `learn`. UserError if they are missing or not allowed, and if existing files differ,
+        unless `overwrite`.
     """
     built_in = domain_names().get(name.lower())
     if built_in and classes is not None:
@@ -162,11 +165,11 @@ def declare(name, pairs, classes, folder, overwrite=False):
 
 
 def described(classes):
-    """The classes as domain.json has them; those without colours get hues far apart."""
+    """The classes as in domain.json; classes without colours get hues that are far apart."""
     if not isinstance(classes, dict):
         if not isinstance(classes, (list, tuple)):
-            raise UserError(f'classes is {classes!r}; give a list of names in the order of the label values, or a dict of '
-                            'names and colours')
+            raise UserError(f'classes is {classes!r}; give a list of names in the order of the label values, or a dict '
+                            'of names and colours')
         hues = (0.618 * number % 1 for number in range(len(classes)))
         colors = ([round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.9)] for hue in hues)
         named = zip(classes, colors)
@@ -181,7 +184,7 @@ def described(classes):
 
 
 def listed(pair):
-    """The line for a pair (image, label) in a list; UserError for names that no list can hold."""
+    """The line for a pair (image, label) in a list file; UserError for paths that a list cannot hold."""
     check_pair(pair)
     line = '\t'.join(str(Path(path).absolute()) for path in pair)
     if line.count('\t') != 1 or len(line.splitlines()) != 1 or line != line.strip():
@@ -190,7 +193,7 @@ def listed(pair):
 
 
 def write_bytes(path, content, overwrite):
-    """Writes a file, atomically; UserError if there is one of other content, unless `overwrite`."""
+    """Writes a file atomically; UserError if it exists with other content, unless `overwrite`."""
     if not overwrite and path.exists() and path.read_bytes() != content:
         raise UserError(f'{path} exists with other pairs or classes; pass those, use another savedir, or '
                         'replace it with overwrite=True')
@@ -198,7 +201,7 @@ def write_bytes(path, content, overwrite):
 
 
 def known_domains(state):
-    """Names of the domains that the checkpoint `state` knows, [] without one; UserError if it does not name them."""
+    """Names of the domains in the checkpoint `state`, [] without one; UserError if it does not name them."""
     checkpoint = state and read_checkpoint(state)
     if checkpoint and checkpoint.found.num_classes and checkpoint.domains is None:
         raise UserError(f'{state} holds {checkpoint.found.kind} but no domain names; pass domains=[...], all in order')
@@ -206,7 +209,7 @@ def known_domains(state):
 
 
 def arguments(options):
-    """The words of the command line that a dict of options stands for; False and None leave an option out."""
+    """The command-line arguments for a dict of options; False and None leave an option out."""
     words = []
     for name, value in options.items():
         option = f'--{name.replace("_", "-")}'
@@ -221,7 +224,7 @@ def arguments(options):
 
 @contextlib.contextmanager
 def kept_random():
-    """Gives the generators of random numbers back their states afterwards."""
+    """Restores the random states of Python, NumPy and torch afterwards."""
     plain, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

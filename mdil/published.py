@@ -4,11 +4,13 @@ from mdil.models.multi_domain import MultiDomainNet
 
 
 class Net(MultiDomainNet):
-    """The paper's network, parallel adapters, of `nb_tasks` domains.
+    """The paper's network, with parallel adapters, for `nb_tasks` domains.
 
-    num_classes: classes of each domain, void included; a list, or an int for one domain. cur_task: the
-    index of the domain whose branch answers unless `forward` is told another. The state dict
-    has the published keys, without `module.`. Raises ValueError for numbers that contradict one another.
+    num_classes: classes of each domain, void included; a list, or an int for one domain.
+    cur_task: index of the domain whose branch `forward` uses by default.
+
+    The state dict has the published keys, without `module.`. Raises ValueError for arguments that
+    contradict each other.
     """
 
     def __init__(self, num_classes, nb_tasks=1, cur_task=0):
