@@ -1,8 +1,8 @@
 """Adapters for the convolutions of any network: 1x1 convolutions that belong to a domain.
 
-Garg et al., WACV 2022, put theirs beside the convolutions of ERFNet (`models.erfnet`); these
-go beside the spatial convolutions of any encoder, dense or per channel as those are. They
-start at zero, so that what a network has learnt before stays what it computes.
+Garg et al., WACV 2022, add theirs to the convolution pairs of ERFNet (`models.erfnet`). These are added to
+the spatial convolutions of any encoder and have the same groups. They start at zero, so adding them does
+not change what the network computes.
 """
 from torch import nn
 
@@ -11,10 +11,10 @@ from mdil.utils.errors import UserError
 
 
 class Adapter(nn.Conv2d):
-    """A 1x1 convolution that belongs to its domain and is zero at first; beside a strided one it sees every n-th pixel.
+    """A 1x1 convolution that belongs to its domain and starts at zero. With stride n, it reads every n-th pixel.
 
-    It strides by slicing: the backward pass of torch 2.14 crashes in some strided 1x1
-    convolutions, such as 3 -> 16 channels, on CPUs where channels come last.
+    It strides by slicing: in torch 2.14, the backward pass of some strided 1x1 convolutions, such as
+    3 -> 16 channels, crashes on CPUs with channels last.
     """
     per_domain = True
 
@@ -46,7 +46,10 @@ class Adapted(nn.Module):
 
 
 def fits(module):
-    """Whether it is a convolution over several pixels, padded so that a 1x1 one of its stride gives as many outputs."""
+    """Whether `module` is a convolution over several pixels that an adapter fits.
+
+    It must be padded so that a 1x1 convolution with its stride has an output of the same size.
+    """
     if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
         return False
     return module.padding == 'same' or all(2 * padding == dilation * (size - 1) for padding, dilation, size

@@ -1,10 +1,13 @@
-"""Branches as files: one domain's part of a network, taken out of a checkpoint and put onto another one.
+"""Branch files: one domain's part of a network, extracted from a checkpoint and added to another one.
 
-A branch file is a dict like a checkpoint: `kind` ('branch'), `version`, `method`, `network`, `domain`
-(its entry in the checkpoint's `domains`: name, classes and whatever else stands there), `about`
-({entry of the checkpoint: what it holds of this domain}), `base` (fingerprint of the shared
-weights that the branch was learnt with), `state` ({key in a plain network: tensor}), and
-`digests` of `state` and of all the rest, which tell a damaged branch from a renamed one.
+A branch file is a dict like a checkpoint:
+    kind        'branch'
+    version, method, network    as in a checkpoint
+    domain      its entry in the checkpoint's `domains`: name, classes and whatever else is there
+    about       {entry of the checkpoint: its value for this domain}
+    base        fingerprint of the shared weights that the branch was trained with
+    state       {key in a plain network: tensor}
+    digests     of `state` and of everything else, which tell a damaged branch from a renamed one
 """
 import torch
 
@@ -18,22 +21,24 @@ from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError
 
 KIND = 'branch'
-WHAT = 'statistics', 'branch'       # of an old domain, what `put_back` puts back
-# Entry of a branch file: (test of its value, what it has to be).
+WHAT = 'statistics', 'branch'       # what `put_back` can restore in an old domain
+# Entry of a branch file: (test of its value, what it must be).
 PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
-         'domain': (lambda value: named_classes([value]) and value['classes'] in CLASSES, 'a domain of {name, classes}'),
+         'domain': (lambda value: named_classes([value]) and value['classes'] in CLASSES,
+                    'a domain of {name, classes}'),
          'about': (lambda value: isinstance(value, dict), 'a dict'),
          'base': (lambda value: isinstance(value, str), 'a fingerprint'),
-         'state': (lambda value: isinstance(value, dict) and all(isinstance(part, torch.Tensor) for part in value.values()),
-                   'a dict of tensors'),
+         'state': (lambda value: isinstance(value, dict)
+                   and all(isinstance(part, torch.Tensor) for part in value.values()), 'a dict of tensors'),
          'digests': (lambda value: isinstance(value, dict), 'a dict of digests')}
 
 
 class Known:
-    """A checkpoint, its network, and `entries`: what the file says of each domain, {'name', 'classes', ...}.
+    """A checkpoint, its network, and `entries`: what the file says about each domain, {'name', 'classes', ...}.
 
-    names: of the domains of a file that has none. paths: places of domains, as of `get_domain`;
-    class names and colours of domains known there, or built in, are added to their entries.
+    names: domain names, for a file that states none.
+    paths: places of domains, as for `get_domain`. Class names and colours of domains found there, or built
+        in, are added to their entries.
     """
 
     def __init__(self, path, names=None, method=None, paths=None):
@@ -52,23 +57,23 @@ class Known:
 
     @property
     def names(self):
-        """Of its domains, in order."""
+        """Names of its domains, in order."""
         return [entry['name'] for entry in self.entries]
 
     def index(self, name):
-        """Of the domain `name` or an alias of it; UserError if it is not known."""
+        """Index of the domain `name`, which may be an alias; UserError if it is not known."""
         name = domain_names().get(name.lower(), name)
         if name not in self.names:
             raise UserError(f'{self.checkpoint.source} knows {", ".join(self.names)}, not {name}')
         return self.names.index(name)
 
     def about(self):
-        """{entry of the file: {domain: value}} of those that are dicts by domain, such as statistics."""
+        """{entry of the file: {domain: value}} of the entries that are dicts by domain, such as statistics."""
         return {name: dict(value) for name, value in self.checkpoint.content.items()
                 if isinstance(value, dict) and value and value.keys() <= set(self.names)}
 
     def content(self):
-        """What a checkpoint of this network as it now is holds; nothing of how a run got there."""
+        """The content of a checkpoint of this network in its current state, without the state of a run."""
         options = self.checkpoint.content.get('options', {})
         size = {name: options[name] for name in ('height', 'width') if name in options}
         return {'version': VERSION, 'state_dict': self.model.state_dict(), 'domains': self.entries,
@@ -76,7 +81,7 @@ class Known:
 
 
 def described(name, classes, paths):
-    """{'class_names', 'colors'} of a domain of `classes` classes; {} where it is not known here, or as another one."""
+    """A checkpoint's entry for a domain of `classes` classes; {} if it is not declared here, or has others."""
     try:
         domain = get_domain(name, paths)
     except UserError:
@@ -85,23 +90,28 @@ def described(name, classes, paths):
 
 
 def digests_of(branch):
-    """{'state': digest of a branch's tensors, 'about': digest of what it says of itself}."""
+    """{'state': digest of a branch's tensors, 'about': digest of its metadata}."""
     about = {name: branch[name] for name in ('method', 'domain', 'about', 'base', *LATER) if name in branch}
     return {'state': fingerprint(branch['state']), 'about': fingerprint(about)}
 
 
 def extract(known, name):
-    """The content of the branch file of the domain `name` of a Known."""
+    """The content of the branch file for the domain `name` of a Known."""
     number = known.index(name)
     entry = known.entries[number]
     about = {key: value[entry['name']] for key, value in known.about().items() if entry['name'] in value}
     branch = {'kind': KIND, 'version': VERSION, 'method': known.method, 'network': known.network, 'domain': entry,
-              'about': about, 'base': fingerprint(shared_state(known.model)), 'state': branch_state(known.model, number)}
+              'about': about, 'base': fingerprint(shared_state(known.model)),
+              'state': branch_state(known.model, number)}
     return {**branch, 'digests': digests_of(branch)}
 
 
 def read_branch(path, paths=None):
-    """The content of a branch file; UserError, naming the domain, if it is damaged, renamed or for other classes."""
+    """The content of a branch file.
+
+    UserError, naming the domain, if the branch is damaged, renamed or for other classes than the domain has
+    here.
+    """
     branch = read(path)
     if not isinstance(branch, dict) or branch.get('kind') != KIND:
         raise UserError(f'{path} is not a branch file; python -m mdil branches extract makes one from a checkpoint')
@@ -122,7 +132,7 @@ def read_branch(path, paths=None):
 
 
 def check_classes(entry, path, paths):
-    """UserError if the domain of a branch is known here with other classes."""
+    """UserError if the domain of a branch is declared here with other classes."""
     try:
         domain = get_domain(entry['name'], paths)
     except UserError:       # a user's own domain, whose declaration is not at hand
@@ -131,11 +141,12 @@ def check_classes(entry, path, paths):
     if entry['classes'] != domain.num_classes or stated != list(domain.classes):
         other = next((f'{one!r} instead of {two!r}' for one, two in zip(stated, domain.classes) if one != two),
                      f'{entry["classes"]} instead of {domain.num_classes}, void included')
-        raise UserError(f'{path}: a branch of {entry["name"]} with other classes than {entry["name"]} has here: {other}')
+        raise UserError(f'{path}: a branch of {entry["name"]} with other classes than {entry["name"]} has here: '
+                        f'{other}')
 
 
 def put_on(known, branch, source):
-    """Adds a branch, read from `source`, to the network of a Known; UserError where it does not fit."""
+    """Adds a branch, read from `source`, to the network of a Known; UserError if it does not fit."""
     entry, base, model = branch['domain'], fingerprint(shared_state(known.model)), known.model
     name, network = entry['name'], branch.get('network', ERFNET)
     if network != known.network:
@@ -159,7 +170,7 @@ def put_on(known, branch, source):
 
 
 def joined(known, branches):
-    """The content of the checkpoint that knows a base's domains and those of `branches`, [(file, content)], in order."""
+    """The content of a checkpoint with the domains of a base and then those of `branches`, [(file, content)]."""
     about = known.about()
     for source, branch in branches:
         put_on(known, branch, source)
@@ -169,7 +180,7 @@ def joined(known, branches):
 
 
 def without(known, name):
-    """The content of the checkpoint of a Known that lacks the domain `name`."""
+    """The content of a checkpoint of a Known without the domain `name`; UserError if it is the only one."""
     number, about = known.index(name), known.about()
     if len(known.entries) == 1:
         raise UserError(f'{known.checkpoint.source} knows only {known.names[0]}; nothing would be left')
@@ -180,13 +191,13 @@ def without(known, name):
 
 
 def put_back(source, number, target, index, what='branch'):
-    """Gives the branch `index` of the network `target` what the branch `number` of `source` has; names of what moved.
+    """Restores branch `index` of the network `target` from branch `number` of `source`; returns the keys that changed.
 
-    what: 'statistics', the running statistics of its own batch norms, or 'branch', all that
-    the domain has for itself.
+    what: 'statistics', the running statistics of the domain's own batch norms, or 'branch', everything that
+        belongs to the domain.
     """
     kept, own = branch_state(source, number), branch_state(target, index)
     moved = [key for key in own if (what == 'branch' or is_buffer(key)) and not torch.equal(own[key], kept[key])]
     for key in moved:
-        own[key].copy_(kept[key])       # state dicts hold the very tensors
+        own[key].copy_(kept[key])       # state dicts hold the tensors themselves, not copies
     return moved

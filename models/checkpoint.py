@@ -1,8 +1,7 @@
-"""Checkpoints: written atomically, read without running code from the file and without trusting it.
+"""Checkpoints: written atomically; read without running code from the file or trusting its content.
 
-torch.load compares no checksum and believes what a file says of itself; `read` looks first. Files
-in torch's old format, which is no archive, have no checksums: a number that changed in them
-cannot be told from the right one.
+torch.load checks no checksums and believes what a file says about itself, so `read` checks first. Files in
+torch's old format, which is not an archive, have no checksums: a changed number in them goes unnoticed.
 """
 import io
 import itertools
@@ -28,7 +27,7 @@ from mdil.utils.files import write_atomically
 
 VERSION = 1
 
-# All that a file of tensors has to name. torch allows more, such as functions that fill any amount of memory.
+# The only globals a file of tensors needs. torch allows more, such as functions that fill any amount of memory.
 NAMES = {'collections.OrderedDict', 'torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2',
          'torch._utils._rebuild_parameter', 'torch.Size', 'numpy.core.multiarray.scalar',
          'numpy._core.multiarray.scalar', 'numpy.dtype', '_codecs.encode'}
@@ -36,17 +35,17 @@ NAMES |= {f'torch.{kind}Storage' for kind in ('Float', 'Double', 'Half', 'BFloat
                                               'Byte', 'Bool')}
 # Type of a numpy scalar -> how struct reads it.
 NUMBERS = {'f8': 'd', 'f4': 'f', 'f2': 'e', 'i8': 'q', 'i4': 'i', 'i2': 'h', 'i1': 'b', 'u1': 'B', 'b1': '?'}
-# Under which names files of others hold their network.
+# Keys under which other people's files hold their network.
 STATES = 'state_dict', 'model_state_dict', 'model', 'net', 'network'
-SHORT = 64      # characters of the bytes that files of protocol 2 write as text
-ARCHIVE, PICKLE = b'PK\x03\x04', b'\x80'      # how files of either format begin
+SHORT = 64      # longest text that may stand for bytes, which pickle protocol 2 writes as text
+ARCHIVE, PICKLE = b'PK\x03\x04', b'\x80'      # first bytes of the new and the old format
 OLD_PICKLES = 5         # a file in the old format: five pickles, then the numbers
 ENCODE = '_codecs.encode'
-DEEPEST, MOST = 8, 10 ** 5      # levels of nesting and objects, more than any checkpoint has
+DEEPEST, MOST = 8, 10 ** 5      # nesting levels and objects, more than any checkpoint has
 
 
 class NumberType:
-    """Stands for numpy.dtype in old files, which hold numpy scalars such as best_acc among tensors."""
+    """Stands in for numpy.dtype in old files, which hold numpy scalars such as best_acc among tensors."""
 
     def __init__(self, code, *_):
         if code not in NUMBERS:
@@ -58,12 +57,12 @@ class NumberType:
 
 
 def number(kind, content):
-    """The number in `content`, bytes of a NumberType: what numpy's scalar would be, which takes any size."""
+    """The number in `content`, bytes of a NumberType. Replaces numpy's `scalar`, which takes bytes of any length."""
     return struct.unpack(kind.form, content)[0]
 
 
 class Refused(Exception):
-    """What is wrong with a file's content, in words; `read` adds which file."""
+    """What is wrong with a file's content, in words; `read` adds the file's name."""
 
 
 @dataclass
@@ -77,23 +76,26 @@ class Checkpoint:
 
 
 def check_stated(names, known, source):
-    """UserError if `names`, those of `--domains` or None, are others than the names `known` of the file `source`."""
+    """UserError if `names`, from `--domains` or None, differ from `known`, the names in the file `source`."""
     stated = [domain_names().get(name.lower(), name) for name in names or []]
     if stated and stated != known:
-        raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; leave it out, '
-                        'or name those')
+        raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; '
+                        'leave it out, or name those')
 
 
 def stated_size(content):
-    """(height, width) that a checkpoint of this content says it was trained at; None where it does not, or no network could."""
+    """The (height, width) at which a checkpoint says it was trained; None if it states none, or an impossible one."""
     options = content.get('options')
     sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
     return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else None
 
 
 def save(content, path, previous=None, best=None):
-    """Writes a checkpoint dict, first to `best` if given; a file is the old one or the new one, never a part."""
-    made = io.BytesIO()         # so that a full disk meets a plain write, which says so
+    """Writes a checkpoint dict to `path`, and first to `best` if given. Each file is replaced as a whole or not at all.
+
+    previous: where the file that was at `path` is kept.
+    """
+    made = io.BytesIO()         # so that a full disk fails a plain write, with a clear error
     torch.save(content, made)
     if best is not None:
         write_atomically(best, lambda file: file.write(made.getbuffer()))
@@ -114,13 +116,13 @@ def read(path):
             return read_from(file)
     except Refused as error:
         raise UserError(f'{path}: refused, {error}') from None
-    except Exception as error:      # a damaged file makes zipfile, pickle and torch fail in any way at all
+    except Exception as error:      # zipfile, pickle and torch may raise anything on a damaged file
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {reason[:200]})') from None
 
 
 def read_from(file):
-    """What torch.load reads from an open file, once its form is checked and before its content is believed."""
+    """Loads an open file with torch.load, once its format is checked; then checks the content's size and nesting."""
     size, head = os.fstat(file.fileno()).st_size, file.read(len(ARCHIVE))
     file.seek(0)
     if head == ARCHIVE:
@@ -136,7 +138,7 @@ def read_from(file):
     file.seek(0)
     stand_ins = [(NumberType, 'numpy.dtype'), *((number, name) for name in NAMES if name.endswith('multiarray.scalar'))]
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # torch's remarks on odd pickles
+        warnings.simplefilter('ignore')     # torch warns about odd pickles
         content = torch.load(file, map_location='cpu', weights_only=True)
     if head != ARCHIVE and file.tell() != size:
         raise ValueError(f'it ends after {file.tell()} of {size} bytes')
@@ -156,7 +158,7 @@ def checked_pickles(file, size):
             raise zipfile.BadZipFile(f'its entries claim {total} bytes, the file has {size}')
         if len(set(archive.namelist())) < len(entries) or archive.comment:
             raise zipfile.BadZipFile('it has a comment or two entries of one name, which torch.save never writes')
-        # Two archives one after the other: the end of the file describes the second, torch reads the first.
+        # Of two concatenated archives, the end of the file describes the second, but torch reads the first.
         if min((entry.header_offset for entry in entries), default=0):
             raise zipfile.BadZipFile('something precedes its first entry; are these two files in one?')
         broken = archive.testzip()
@@ -166,9 +168,9 @@ def checked_pickles(file, size):
 
 
 def named_in(pickled):
-    """Names of the globals in a pickle (bytes, or a file at its start), without running any of it.
+    """Yields the names of globals in a pickle (bytes, or a file at its start) without running any of it.
 
-    Refused where _codecs.encode, which makes bytes of text, is not given a short text.
+    Refused if _codecs.encode, which makes bytes from text, gets anything but a short text.
     """
     strings, memo, last = ['', ''], {}, None
     for opcode, argument, _ in pickletools.genops(pickled):
@@ -192,11 +194,11 @@ def named_in(pickled):
 
 
 class Name(str):
-    """The name of a global, not a text of the file."""
+    """The name of a global, as opposed to a string in the file."""
 
 
 def check_plain(content, size):
-    """Refused unless a file of `size` bytes can hold each tensor in `content`; several may share their numbers."""
+    """Refused if a tensor in `content` claims more than the file's `size` in bytes. Tensors may share storage."""
     for name, value in leaves(content):
         claimed = value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
         if claimed > size:
@@ -204,7 +206,7 @@ def check_plain(content, size):
 
 
 def leaves(content):
-    """(name, value) of everything in nested dicts, lists and tuples; Refused if no checkpoint is like that."""
+    """Yields (name, value) of every leaf of nested dicts, lists and tuples; Refused if no checkpoint looks so."""
     level, count = [('', content)], 0
     for _ in range(DEEPEST):
         below = []
@@ -231,19 +233,19 @@ def not_finite(content):
 
 
 def entry_name(name, key):
-    """Name of the entry `key` of the dict called `name`, fit for one line."""
+    """Name of the entry `key` of the dict called `name`, printable on one line; Refused for any other key."""
     if not (isinstance(key, int) or isinstance(key, str) and key.isprintable() and len(key) <= 200):
         raise Refused('the keys of its dicts are not names')
     return f'{name}.{key}'.lstrip('.')
 
 
 def whole(value):
-    """Whether it is an int that can count something."""
+    """Whether `value` is an int that can be a count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 31
 
 
 def score(value):
-    """Whether it is an mIoU: a number (numpy's and tensors too) up to 100, or -inf before the first validation."""
+    """Whether `value` is an mIoU: a number (numpy's and tensors too) from 0 to 100, or -inf before any validation."""
     if isinstance(value, torch.Tensor) and value.numel() != 1 or isinstance(value, (bool, str, bytes)):
         return False
     try:
@@ -253,14 +255,14 @@ def score(value):
 
 
 def named_classes(value):
-    """Whether it is the list of {name, classes} of the domains that a network knows; class_names may be there too."""
+    """Whether `value` lists a network's domains as {name, classes}, with class_names or without."""
     return isinstance(value, list) and bool(value) and all(
         isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
         and whole(entry.get('classes')) and class_names(entry) for entry in value)
 
 
 def class_names(entry):
-    """Whether the names of the classes in a domain's {name, classes, class_names} are as many as it says, or absent."""
+    """Whether a domain's {name, classes, class_names} names every class but void, or has no class_names."""
     if 'class_names' not in entry:
         return True
     names = entry['class_names']
@@ -269,7 +271,7 @@ def class_names(entry):
 
 
 def plain_options(value):
-    """Whether it is a dict of options: numbers, strings, None, and lists of them."""
+    """Whether `value` is a dict of options: numbers, strings, None, and lists of them."""
     single = (str, int, float, type(None))
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and all(
         isinstance(item, single) or isinstance(item, list) and all(isinstance(part, single) for part in item)
@@ -277,37 +279,39 @@ def plain_options(value):
 
 
 def sums(value):
-    """Whether it is a dict of finite sums."""
+    """Whether `value` is a dict of finite sums."""
     return isinstance(value, dict) and all(isinstance(part, float) and math.isfinite(part) for part in value.values())
 
 
-# Entry of a checkpoint: (test of its value, what it has to be).
+# Entry of a checkpoint: (test of its value, what it must be).
 KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number of epochs'),
          'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
          'domains': (named_classes, 'a list of {name, classes}'),
-         'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS, 'one of ' + ', '.join(METHODS)
+         'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS,
+                    'one of ' + ', '.join(METHODS)
                     + '; a method of your own is registered first: import its file, see docs/extending.md'),
          'domain_statistics': (are_statistics, 'what models.identify gives of each domain'),
          'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
-# What files of earlier versions lack.
+# Entries that files of earlier versions lack.
 LATER = {'network': (lambda value: isinstance(value, str) and value.isprintable(), 'the name of a network')}
 
 
 def check_kinds(content, path, kinds):
-    """UserError if an entry of `content` is not what `kinds` ({name: (test, words)}) says; those not there pass."""
+    """UserError if an entry of `content` fails its test in `kinds`, {name: (test, words)}; missing entries pass."""
     for name, (test, words) in kinds.items():
         if name in content and not test(content[name]):
-            found = f' (found {content[name]!r})' if isinstance(content[name], str) and len(content[name]) <= 100 else ''
+            found = (f' (found {content[name]!r})'
+                     if isinstance(content[name], str) and len(content[name]) <= 100 else '')
             raise UserError(f'{path}: its {name} is not {words}{found}')
 
 
 def state_in(content, path):
-    """{key: tensor} in what was read from `path`: the dict itself or an entry of it; UserError if it is neither."""
+    """{key: tensor} in what was read from `path`: `content` itself or an entry of it; UserError if there is none."""
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
     if content.get('kind') == 'branch':
-        raise UserError(f'{path} is a branch file, one domain without the shared weights; python -m mdil branches add puts '
-                        'it onto a checkpoint')
+        raise UserError(f'{path} is a branch file, one domain without the shared weights; python -m mdil branches add '
+                        'puts it onto a checkpoint')
     name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
     state = content.get(name, content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)
@@ -324,11 +328,12 @@ def read_checkpoint(path):
         check_content(content, path)
     network = content.get('network', DEFAULT) if 'version' in content and state is not content else DEFAULT
     found = recognise(state, path) if network == DEFAULT else declared(content, state, path)
-    return Checkpoint(str(path), found, stated_domains(content, found, path), method_name(content.get('method')), content)
+    return Checkpoint(str(path), found, stated_domains(content, found, path), method_name(content.get('method')),
+                      content)
 
 
 def check_content(content, path):
-    """UserError if an entry other than the state_dict is not of its kind; of foreign files, if it is one that is used."""
+    """UserError if an entry besides the state_dict is invalid; in foreign files, only entries that we use count."""
     if 'version' not in content:
         check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method', 'domain_statistics')})
         return
@@ -340,13 +345,15 @@ def check_content(content, path):
 
 
 def declared(content, state, path):
-    """The Found of another network than ERFNet, which tells by its entries what it holds; UserError where they lack."""
+    """The Found of a network other than ERFNet, which its entries describe; UserError if they are missing or wrong."""
     lacking = [name for name in ('domains', 'method') if name not in content]
     if lacking:
         raise UserError(f'{path}: damaged, it has no {lacking[0]}')
-    name, counts, row = content['network'], [entry['classes'] for entry in content['domains']], get_method(content['method'])
+    name, counts, row = (content['network'], [entry['classes'] for entry in content['domains']],
+                         get_method(content['method']))
     plain = build_plain(name, row, path)
-    outputs = {layer: next(head for head in plain.heads if f'{layer}.'.startswith(f'{head}.')) for layer in plain.output_layers}
+    outputs = {layer: next(head for head in plain.heads if f'{layer}.'.startswith(f'{head}.'))
+               for layer in plain.output_layers}
     for number, count in enumerate(counts):
         missing = [layer for layer, head in outputs.items() if file_key(f'{layer}.weight', head, number) not in state]
         if missing or count not in CLASSES:
@@ -356,7 +363,7 @@ def declared(content, state, path):
 
 
 def build_plain(name, row, path):
-    """The plain network called `name` without memory, for the row of a method; UserError where it is not known here."""
+    """The plain network `name` with a method row's adapters, without memory; UserError if it is not registered here."""
     try:
         with torch.device('meta'):
             return get_network(name).build(2, row.adapter)
@@ -366,7 +373,7 @@ def build_plain(name, row, path):
 
 
 def stated_domains(content, found, path):
-    """Names of the domains in a file of ours, None for one that has none."""
+    """Names of the domains in a file of ours, None if it states none; UserError if the class counts are not its own."""
     if 'domains' not in content or 'state_dict' not in content:
         return None
     counts = [entry['classes'] for entry in content['domains']]
@@ -376,7 +383,7 @@ def stated_domains(content, found, path):
 
 
 def check_known(checkpoint, domains):
-    """Refuses a checkpoint whose domains are not `domains` (Domain objects, in order)."""
+    """UserError unless the checkpoint's domains are `domains` (Domain objects, in order)."""
     names = [domain.name for domain in domains]
     counts = [domain.num_classes for domain in domains]
     if checkpoint.domains is not None:
@@ -392,22 +399,22 @@ def check_known(checkpoint, domains):
 
 
 def check_class_names(entry, domain, source):
-    """UserError if the checkpoint `source` calls a class of a domain (its entry there) otherwise than `domain` does."""
+    """UserError if `entry`, a domain in the checkpoint `source`, names a class differently from `domain`."""
     for number, (stated, name) in enumerate(zip(entry.get('class_names', []), domain.classes)):
         if stated != name:
-            raise UserError(f'{source} was trained on {domain.name} with {stated!r} as class {number}, which is {name!r} here; '
-                            'use the class list that it was trained with')
+            raise UserError(f'{source} was trained on {domain.name} with {stated!r} as class {number}, which is '
+                            f'{name!r} here; use the class list that it was trained with')
 
 
 def fitting_methods(found):
-    """Names of the methods whose network for the found domains is the found one."""
+    """Names of the methods whose network, for the found domains, is the one found."""
     several = len(found.num_classes) > 1
     return [name for name, row in METHODS.items() if row.adapter == found.adapter
             and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
 
 
 def network_of(found, method, source):
-    """The network of `method` filled with what was found; UserError naming what does not fit."""
+    """The network of `method` with the found tensors loaded; UserError that names what does not fit."""
     method, names = method_name(method), fitting_methods(found)
     if method not in names:
         raise UserError(f'{source} holds {found.kind}; that is not a network of --method {method} '
@@ -420,7 +427,7 @@ def network_of(found, method, source):
 
 
 def load_network(checkpoint, method=None):
-    """The network of a checkpoint, that of `method` (default: as stated, else the first that fits)."""
+    """The network of a checkpoint for `method` (default: the stated one, else the first that fits)."""
     method = method or checkpoint.method or next(iter(fitting_methods(checkpoint.found)), None)
     if not checkpoint.found.num_classes:
         raise UserError(f'{checkpoint.source} holds only an encoder, no decoder')
@@ -428,14 +435,14 @@ def load_network(checkpoint, method=None):
 
 
 def start_from_encoder(model, checkpoint, batch_norms):
-    """Loads an ImageNet encoder into `model`; returns the three lines that say what happened."""
+    """Loads an ImageNet encoder into `model`; returns the three lines that say what was loaded."""
     loaded, fresh = load_encoder(model, checkpoint.found, checkpoint.source, batch_norms)
     dropped = len(checkpoint.found.state) - len(loaded)
     return report(checkpoint, len(loaded), len(fresh), dropped)
 
 
 def report(checkpoint, loaded, fresh, dropped=0):
-    """Three lines: loaded, renamed, left fresh (and what of the file was not used)."""
+    """Three lines: what was loaded, renamed and left fresh (with what the network did not use of the file)."""
     found = checkpoint.found
     unused = dropped + len(found.ignored)
     return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded\n'

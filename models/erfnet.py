@@ -1,10 +1,9 @@
 """ERFNet, a plain network of one domain, with optional adapters in its encoder.
 
-The architecture is ERFNet (Romera et al., "ERFNet: Efficient Residual Factorized
-ConvNet for Real-time Semantic Segmentation", T-ITS 2018). The adapters are those of
-Garg et al., "Multi-Domain Incremental Learning for Semantic Segmentation", WACV 2022:
-1x1 convolutions parallel to the factorised pairs. Several domains share its convolutions by
-`models.multi_domain`.
+The architecture is ERFNet (Romera et al., "ERFNet: Efficient Residual Factorized ConvNet for Real-time
+Semantic Segmentation", T-ITS 2018). The adapters are those of Garg et al., "Multi-Domain Incremental
+Learning for Semantic Segmentation", WACV 2022: 1x1 convolutions parallel to the factorised pairs.
+`models.multi_domain` lets several domains share the convolutions.
 """
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ ADAPTERS = (None, 'parallel', 'series')
 
 
 class Adapter(nn.Conv2d):
-    """A 1x1 convolution with bias that belongs to its domain, (B, channels, H, W) kept."""
+    """A 1x1 convolution with bias that belongs to its domain; keeps the shape (B, channels, H, W)."""
     per_domain = True
 
     def __init__(self, channels):
@@ -26,16 +25,16 @@ def batch_norm(channels):
 
 
 def conv_pair(channels, dilation):
-    """The factorised 3x3 convolution: 3x1, then 1x3 (ReLU between them is the caller's)."""
+    """The factorised 3x3 convolution: 3x1, then 1x3. The caller applies the ReLU between them."""
     return (nn.Conv2d(channels, channels, (3, 1), padding=(dilation, 0), dilation=(dilation, 1)),
             nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation), dilation=(1, dilation)))
 
 
 def conv_bn(bn, conv, x, *more):
-    """bn(conv(x) + c(y) + ...) for the pairs (c, y) of `more`.
+    """bn(conv(x) + c(y) + ...) for the pairs (c, y) in `more`.
 
-    A frozen batch norm is folded: it scales the convolutions' weights instead of their
-    outputs, which is the same function without its pass over the activations.
+    A frozen batch norm is folded: it scales the convolutions' weights instead of their outputs. The
+    function is the same, without a pass over the activations.
     """
     folded = not bn.training and bn.track_running_stats
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps) if folded else None
@@ -63,13 +62,16 @@ class Downsampler(nn.Module):
         self.bn = batch_norm(out_channels)
 
     def forward(self, x):
-        y = self.conv(x)        # of lower precision than the images, under autocast
+        y = self.conv(x)        # under autocast, of lower precision than the images
         y = torch.cat([y, F.max_pool2d(x, 2).to(y.dtype)], dim=1)
         return F.relu_(self.bn(y))
 
 
 class EncoderBlock(nn.Module):
-    """Non-bottleneck-1D block with an adapter parallel to ('parallel') or after ('series') each pair, (B, C, H, W) kept."""
+    """Non-bottleneck-1D block; keeps the shape (B, C, H, W).
+
+    adapter: None, or 'parallel' to each convolution pair, or in 'series' after it.
+    """
 
     def __init__(self, channels, dropout, dilation, adapter=None):
         super().__init__()
@@ -83,7 +85,7 @@ class EncoderBlock(nn.Module):
             self.add_module(f'{adapter}_conv_2', Adapter(channels))
 
     def pair(self, x, which):
-        """The convolution pair `which` (1 or 2) of x with its adapter, after its batch norm."""
+        """Applies convolution pair `which` (1 or 2) to x, with its adapter and batch norm."""
         children = self._modules
         bn, adapter = children[f'bn{which}'], children.get(f'{self.adapter}_conv_{which}')
         y, conv = F.relu_(children[f'conv3x1_{which}'](x)), children[f'conv1x3_{which}']
@@ -163,8 +165,8 @@ class Decoder(nn.Module):
 class ERFNet(nn.Module):
     """Segmentation network of one domain.
 
-    num_classes: void included. adapter: None, 'parallel' (added to each convolution
-    pair of the encoder) or 'series' (after it).
+    num_classes: void included.
+    adapter: None, 'parallel' (added to each convolution pair of the encoder) or 'series' (after it).
     """
     heads = ('decoder',)
     output_layers = ('decoder.output_conv',)

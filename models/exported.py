@@ -1,7 +1,7 @@
 """A view as a file that runs without this project: ONNX, torch.export or OpenVINO, with its metadata inside.
 
-The network in the file takes images (B, 3, H, W), floats in [0, 1], RGB, and gives logits
-(B, classes, H, W), void the last class. B, H and W are free, H and W multiples of 8.
+The network in the file takes images (B, 3, H, W), floats in [0, 1], RGB, and returns logits
+(B, classes, H, W) with void as the last class. B, H and W are free; H and W must be multiples of 8.
 """
 import importlib
 import io
@@ -20,13 +20,13 @@ from mdil.utils.errors import UserError
 from mdil.utils.files import move, write_atomically
 
 NAME = 'mdil'       # the key of the metadata, JSON
-SIDE = 8            # the network takes sides that are multiples of it
+SIDE = 8            # image sides must be multiples of this
 PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torch': (), 'openvino': ('openvino',)}
 SUFFIXES = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}
 
 
 def needed(*packages):
-    """The modules of these names; UserError that says how to install the missing ones."""
+    """The modules of these names; UserError that says how to install them if one is missing."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError:
@@ -34,7 +34,7 @@ def needed(*packages):
 
 
 def free_sides():
-    """Which sides of the images are free, for torch.export."""
+    """The free dimensions of the images, for torch.export."""
     return {'images': {0: Dim('batch', min=1), 2: SIDE * Dim('h', min=2), 3: SIDE * Dim('w', min=2)}}
 
 
@@ -57,20 +57,20 @@ def write_torch(network, example, path, about):
 def openvino_model(network, example):
     """The network as an OpenVINO model."""
     openvino, = needed('openvino')
-    with warnings.catch_warnings():     # of torch.jit.trace, by which it reads networks
+    with warnings.catch_warnings():     # from torch.jit.trace, with which OpenVINO reads networks
         warnings.simplefilter('ignore')
         return openvino.convert_model(network, example_input=example, input=[openvino.PartialShape([-1, 3, -1, -1])])
 
 
 def write_openvino(network, example, path, about, quantise=lambda model: model):
-    """OpenVINO's pair of files, the second called as the first but for .bin; quantise: changes the model first."""
+    """Writes OpenVINO's pair of files, `path` (.xml) and the same name with .bin; quantise: changes the model first."""
     openvino, = needed('openvino')
     model = quantise(openvino_model(network, example))
     model.set_rt_info(json.dumps(about), [NAME])
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         made = Path(folder) / Path(path).name
         openvino.save_model(model, made, compress_to_fp16=False)
-        for suffix in ('.bin', '.xml'):     # the .xml, which people name, last
+        for suffix in ('.bin', '.xml'):     # last the .xml, the one that users name
             move(made.with_suffix(suffix), Path(path).with_suffix(suffix))
 
 
@@ -96,7 +96,7 @@ def read_openvino(path):
     openvino, = needed('openvino')
     model = openvino.Core().read_model(path)
     about = model.get_rt_info([NAME]).value if model.has_rt_info([NAME]) else None
-    # Where the processor has bf16, OpenVINO computes in it unless told otherwise.
+    # On processors with bf16, OpenVINO computes in bf16 unless told otherwise.
     settings = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.compile_model(model, 'CPU', settings)
     return about, lambda images: compiled(np.ascontiguousarray(images))[0]
@@ -106,7 +106,7 @@ READERS = {'onnx': read_onnx, 'torch': read_torch, 'openvino': read_openvino}
 
 
 def is_exported(path):
-    """Whether the name of a file says that it is an exported network."""
+    """Whether a file's name says that it is an exported network."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -122,7 +122,7 @@ class Exported(nn.Module):
         try:
             about, self.run = READERS[kind](str(path))
             self.about = json.loads(about)
-        except Exception as error:      # whatever a runtime says of a file that is not its own
+        except Exception as error:      # a runtime may raise anything on a file that is not its own
             raise UserError(f'{path} cannot be read as a network of `python -m mdil export` '
                             f'({" ".join(str(error).split())[:150]})') from None
 

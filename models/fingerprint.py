@@ -1,4 +1,4 @@
-"""Digests of tensors: equal where every bit is. And which tensors belong to a domain, which all domains share."""
+"""Digests of tensors, equal only if every bit is; and which tensors belong to one domain, which to all."""
 import hashlib
 import json
 
@@ -27,12 +27,12 @@ def digests(content):
 
 
 def fingerprint(content):
-    """One digest of nested dicts and lists: that of their names and what they hold, in whatever order."""
+    """One digest of nested dicts and lists: of the names and values in them, whatever the order of dict keys."""
     return hashlib.sha256(json.dumps(sorted(digests(content).items())).encode()).hexdigest()
 
 
 def branch_state(model, domain):
-    """{key in a plain network: tensor} of what belongs to `domain` of a MultiDomainNet alone."""
+    """{key in a plain network: tensor} of what belongs only to `domain` in a MultiDomainNet."""
     state = model.single(domain).state_dict()
     return {key: state[key] for key in model.view_names(domain)[0]}
 
@@ -44,5 +44,5 @@ def shared_state(model):
 
 
 def is_buffer(name):
-    """Whether a tensor of that name is a running statistic of a batch norm; everything else is a parameter."""
+    """Whether a tensor of that name is a buffer of a batch norm; everything else is a parameter."""
     return name.endswith(BUFFERS)

@@ -1,13 +1,12 @@
-"""Which domain an image is of, told from the image alone, or that it is like none of them.
+"""Identifies the domain of an image from the image alone, or finds that it resembles none of them.
 
-The look of an image is FEATURES numbers: colour, how much neighbouring pixels differ at four
-scales, and noise. They do not depend on the network, so what is known of an old domain stays true
-when the network learns on. Of each domain a checkpoint holds their mean and covariance over its
-training images and a threshold: 7 kB and no image.
+The appearance of an image is FEATURES numbers: colour, how much neighbouring pixels differ at four scales,
+and noise. They do not depend on the network, so an old domain's statistics stay valid as the network learns
+on. For each domain, a checkpoint holds the mean and covariance of these numbers over training images, and a
+threshold: 7 kB and no image.
 
-The domain is the linear discriminant's choice. An image is unknown if it lies further from the
-mean of that domain than all but 1 % of the domain's training images do, each measured with
-statistics of the others.
+A linear discriminant chooses the domain. An image is unknown if it is further from that domain's mean than
+99 % of the domain's training images are, each measured with statistics of the others.
 """
 from dataclasses import dataclass
 
@@ -21,25 +20,25 @@ from mdil.datasets.segmentation import open_image
 from mdil.utils.errors import UserError
 from mdil.utils.workers import in_threads
 
-SIZE = 320, 160         # width, height that images are looked at
+SIZE = 320, 160         # width, height to which images are resized
 SCALES = 4
 QUANTILES = 0.2, 0.5, 0.8, 0.95
 FEATURES = 6 + 6 * SCALES + 3 * len(QUANTILES)
 FLOOR = 1e-3            # keeps logarithms of flat images finite
 SHRINKAGE = 0.02        # of covariances, towards their diagonal
-TRIMMED = 3             # directions in which an image may be as odd as it likes
-FOLDS, STRETCH = 8, 15  # parts that are held out in turn, at most; images of a part, at least
+TRIMMED = 3             # largest deviations of an image, which the distance ignores
+FOLDS, STRETCH = 8, 15  # cross-validation: most folds, fewest images in a fold
 FALSE_ALARMS = 0.01
-FEWEST, MOST = 50, 1000     # training images without which no threshold is set; that are looked at
+FEWEST, MOST = 50, 1000     # training images: fewest that set a threshold, most that are used
 ENTRIES = {'count': (), 'mean': (FEATURES,), 'covariance': (FEATURES, FEATURES), 'threshold': ()}
 
 
 def appearance(image):
-    """The look of a PIL image in RGB: float64 (FEATURES,)."""
+    """The appearance features of a PIL image in RGB: float64 (FEATURES,)."""
     red, green, blue = torch.from_numpy(np.array(image.resize(SIZE, Image.BILINEAR))).permute(2, 0, 1).float() / 255
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     channels = torch.stack([luma, blue - luma, red - luma])
-    deviation = torch.from_numpy(channels.flatten(1).numpy().std(axis=1, ddof=1))       # torch's takes ten times as long
+    deviation = torch.from_numpy(channels.flatten(1).numpy().std(axis=1, ddof=1))     # torch's std is ten times slower
     parts = [channels.mean(dim=(1, 2)), torch.log(deviation + FLOOR), noise(channels)]
     for _ in range(SCALES):
         parts.append(torch.log((channels[:, :, 1:] - channels[:, :, :-1]).abs().mean(dim=(1, 2)) + FLOOR / 10))
@@ -49,17 +48,17 @@ def appearance(image):
 
 
 def noise(channels):
-    """Logarithms of quantiles of what smooth shading and straight edges leave of channels (C, H, W): (C * quantiles,)."""
+    """Log quantiles (C * quantiles,) of channels (C, H, W) after removing smooth shading and straight edges."""
     rows = channels[:, 2:] - 2 * channels[:, 1:-1] + channels[:, :-2]
     rest = (rows[:, :, 2:] - 2 * rows[:, :, 1:-1] + rows[:, :, :-2]).abs().flatten(1).numpy()
     places = [round(quantile * (rest.shape[1] - 1)) for quantile in QUANTILES]
-    # The upper halves of floats above 0 are in their order, and right to 0.2 %; 16 bits are sorted 5 times as fast.
+    # The upper halves of positive floats keep their order and are accurate to 0.2 %; 16 bits sort 5 times as fast.
     found = np.sort(((rest.view(np.uint32) + 0x8000) >> 16).astype(np.uint16), axis=1, kind='stable')[:, places]
     return torch.log(torch.from_numpy((found.astype(np.uint32) << 16).view(np.float32)) + FLOOR).flatten()
 
 
 class OneDomain:
-    """The look of one domain's images: a Gaussian, from looks (N, FEATURES) or from its mean and covariance."""
+    """A Gaussian model of the looks of one domain's images, from their mean and covariance; `of` fits it to looks."""
 
     def __init__(self, mean, covariance):
         self.mean, self.covariance = mean, shrunk(covariance)
@@ -71,32 +70,32 @@ class OneDomain:
         return cls(looks.mean(dim=0), covariance(looks))
 
     def distance(self, looks):
-        """How far looks (N, FEATURES) are from the mean, squared, without the TRIMMED oddest directions: (N,)."""
+        """Squared whitened distance (N,) of looks (N, FEATURES) from the mean, without the TRIMMED largest terms."""
         squares = ((looks - self.mean) @ self.whitening).square()
         return squares.sort(dim=1).values[:, :-TRIMMED].sum(dim=1)
 
 
 def covariance(looks):
-    """Covariance (FEATURES, FEATURES) of looks (N, FEATURES); of a single one 0."""
+    """Covariance (FEATURES, FEATURES) of looks (N, FEATURES); 0 if N is 1."""
     centred = looks - looks.mean(dim=0)
     return centred.T @ centred / max(1, len(looks) - 1)
 
 
 def shrunk(matrix):
-    """A covariance moved towards its diagonal, which makes it regular."""
+    """A covariance shrunk towards its diagonal, which makes it invertible."""
     diagonal = torch.diag(matrix.diagonal())
     ridge = 1e-5 * matrix.diagonal().mean().clamp(min=FLOOR) * torch.eye(len(matrix), dtype=matrix.dtype)
     return (1 - SHRINKAGE) * matrix + SHRINKAGE * diagonal + ridge
 
 
 def statistics(looks):
-    """What a checkpoint holds of a domain, from the looks (N, FEATURES) of its training images in order.
+    """What a checkpoint holds about a domain, from the looks (N, FEATURES) of its training images in order.
 
-    The threshold is infinite, so that no image is unknown, for fewer than FEWEST images.
+    With fewer than FEWEST images, the threshold is infinite, so no image is unknown.
     """
     threshold = float('inf')
     if len(looks) >= FEWEST:
-        # Neighbours may be frames of one drive, so whole stretches are held out.
+        # Neighbours may be frames of one drive, so each fold is a contiguous stretch.
         folds = min(FOLDS, len(looks) // STRETCH)
         fold = torch.arange(len(looks)) * folds // len(looks)
         held_out = [OneDomain.of(looks[fold != number]).distance(looks[fold == number]) for number in range(folds)]
@@ -106,26 +105,29 @@ def statistics(looks):
 
 
 def looks_of(paths, threads, title):
-    """The looks (N, FEATURES) of image files, with progress on standard error; UserError for one that cannot be read."""
+    """The looks (N, FEATURES) of image files: the appearance of each, with progress on standard error.
+
+    UserError if a file cannot be read.
+    """
     found = in_threads(lambda path: appearance(open_image(path)), paths, threads)
     return torch.stack(list(tqdm(found, total=len(paths), desc=title, unit='image', leave=False, disable=None)))
 
 
 def statistics_of(paths, threads, title):
-    """The `statistics` of training images at `paths`, in order; of more than MOST, every so many."""
+    """The `statistics` of training images at `paths`, in order; of more than MOST, an evenly spaced sample."""
     count = min(len(paths), MOST)
     return statistics(looks_of([paths[number * len(paths) // count] for number in range(count)], threads, title))
 
 
 def are_statistics(value):
-    """Whether it is a dict {domain: what `statistics` gives}."""
+    """Whether `value` is a dict {domain: what `statistics` returns}."""
     return isinstance(value, dict) and all(
         isinstance(entry, dict) and entry.keys() == ENTRIES.keys() and all(
             fits(entry[name], shape) for name, shape in ENTRIES.items()) for entry in value.values())
 
 
 def fits(part, shape):
-    """Whether it is a number above 0 (shape ()), or a finite tensor of that shape."""
+    """Whether `part` is a number above 0 (shape ()), or a finite tensor of that shape."""
     if not shape:
         return isinstance(part, (int, float)) and not isinstance(part, bool) and part > 0
     return isinstance(part, torch.Tensor) and part.shape == shape and bool(part.isfinite().all())
@@ -133,7 +135,7 @@ def fits(part, shape):
 
 @dataclass(frozen=True)
 class Guess:
-    """Of N images: probabilities (N, domains) that sum to 1, and novelty (N,): above 1 an image is unknown."""
+    """About N images: probabilities (N, domains) that sum to 1, and novelty (N,), above 1 for an unknown image."""
     probabilities: torch.Tensor
     novelty: torch.Tensor
 
@@ -144,12 +146,12 @@ class Guess:
 
     @property
     def unknown(self):
-        """Whether each image is like none of the domains (N,)."""
+        """Whether each image resembles none of the domains (N,)."""
         return self.novelty > 1
 
 
 class Identifier:
-    """Tells the domain of images from the statistics of the domains, in the network's order."""
+    """Identifies the domain of images from the statistics of the domains, which are in the network's order."""
 
     def __init__(self, known):
         self.models = [OneDomain(entry['mean'].double(), entry['covariance'].double()) for entry in known]
@@ -160,23 +162,23 @@ class Identifier:
         self.bias = -0.5 * (means.T * self.weights).sum(dim=0)
 
     def measures(self, looks):
-        """(scores, novelties) of looks (N, FEATURES), each (N, domains): discriminant, and distance by threshold."""
+        """(scores, novelties) of looks (N, FEATURES), each (N, domains): discriminant, and distance over threshold."""
         distances = torch.stack([model.distance(looks) for model in self.models], dim=1)
         return looks @ self.weights + self.bias, distances / self.thresholds
 
     def guess(self, looks):
-        """The Guess about images with looks (N, FEATURES), each for itself."""
+        """The Guess about images with looks (N, FEATURES), each on its own."""
         return guessed(*self.measures(looks))
 
 
 class Sequence:
-    """Images that belong together, such as the frames of a drive: a guess counts all that came before, too."""
+    """Images that belong together, such as the frames of a drive: each guess also uses all earlier images."""
 
     def __init__(self, identifier):
         self.identifier, self.count, self.sums = identifier, 0, (0.0, 0.0)
 
     def guess(self, looks):
-        """The Guess about the next images, with looks (N, FEATURES), from the means of the measures so far."""
+        """The Guess about the next images, with looks (N, FEATURES), from the means of all measures so far."""
         sums = [total + measure.cumsum(dim=0) for total, measure in zip(self.sums, self.identifier.measures(looks))]
         counts = torch.arange(1, len(looks) + 1)[:, None] + self.count
         self.count, self.sums = self.count + len(looks), tuple(total[-1] for total in sums)
@@ -184,16 +186,16 @@ class Sequence:
 
 
 def guessed(scores, novelties):
-    """The Guess of measures (N, domains): the novelty that counts is that for the most probable domain."""
+    """The Guess from measures (N, domains); an image's novelty is that for its most probable domain."""
     chosen = scores.argmax(dim=1, keepdim=True)
     return Guess(torch.softmax(scores, dim=1), novelties.gather(1, chosen)[:, 0])
 
 
 def identifier_of(content, domains, source):
-    """The Identifier of a checkpoint's content for its Domains; UserError naming those without statistics."""
+    """The Identifier for the Domains of a checkpoint's content; UserError that names domains without statistics."""
     known = content.get('domain_statistics', {})
     missing = [domain.name for domain in domains if domain.name not in known]
     if missing:
-        raise UserError(f'{source} does not know what images of {", ".join(missing)} look like, so --domain auto cannot '
-                        f'choose; add it with python -m mdil identify {source} --out FILE, or name the domain')
+        raise UserError(f'{source} does not know what images of {", ".join(missing)} look like, so --domain auto '
+                        f'cannot choose; add it with python -m mdil identify {source} --out FILE, or name the domain')
     return Identifier([known[domain.name] for domain in domains])

@@ -1,9 +1,9 @@
-"""Key layouts of checkpoints: ours, the published ones, the ImageNet encoder; and which network a file holds.
+"""Key layouts of checkpoints (ours, the published ones, the ImageNet encoder), and which network a file holds.
 
-Our keys are those of the published adapter model, in which a domain's index follows the
-name of its module and the encoder's batch norms are lists, of one where they are shared
-(`file_key`). Everything else is renamed to them: a plain network's batch norms become the
-first and only entry of a list, its decoders entries of `decoder`.
+Our keys are those of the published adapter model: a domain's index follows the name of its module, and the
+encoder's batch norms are lists, of length one if they are shared (`file_key`). Keys of other layouts are
+renamed to these: a plain network's batch norms become the only entry of a list, its decoders entries of
+`decoder`.
 """
 import re
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from mdil.utils.errors import UserError
 PLAIN_NORMS = (
     (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.{}.'),
     (re.compile(r'^(encoder\.layers\.\d+)\.bn([12])\.'), r'\1.bns_\2.{}.'))
-# What torch's wrappers and other code put before or into names: DataParallel, torch.compile, attributes.
+# What torch's wrappers (DataParallel, torch.compile) and attributes of other code add to names.
 WRAPPED = re.compile(r'(?:^|(?<=\.))(?:module|_orig_mod)\.')
 HELD_AS = re.compile(r'^(?:(?:model|net|network)\.)+')
 IGNORED = re.compile(r'^(classifier\.|features\.extralayer|encoder\.output_conv\.)')
@@ -28,9 +28,13 @@ CLASSES = range(2, 257)        # labels are bytes
 class Found:
     """What a state dict holds, in native keys.
 
-    num_classes: of each domain, [] for an encoder alone. adapter: as `ERFNet`'s.
-    batch_norms: how many the encoder has per layer. kind: in words. network: as `models.networks` calls it.
-    renamed, ignored: file keys that were renamed (beyond wrappers such as `module.`) or not used.
+    num_classes: of each domain, [] for an encoder alone.
+    adapter: as in `ERFNet`.
+    batch_norms: how many the encoder has per layer.
+    kind: a description in words.
+    renamed: number of the file's keys that were renamed (beyond wrappers such as `module.`).
+    ignored: the file's keys that are not used.
+    network: its name in `models.networks`.
     """
     state: dict
     num_classes: list
@@ -43,14 +47,14 @@ class Found:
 
 
 def listed_norms(key, index):
-    """The key with an encoder batch norm of a plain network as entry `index` of its list."""
+    """The key; an encoder batch norm of a plain network becomes entry `index` of its list."""
     for pattern, replacement in PLAIN_NORMS:
         key = pattern.sub(replacement.format(index), key)
     return key
 
 
 def file_key(key, owner=None, domain=0):
-    """Name in our files of a view's tensor `key`; owner: the name of the domain's module it lies in, None if shared."""
+    """Name in our files of a view's tensor `key`; owner: name of the domain's module that holds it, None if shared."""
     name = listed_norms(key, 0 if owner is None else domain)
     if name != key or owner is None:
         return name
@@ -58,7 +62,7 @@ def file_key(key, owner=None, domain=0):
 
 
 def native_keys(state):
-    """Renames the keys of any known layout: (native state, number renamed, keys ignored)."""
+    """Renames the keys of any known layout; returns (native state, number renamed, keys ignored)."""
     state = {HELD_AS.sub('', WRAPPED.sub('', key)): value for key, value in state.items()}
     named = {match.group(1) for match in map(NAMED_DECODER.match, state) if match}
     # old, or old1, old2, ... in order; new comes last.
@@ -78,7 +82,7 @@ def native_keys(state):
 
 
 def recognise(state, source):
-    """The Found of a state dict read from `source`; UserError if it is no ERFNet of ours or of the published code."""
+    """The Found of a state dict read from `source`; UserError if it is not an ERFNet, ours or the published code's."""
     native, renamed, ignored = native_keys(state)
     heads = {int(match.group(1)): native[match.group(0)].shape for match in map(OUTPUT.match, native) if match}
     if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):
@@ -106,9 +110,9 @@ def describe(num_classes, adapter, norms):
 
 
 def load(model, found, source):
-    """Loads all of what was found into a network of that layout; UserError at the first misfit.
+    """Loads all the found tensors into a network of that layout; UserError at the first misfit.
 
-    Files older than `num_batches_tracked` lack that counter only; it stays 0.
+    Only `num_batches_tracked` may be missing, as in files of early torch versions; it then stays 0.
     """
     check_fit(model.state_dict(), found, source)
     broken = faults(model.state_dict(), found.state)
@@ -118,7 +122,7 @@ def load(model, found, source):
 
 
 def check_fit(own, found, source):
-    """UserError unless the names and shapes found are those of the state dict `own`."""
+    """UserError unless the names and shapes found are those of the state dict `own`; batch counters may be missing."""
     missing = [key for key in own if key not in found.state and not key.endswith('num_batches_tracked')]
     surplus = [key for key in found.state if key not in own]
     misshapen = [key for key, value in found.state.items() if key in own and value.shape != own[key].shape]
@@ -131,7 +135,7 @@ def check_fit(own, found, source):
 
 
 def faults(own, given):
-    """What is wrong, in words, with the values of the tensors `given` that are to be put into those of `own`."""
+    """What is wrong, in words, with the values of the tensors `given`, which are to be loaded into `own`."""
     wrong = []
     for key, value in given.items():
         if value.is_complex() or value.is_floating_point() != own[key].is_floating_point():
@@ -144,10 +148,9 @@ def faults(own, given):
 
 
 def load_encoder(model, found, source, batch_norms=True):
-    """Loads an ImageNet encoder into a one-domain network: (names loaded, names left fresh).
+    """Loads an ImageNet encoder into a one-domain network; returns (names loaded, names left fresh).
 
-    The encoder's convolutions are shared weights, its batch norms become the first
-    domain's if `batch_norms`.
+    Its convolutions become shared weights; if `batch_norms`, its batch norms become the first domain's.
     """
     own = {key: value for key, value in model.state_dict().items() if key.startswith('encoder.')}
     given = {key: value for key, value in found.state.items()

@@ -1,4 +1,4 @@
-"""What the methods are: one row each. Nothing else in the code asks for a method's name."""
+"""The methods, one row each. No other code asks for a method's name."""
 from dataclasses import dataclass
 from typing import Optional
 
@@ -11,17 +11,17 @@ from mdil.models.networks import DEFAULT as ERFNET, build_network
 class Method:
     """One row of the table.
 
-    adapter: the network's adapters, None, 'parallel' or 'series'. domain_bn: whether each
-        domain has batch norms of its own.
-    shared: how the shared weights learn after the first domain: 'slow' (5e-6 unless
-        `--shared-lr` says otherwise), 'full' (at the rate of everything else), 'frozen'.
-    terms: the terms of the loss (classes of losses.terms), the cross-entropy first.
-    lr: rate after the first domain, of new branches and of shared weights that learn in
-        full. dropout: whether the student's encoder uses dropout then.
+    adapter: the network's adapters, None, 'parallel' or 'series'.
+    domain_bn: whether each domain has its own batch norms.
+    shared: how the shared weights learn after the first domain: 'slow' (at 5e-6, unless `--shared-lr` is
+        given), 'full' (at the rate of everything else) or 'frozen'.
+    terms: the loss terms (classes of losses.terms), cross-entropy first.
+    lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
+    dropout: whether the student's encoder uses dropout after the first domain.
     joint: whether all domains are learnt at once instead of one after another.
     lonely: whether the network knows one domain only.
-    uses: which of the options of train.py that not every method uses this one does; the
-        others are refused (training.options).
+    uses: options of train.py that only some methods use and this one does; training.options refuses the
+        others.
     """
     about: str
     adapter: Optional[str] = None
@@ -36,11 +36,11 @@ class Method:
 
     @property
     def plain(self):
-        """Whether the encoder is a plain network's: a domain has nothing for itself but its decoder."""
+        """Whether the encoder is that of a plain network: only the decoder belongs to a domain."""
         return self.adapter is None and not self.domain_bn
 
     def trained(self, domains):
-        """Those of the list `domains` that a step trains, whose last domain is the new one: that, or all of them."""
+        """Those of the list `domains` that a step trains: the last, which is new, or all of them."""
         return domains if self.joint else domains[-1:]
 
 
@@ -66,7 +66,8 @@ METHODS = {
     'domain-bn': Method('ablation: as mdil without adapters', domain_bn=True, shared='slow', terms=DISTILLED,
                         uses=PAPER),
     'adapters-shared-bn': Method('ablation: as mdil, batch norms shared by all domains', adapter='parallel',
-                                 shared='slow', terms=DISTILLED, uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
+                                 shared='slow', terms=DISTILLED,
+                                 uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
     'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True,
                          uses=('rounds', 'no_dropout')),
     'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
@@ -75,11 +76,11 @@ METHODS = {
     'single-task-adapters': Method("the paper's network for one domain: what the method gains without any other domain",
                                    adapter='parallel', domain_bn=True, lonely=True, uses=('no_dropout',)),
 }
-DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: what the published code and earlier files call them
+DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: names in the published code and earlier files
 
 
 def method_name(name):
-    """The name in METHODS of what may be an alias; other names, and None, stay."""
+    """The name in METHODS for an alias; other names, and None, stay as they are."""
     return ALIASES.get(name, name)
 
 
@@ -92,13 +93,13 @@ def get_method(name):
 
 
 def build_model(num_classes, method=DEFAULT, network=ERFNET):
-    """The network of `method` for domains of `num_classes` classes each, void included, from random weights.
+    """The network of `method` with random weights, for domains of `num_classes` classes each, void included.
 
-    network: a name of `models.networks`; UserError if there is none, or if the method asks for
-    batch norms or adapters that it cannot have.
+    network: a name in `models.networks`. UserError if there is none, or if it cannot have the batch norms
+        or adapters that the method needs.
 
-    `build_model([20, 20])(images, domain=1)` gives logits (B, 20, H, W) of images
-    (B, 3, H, W), floats in [0, 1].
+    `build_model([20, 20])(images, domain=1)` returns logits (B, 20, H, W) of images (B, 3, H, W), floats in
+    [0, 1].
     """
     row = get_method(method)
     if not num_classes:

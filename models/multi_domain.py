@@ -1,15 +1,15 @@
-"""A network for several domains: one view for each, in which the shared modules are the same objects.
+"""A network for several domains: one view for each. The shared modules are the same objects in all views.
 
-A view is a plain network of one domain, `model.single(domain)`. Its head, its adapters and
-(with `domain_bn`) its batch norms and dropout belong to that domain alone; every other
-module is the same object in all views. `divide` is the one place that says which is which.
+A view is a plain network of one domain, `model.single(domain)`. Its head, its adapters and (with
+`domain_bn`) its batch norms and dropout belong to that domain alone; every other module is the same object
+in all views. `divide` alone decides which is which.
 
-Any network with batch norms can take part that offers
+A network can take part if it offers
     forward(images)     logits (B, classes, H, W) of images (B, 3, H, W)
     heads               names of the modules that each domain has for itself, whatever the method
     output_layers       names of the convolutions whose output channels are the classes
-and marks its adapters, if it has any, by `per_domain = True` (see `models.adapters`).
-`models.networks` declares those that train.py knows.
+and marks its adapters, if it has any, with `per_domain = True` (see `models.adapters`). `models.networks`
+declares those that train.py knows.
 """
 import copy
 from collections import OrderedDict
@@ -26,9 +26,9 @@ OLD_BN = ('frozen', 'batch', 'released')
 def divide(network, domain_bn):
     """({name: module} that a domain has for itself, {name: module} that all share), in the network's order.
 
-    Outermost modules only: none lies within another. With `domain_bn` what acts differently
-    in training, batch norms and dropout, is each domain's own. ValueError for tensors that
-    lie directly in a module which holds modules of both kinds: they could not be shared.
+    Only outermost modules are listed: none is inside another. With `domain_bn`, modules that act
+    differently in training, batch norms and dropout, belong to each domain. ValueError if a module that
+    contains a domain's modules also holds tensors of its own: these could not be shared.
     """
     kinds = (_BatchNorm, _DropoutNd) if domain_bn else ()
     own, mixed = {}, {''}
@@ -50,7 +50,7 @@ def divide(network, domain_bn):
 
 
 def outside_heads(network):
-    """[(name, module)] of what lies outside the heads of a plain network."""
+    """[(name, module)] of the modules outside the heads of a plain network."""
     return [(name, module) for name, module in network.named_modules()
             if not any(f'{name}.'.startswith(f'{head}.') for head in network.heads)]
 
@@ -76,7 +76,7 @@ class MultiDomainNet(nn.Module):
         return self.single(domain)(images)
 
     def single(self, domain):
-        """The view of `domain`: a plain network that takes images alone."""
+        """The view of `domain`: a plain network, called with images alone. IndexError if there is none."""
         if not 0 <= domain < len(self.views):
             raise IndexError(f'domain {domain} asked of a network that knows {len(self.views)}')
         return self.views[domain]
@@ -103,13 +103,13 @@ class MultiDomainNet(nn.Module):
         return [parameter for module in self.shared() for parameter in module.parameters()]
 
     def add_domain(self, num_classes, statistics='copied', head='copied', source=-1):
-        """Appends a domain whose branch copies that of the domain `source`, but for fresh output layers.
+        """Appends a domain whose branch copies that of `source`, with fresh output layers; returns its index.
 
-        statistics: 'copied', or 'fresh' to start the running statistics of the new branch,
-        its head's left out, at mean 0 and variance 1. head: 'copied', or 'fresh' to draw all of
-        the new head anew. Returns the index of the new domain.
+        statistics: 'copied', or 'fresh' to reset the running statistics of the new branch, except its
+            head's, to mean 0 and variance 1.
+        head: 'copied', or 'fresh' to initialise all of the new head at random.
         """
-        # What the memo holds is taken for copied already.
+        # deepcopy takes what is in the memo as already copied, so shared modules stay shared.
         view = copy.deepcopy(self.views[source], {id(module): module for module in self.shared()})
         for name in view.output_layers:
             parent, _, child = name.rpartition('.')
@@ -125,18 +125,21 @@ class MultiDomainNet(nn.Module):
 
     def remove_domain(self, domain):
         """Drops the branch of `domain`; the domains after it move up by one."""
-        self.single(domain)     # IndexError unless there is one
+        self.single(domain)     # IndexError if there is none
         self.views = nn.ModuleList([view for number, view in enumerate(self.views) if number != domain])
 
     def freeze(self, domains=(), shared=False, old_bn='frozen', dropout=True, shared_mode='eval'):
         """Freezes the branches of `domains` and, if `shared`, the shared modules; everything else trains.
 
-        Frozen covers batch-norm statistics and dropout: the modules stay in eval mode
-        whatever `train()` says. `old_bn` loosens that for the branches of `domains`:
-        'batch' normalises by batch statistics without keeping them, 'released' lets them
-        run and overwrite the buffers, as the published loops do. dropout: whether there is
-        any in what trains. shared_mode: 'train' lets the batch norms and dropout of frozen
-        shared modules act as in training, as published feature extraction does.
+        Frozen includes batch-norm statistics and dropout: the modules stay in eval mode whatever `train()`
+        says.
+
+        old_bn: relaxes that for the branches of `domains`. 'batch' normalises with batch statistics but
+            does not store them; 'released' also overwrites the running statistics, as the published loops
+            do.
+        dropout: False turns dropout off everywhere.
+        shared_mode: 'train' lets batch norms and dropout of frozen shared modules act as in training, as
+            published feature extraction does.
         """
         if old_bn not in OLD_BN:
             raise ValueError(f'old_bn {old_bn!r} is not one of {OLD_BN}')
@@ -161,7 +164,7 @@ class MultiDomainNet(nn.Module):
         return self
 
     def synchronise_batch_norms(self):
-        """Replaces batch norms by ones that take their statistics over all processes; shared ones stay shared."""
+        """Replaces batch norms by ones with statistics over all processes; shared ones stay shared."""
         made = {norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm) for norm in batch_norms_of(self.modules())}
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
@@ -170,7 +173,7 @@ class MultiDomainNet(nn.Module):
         return self
 
     def view_names(self, domain):
-        """({key of a view's tensor: its name in our files} of what belongs to `domain` alone, of what is shared)."""
+        """({key of a view's tensor: its name in our files} for `domain` alone, the same for what is shared)."""
         view = self.single(domain)
         modules, _ = divide(view, self.domain_bn)
         owners = {f'{name}.{key}': name for name, module in modules.items() for key in module.state_dict()}
@@ -181,7 +184,7 @@ class MultiDomainNet(nn.Module):
         return own, shared
 
     def file_names(self):
-        """{tensor's name in this module: its name in our files}; a shared tensor has a name in each view."""
+        """{tensor's name in this module: its name in our files}; a shared tensor appears once per view."""
         return {f'views.{domain}.{key}': name for domain in range(len(self.views))
                 for names in self.view_names(domain) for key, name in names.items()}
 
@@ -193,7 +196,7 @@ class MultiDomainNet(nn.Module):
         return state
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Takes a state dict as `state_dict` gives it."""
+        """Loads a state dict in the form that `state_dict` returns."""
         names = self.file_names()
         surplus = state_dict.keys() - set(names.values())
         views = {key: state_dict[name] for key, name in names.items() if name in state_dict}
@@ -201,14 +204,14 @@ class MultiDomainNet(nn.Module):
 
 
 def output_layer_like(layer, num_classes):
-    """A freshly drawn convolution, transposed or not, that differs from `layer` in its number of outputs."""
+    """A freshly initialised convolution like `layer`, transposed or not, but with `num_classes` outputs."""
     settings = {name: getattr(layer, name) for name in ('stride', 'padding', 'dilation', 'padding_mode')}
     fresh = type(layer)(layer.in_channels, num_classes, layer.kernel_size, bias=layer.bias is not None, **settings)
     return fresh.to(layer.weight.device, layer.weight.dtype)
 
 
 def redraw(modules):
-    """Gives the layers within `modules` initial weights anew."""
+    """Initialises the layers within `modules` anew."""
     for module in modules:
         for layer in module.modules():
             if hasattr(layer, 'reset_parameters'):

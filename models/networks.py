@@ -1,8 +1,9 @@
-"""The networks, one declaration each. Nothing else in the code asks for a network's name, but for what is ERFNet's alone.
+"""The networks, one declaration each. Other code asks for a network's name only for features of ERFNet alone.
 
-One more is an entry of NETWORKS, from any file (docs/networks.md):
+Any file can add one to NETWORKS (docs/networks.md):
 
-    NETWORKS['small'] = Network('three convolutions', lambda classes, adapter: with_adapters(SmallNet(classes), adapter))
+    NETWORKS['small'] = Network('three convolutions',
+                                lambda classes, adapter: with_adapters(SmallNet(classes), adapter))
 """
 from dataclasses import dataclass
 from typing import Callable
@@ -29,12 +30,14 @@ ENCODER = ('no weights of ERFNet can be downloaded: trained_models/erfnet_encode
 class Network:
     """One declaration.
 
-    about: in words. build: called with the number of classes, void included, and the kind of
-        adapters (None, 'parallel', 'series'), gives the plain network of one domain, as
-        `models.multi_domain` takes it, with random weights.
-    imagenet: called without arguments, gives the state dict of ImageNet-trained weights; None if there are none.
-    layouts: how files of weights may call the encoder's tensors: {beginning of a key there: what
-        it is in the plain network} each; the first that fits counts.
+    about: a description in words.
+    build: called with the number of classes, void included, and the kind of adapters (None, 'parallel',
+        'series'). Returns a plain network of one domain, as `models.multi_domain` needs it, with random
+        weights.
+    imagenet: called without arguments. Returns the state dict of ImageNet-trained weights; None if there
+        are none.
+    layouts: possible names of the encoder's tensors in files of weights, each {prefix in the file: prefix
+        in the plain network}. The one that fits most tensors is used.
     """
     about: str
     build: Callable
@@ -43,7 +46,7 @@ class Network:
 
 
 class Scaling(nn.Module):
-    """(images - mean) / deviation by channel; the figures are saved with the network."""
+    """(images - mean) / deviation by channel. Both are saved with the network."""
 
     def __init__(self, mean, deviation):
         super().__init__()
@@ -55,10 +58,10 @@ class Scaling(nn.Module):
 
 
 def with_momentum(network):
-    """`network` with torch's usual momentum in its batch norms.
+    """`network` with torch's default momentum in its batch norms.
 
-    MobileNets have 0.01 for ImageNet's long training: after 150 batches, running statistics would still be
-    a fifth their initial values.
+    MobileNets use 0.01, meant for ImageNet's long training: after 150 batches, a fifth of the initial
+    running statistics would be left.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm):
@@ -67,7 +70,7 @@ def with_momentum(network):
 
 
 class TorchvisionNet(nn.Module):
-    """A segmentation network of torchvision with ImageNet's scaling; output_layers: within its head."""
+    """A segmentation network of torchvision with ImageNet's scaling; output_layers: names within its head."""
     heads = ('net.classifier',)
 
     def __init__(self, name, num_classes, output_layers):
@@ -83,7 +86,10 @@ class TorchvisionNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Logits at the size of the finest of several feature maps, the finest first: summed at one width, smoothed."""
+    """Logits at the size of the finest of several feature maps, which are given from fine to coarse.
+
+    All maps are projected to `width` channels, summed from coarse to fine, and smoothed.
+    """
 
     def __init__(self, channels, num_classes, width=128):
         super().__init__()
@@ -117,7 +123,7 @@ class TimmNet(nn.Module):
 
 
 def needed_timm():
-    """The module timm; UserError where it is not installed."""
+    """The module timm; UserError if it is not installed."""
     try:
         import timm
     except ImportError:
@@ -134,7 +140,7 @@ def from_torchvision(name, output_layers, about):
 
     def imagenet():
         from torchvision.models import get_model_weights
-        # Those that torchvision's own segmentation networks were trained from.
+        # The ones that torchvision's own segmentation networks were trained from.
         return downloaded(get_model_weights(backbone).IMAGENET1K_V1)
 
     encoder = 'net.backbone.'
@@ -143,17 +149,18 @@ def from_torchvision(name, output_layers, about):
 
 
 def downloaded(weights):
-    """The state dict of an entry of torchvision's weights, from the folder of torch.hub, else downloaded to it."""
+    """The state dict of an entry of torchvision's weights, from torch.hub's folder or else downloaded to it."""
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         folder = f'{torch.hub.get_dir()}/checkpoints'
-        raise UserError(f'{weights.url} could not be downloaded ({" ".join(str(error).split())[:100]}); download it elsewhere and '
-                        f'put {weights.url.rpartition("/")[2]} into {folder}, or pass the file') from None
+        raise UserError(f'{weights.url} could not be downloaded ({" ".join(str(error).split())[:100]}); '
+                        f'download it elsewhere and put {weights.url.rpartition("/")[2]} into {folder}, '
+                        'or pass the file') from None
 
 
 def from_timm(name):
-    """The Network of an encoder of timm; UserError where there is none of that name, or none that gives feature maps."""
+    """The Network of an encoder of timm; UserError if timm has no such encoder or it returns no feature maps."""
     timm = needed_timm()
     if not timm.is_model(name):
         raise UserError(f'timm has no encoder {name!r}; python -c "import timm; print(timm.list_models())" lists them')
@@ -169,22 +176,24 @@ def from_timm(name):
         try:
             return timm.create_model(name, features_only=True, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm's weights of {name} could not be downloaded ({' '.join(str(error).split())[:100]}); pass a file "
-                            'of them') from None
+            raise UserError(f"timm's weights of {name} could not be downloaded ({' '.join(str(error).split())[:100]}); "
+                            'pass a file of them') from None
 
     return Network(f'{name} of timm, a small decoder', build, imagenet, ({'': 'encoder.'},))
 
 
 def erfnet_encoder():
-    """There is nothing to download."""
+    """Always UserError: there is nothing to download."""
     raise UserError(ENCODER)
 
 
 LRASPP, CLASSIFIER = ('low_classifier', 'high_classifier'), ('4',)
 NETWORKS = {
     DEFAULT: Network("the paper's network", ERFNet, erfnet_encoder),
-    'lraspp_mobilenet_v3_large': from_torchvision('lraspp_mobilenet_v3_large', LRASPP, 'MobileNetV3 with a very small head'),
-    'deeplabv3_mobilenet_v3_large': from_torchvision('deeplabv3_mobilenet_v3_large', CLASSIFIER, 'MobileNetV3, DeepLabV3 head'),
+    'lraspp_mobilenet_v3_large': from_torchvision('lraspp_mobilenet_v3_large', LRASPP,
+                                                  'MobileNetV3 with a very small head'),
+    'deeplabv3_mobilenet_v3_large': from_torchvision('deeplabv3_mobilenet_v3_large', CLASSIFIER,
+                                                     'MobileNetV3, DeepLabV3 head'),
     'deeplabv3_resnet50': from_torchvision('deeplabv3_resnet50', CLASSIFIER, 'ResNet-50, DeepLabV3 head'),
     'fcn_resnet50': from_torchvision('fcn_resnet50', CLASSIFIER, 'ResNet-50, two convolutions as head'),
 }
@@ -216,11 +225,11 @@ def build_network(name, num_classes, adapter, domain_bn):
 
 
 def check_outputs(name, network, num_classes):
-    """UserError unless every output layer of a plain network is a convolution of a head with `num_classes` outputs."""
+    """UserError unless every output layer of a plain network is a convolution in a head with `num_classes` outputs."""
     outside = dict(outside_heads(network))
     fit = sorted(layer for layer, module in network.named_modules()
                  if layer not in outside and getattr(module, 'out_channels', None) == num_classes)
     for layer in network.output_layers:
         if layer not in fit:
-            raise UserError(f'{name}: its output layer {layer!r} is no convolution of a head that gives {num_classes} classes; '
-                            f'such are: {", ".join(fit) or "none"}')
+            raise UserError(f'{name}: its output layer {layer!r} is no convolution of a head that gives '
+                            f'{num_classes} classes; such are: {", ".join(fit) or "none"}')

@@ -1,8 +1,8 @@
-"""What of an old domain moved, told from digests; and the record of it that a run keeps next to its checkpoint.
+"""What a step changed in old domains, found by comparing digests, and the record that a run keeps of it.
 
-The record, `unchanged.json`: {"version": 1, "state": the file that the step started from,
-"domains": [old domains, in order], "tensors": {name in our files: digest before the step},
-"after": {domain: what moved, in words} once the step has ended}.
+The record, `unchanged.json`, is next to the run's checkpoint: {"version": 1, "state": the file that the
+step started from, "domains": [old domains, in order], "tensors": {name in our files: digest before the
+step}, "after": {domain: what moved, in words} once the step has ended}.
 """
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NAME, VERSION = 'unchanged.json', 1
 
 @dataclass(frozen=True)
 class Moved:
-    """Names of the tensors that differ, and how many there are of either kind."""
+    """Names of the tensors that differ, and how many tensors of each kind there are in all."""
     parameters: tuple
     buffers: tuple
     all_parameters: int
@@ -35,13 +35,14 @@ class Moved:
 
 
 def compare(old, new, source):
-    """The Moved between two {name: digest} of one domain; UserError, naming `source`, unless the names are the same.
+    """The Moved between two {name: digest} of one domain; UserError, naming `source`, unless both have the same names.
 
-    Counters of batches, which early files lack, may be in one of them only.
+    Only batch counters, which early files lack, may be missing from one of them.
     """
     odd = sorted(name for name in old.keys() ^ new.keys() if not name.endswith(COUNTER))
     if odd:
-        raise UserError(f'{source}: cannot be compared, {odd[0]} is in one of the networks only ({len(odd)} such tensors)')
+        raise UserError(f'{source}: cannot be compared, {odd[0]} is in one of the networks only '
+                        f'({len(odd)} such tensors)')
     both = sorted(old.keys() & new.keys())
     moved = [name for name in both if old[name] != new[name]]
     buffers = sum(map(is_buffer, both))
@@ -57,7 +58,7 @@ def old_digests(model, count):
 
 
 def moved_since(record, model):
-    """{domain: Moved} of the old domains of a record in a MultiDomainNet that knows them first."""
+    """{domain: Moved} of a record's old domains in a MultiDomainNet, whose first domains they are."""
     found, now = {}, old_digests(model, len(record['domains']))
     for domain, name in enumerate(record['domains']):
         names = [name for part in model.view_names(domain) for name in part.values()]
@@ -67,9 +68,9 @@ def moved_since(record, model):
 
 
 def begin(folder, model, domains, state):
-    """Writes the record of a step that starts now from the file `state`; domains: names of those it must keep.
+    """Writes the record of a step that starts now from the file `state`; domains: names of the old domains.
 
-    Without such domains there is nothing to record, and an earlier run's record goes.
+    Without old domains there is nothing to record, and the record of an earlier run is removed.
     """
     path = Path(folder) / NAME
     if not domains:
@@ -80,7 +81,7 @@ def begin(folder, model, domains, state):
 
 
 def end(folder, model):
-    """Adds to the record what moved in the step; returns a line for each old domain. [] where there is no record."""
+    """Adds to the record what the step moved; returns a line for each old domain, or [] if there is no record."""
     path = Path(folder) / NAME
     if not path.exists():
         return []
@@ -91,7 +92,7 @@ def end(folder, model):
 
 
 def read(path):
-    """The record at `path`; UserError if it is none."""
+    """The record at `path`; UserError if it cannot be read or is not a record."""
     try:
         record = json.loads(Path(path).read_text())
         version, names, tensors = record['version'], record['domains'], record['tensors']
