@@ -1,6 +1,6 @@
 """Losses: weighted cross-entropy and the two forms of distillation.
 
-Logits are (B, C, H, W) of any float type; sums are taken in float32, of float64 in float64.
+Logits are (B, C, H, W) of any float type. Sums are taken in float32, or in float64 for float64 logits.
 """
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from torch.autograd.function import once_differentiable
 class SumOverImages(torch.autograd.Function):
     """The sum over images of a loss whose gradient is known in closed form.
 
-    each(number, x) gives, of image `number` with logits x (H*W, C), the value and a function
-    of its gradient (H*W, C), float32. Float32 copies are made of one image at a time, and
-    once: the gradient is kept in the logits' own type until it is asked for. The compiler
-    fuses the plain formulas better and gets those.
+    each(number, x), for image `number` with logits x (H*W, C), returns the loss and a function that
+    computes its gradient (H*W, C), both in the type `wide` gives. Only one image at a time is copied to
+    that type, and only once: the gradient is kept in the logits' own type until backward. Compiled code
+    uses the plain formulas instead, which the compiler fuses better.
     """
 
     @staticmethod
@@ -37,20 +37,23 @@ class SumOverImages(torch.autograd.Function):
 
 
 def wide(logits):
-    """The type that sums over logits are taken in."""
+    """The type in which sums over logits are taken."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def by_pixel(image):
-    """A view (H*W, C) of an image (C, H, W); its rows lie together where channels come last."""
+    """A view (H*W, C) of an image (C, H, W); its rows are contiguous if the image is in channels-last format."""
     return image.flatten(1).T
 
 
 def cross_entropy_parts(logits, labels, weights):
-    """Numerator and denominator of the weighted cross-entropy, float32 scalars.
+    """Numerator and denominator of the weighted cross-entropy, scalars.
 
-    labels: (B, H, W) int64 in [0, C); weights: (C,) float32, 0 for void. Their ratio is
-    what `torch.nn.CrossEntropyLoss(weights)` gives; kept apart they add up over batches.
+    labels: (B, H, W) int64 in [0, C).
+    weights: (C,) float32, 0 for void.
+
+    Their ratio is what `torch.nn.CrossEntropyLoss(weights)` returns. Kept apart, they can be summed over
+    batches.
     """
     if torch.compiler.is_compiling():
         return F.cross_entropy(logits.float(), labels, weights, reduction='none').sum(), weights[labels].sum()
@@ -67,8 +70,8 @@ def cross_entropy_parts(logits, labels, weights):
 def kl_per_pixel(student, teacher, temperature=1.0):
     """T^2 times the mean over pixels of KL(teacher || student) at temperature T.
 
-    0 where they agree; no gradient reaches the teacher. Hinton et al., "Distilling the
-    Knowledge in a Neural Network", 2015.
+    It is 0 where the two agree. No gradient reaches the teacher. Hinton et al., "Distilling the Knowledge
+    in a Neural Network", 2015.
     """
     def each(number, x):
         log_p, log_q = (F.log_softmax(logits.to(wide(logits)) / temperature, dim=1)
@@ -84,11 +87,10 @@ def kl_per_pixel(student, teacher, temperature=1.0):
 
 
 def released_kl(student, teacher, temperature=1.0):
-    """The published loops' distillation term, kept to reproduce them.
+    """The distillation term of the published loops, kept to reproduce them.
 
-    Mean over all B*C*H*W elements of q (log q - p), where p and q are the
-    *probabilities* of student and teacher: p stands where log p should, so the term
-    is not 0 at p = q. The temperature is always 1.
+    Mean over all B*C*H*W elements of q (log q - p), where p and q are the *probabilities* of student and
+    teacher. With p in place of log p, the term is not 0 at p = q. The temperature is always 1.
     """
     p = F.softmax(student.to(wide(student)), dim=1)
     q = F.softmax(teacher.to(wide(teacher)), dim=1)

@@ -1,8 +1,8 @@
-"""The terms of a step's loss, one class each; a method's row says which it has (models.methods).
+"""The terms of a step's loss, one class each; a method's row in models.methods lists its terms.
 
-A new method is a class and a row, in one file, say l2sp.py. This one holds the shared weights by the
-distance to what they were, "L2-SP" of Li et al., "Explicit Inductive Bias for Transfer
-Learning with Convolutional Networks", ICML 2018:
+A new method is a class and a row in one file, say l2sp.py. This one penalises the distance of the shared
+weights from their old values ("L2-SP" of Li et al., "Explicit Inductive Bias for Transfer Learning with
+Convolutional Networks", ICML 2018):
 
     class L2SP(LossTerm):
         name, needs_teacher = 'l2sp', True
@@ -23,7 +23,7 @@ Learning with Convolutional Networks", ICML 2018:
 
 `python l2sp.py train --method l2sp ...` and `python l2sp.py eval ...` then run the tools with it.
 
-Progress bar, metrics.jsonl, dashboard and report show 'l2sp' by themselves.
+The progress bar, metrics.jsonl, the dashboard and the report show 'l2sp' automatically.
 """
 import torch
 from torch import nn
@@ -32,53 +32,57 @@ from mdil.losses import DISTILLATIONS, cross_entropy_parts
 
 
 class LossTerm(nn.Module):
-    """One term of the loss of a step; the loop differentiates, weighs, adds and records it.
+    """One term of the loss of a step. The training loop weights, adds, records and differentiates it.
 
-    name: what it is called wherever it is shown. weight: its factor in the loss.
-    needs_teacher: whether it asks the frozen model of the previous step; it is then left
-    out of steps that have none. Buffers may be registered in `setup`; they are not saved,
-    as an interrupted run calls `setup` again.
+    name: its name wherever it is shown.
+    weight: its factor in the loss.
+    needs_teacher: whether it uses the frozen model of the previous step. Steps without a previous one leave
+        it out.
+
+    `setup` may register buffers. They are not saved, because a resumed run calls `setup` again.
     """
     name = None
     needs_teacher = False
 
     def __init__(self, options):
-        """options: of train.py, complete."""
+        """options: the complete options of train.py."""
         super().__init__()
         self.weight = 1.0
 
     @classmethod
     def applies(cls, options, plan):
-        """Whether a step has this term; plan: its StepPlan (training.plan), without terms."""
+        """Whether a step has this term; plan: its StepPlan (training.plan), with no terms yet."""
         return plan.from_previous or not cls.needs_teacher
 
     def setup(self, run):
-        """Called once before the first batch, also of a resumed run: networks are loaded and on their device."""
+        """Called once before the first batch, also in a resumed run. Networks are loaded and on their device."""
 
     def parts(self, run):
         """[(part, factor)] of a batch: the term is the sum of factor * forward(..., part).
 
-        The parts are differentiated one after another, so that the activations of one are
-        held at a time.
+        The parts are differentiated one after another, so only one part's activations are in memory at a
+        time.
         """
         return [(None, 1.0)]
 
     def forward(self, step, images, labels, domain, part):
-        """A part of the term: a 0-d tensor, which is a mean over the images, or a pair of them (total, mass).
+        """One part of the term: a 0-d tensor, the mean over the images, or a pair of 0-d tensors (total, mass).
 
-        Several devices see a slice of the batch each. The term is the sum of their totals
-        over the sum of their masses, so that it is the one of the whole batch; the mass of a
-        mean over images is their number.
+        Each device sees a slice of the batch. The term is the sum of their totals over the sum of their
+        masses, so that it is the term of the whole batch. The mass of a mean over images is the number of
+        images.
 
         step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
-        images: (B, 3, H, W) floats in [0, 1]; labels: (B, H, W) uint8 of the domain index `domain`.
-        Nothing here may wait for the device (no `.item()`, no `if tensor`).
+        images: (B, 3, H, W) floats in [0, 1].
+        labels: (B, H, W) uint8 class indices of the domain with index `domain`.
+
+        The code must not wait for the device (no `.item()`, no `if tensor`).
         """
         raise NotImplementedError
 
 
 class CrossEntropy(LossTerm):
-    """Weighted cross-entropy of the domain that the batch is of."""
+    """Weighted cross-entropy of the batch's domain."""
     name = 'ce'
 
     def forward(self, step, images, labels, domain, part):
@@ -86,7 +90,7 @@ class CrossEntropy(LossTerm):
 
 
 class Distillation(LossTerm):
-    """Distances of the student's outputs to the teacher's, summed over the old domains: a part for each."""
+    """Distances of the student's outputs from the teacher's, summed over the old domains, one part each."""
     name, needs_teacher = 'kd', True
 
     def __init__(self, options):
@@ -96,7 +100,7 @@ class Distillation(LossTerm):
 
     @classmethod
     def applies(cls, options, plan):
-        """Where something can learn from it, or old statistics are to be overwritten as published."""
+        """True if something can learn from it, or if it must overwrite old statistics as the published loops do."""
         learns = options.lambdac > 0 and not plan.shared_frozen
         return super().applies(options, plan) and (learns or options.old_bn == 'released')
 
@@ -111,11 +115,11 @@ class Distillation(LossTerm):
 
 
 def sample_old_domains(known, count=None):
-    """(indices of the old domains that a batch distils, the latest first; factor of their distances).
+    """(indices of the old domains that a batch distils, latest first; factor of their distances).
 
-    All `known` domains, or `count` of them drawn by torch's generator. With K of n drawn
-    the factor n / K keeps the expectation of the sum; the draw adds n^2 (1/K - 1/n) S^2 to
-    its variance, S^2 being the variance between the domains' distances.
+    All `known` domains, or `count` of them drawn with torch's generator. With K of n drawn, the factor n/K
+    keeps the expectation of the sum. The draw adds n^2 (1/K - 1/n) S^2 to the sum's variance, where S^2 is
+    the variance between the domains' distances.
     """
     if count is None or count >= known:
         return list(reversed(range(known))), 1.0
