@@ -8,8 +8,8 @@
 
 One checkpoint gives mIoU, pixel accuracy and the IoU of every class for each domain; several
 give the step x domain matrix with forgetting and transfer. Void pixels never count. Images and
-labels are resized to --width x --height, the published protocol, unless --resolution says native;
-the default is the size of the training, 1024x512 for files that do not say.
+labels are resized to --width x --height, as in the published protocol; --resolution native keeps
+the labels' own size. The default size is the training size, or 1024x512 if the file does not say.
 """
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def eval_parser():
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     group.add_argument('--domains', nargs='+', metavar='NAME',
                        help='domains of the last checkpoint, in order (published files do not name them)')
-    group.add_argument('--method', type=method_name, choices=tuple(METHODS), help='method of a published file whose keys fit several')
+    group.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                       help='method of a published file whose keys fit several')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',
@@ -69,7 +70,7 @@ def eval_parser():
 
 
 def result_options(parser):
-    """Adds where results and pictures go."""
+    """Adds the options for results and pictures."""
     group = parser.add_argument_group('results')
     group.add_argument('--per-class', action='store_true',
                        help='IoU of every class in the tables (one checkpoint: always)')
@@ -89,13 +90,13 @@ def result_options(parser):
 
 
 def check_options(options):
-    """Refuses what cannot be written or does not fit together, before hours of evaluation."""
+    """Completes the size; refuses unwritable files and conflicting options before hours of evaluation."""
     complete_size(options)
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
             if Path(getattr(options, name)).name in WRITTEN:
-                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is the name of a file that runs write; '
-                                'choose another name')
+                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is the name of a file that runs '
+                                'write; choose another name')
             check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
     if options.json:
@@ -110,7 +111,7 @@ def check_options(options):
 
 
 def single_task_scores(items, evaluator):
-    """{domain: entry} of --single-task items, NAME=mIoU or a checkpoint; the former has an 'miou' alone."""
+    """{domain: entry} of --single-task items: NAME=mIoU, whose entry has only 'miou', or a checkpoint."""
     scores = {}
     for item in items:
         name, equals, value = item.partition('=')
@@ -136,7 +137,7 @@ def stated_miou(item, value):
 
 
 def evaluate_step(evaluator, options, step, model, domains):
-    """({domain: Score}, {domain: entry}) of a checkpoint; its pictures go into folders called `step`."""
+    """({domain: Score}, {domain: entry}) of a checkpoint; its pictures go into subfolders called `step`."""
     scores, entries = {}, {}
     folders = {kind: getattr(options, name) for kind, name in FOLDERS.items()}
     for number, domain in enumerate(domains):
@@ -151,7 +152,10 @@ def evaluate_step(evaluator, options, step, model, domains):
 
 
 def summarise(steps, single, common=False):
-    """The sequence's figures, from the entries after each step and the single-task ones."""
+    """Forgetting, transfer and Delta_m% of the sequence, from the entries after each step and the single-task ones.
+
+    common: in the common classes instead of the domains' own.
+    """
     if common:
         single = {name: entry for name, entry in single.items() if 'common' in entry}
     *miou, single = [{name: entry['miou'] for name, entry in tables.in_space(entries, common).items()}
@@ -160,14 +164,14 @@ def summarise(steps, single, common=False):
 
 
 def draw_panels(options, networks, known, datasets, chosen, place):
-    """Writes --save-panels: a column for each checkpoint."""
+    """Writes the figure of --save-panels, with one column for each checkpoint."""
     titles = [f'step {number} ({domains[-1].name})' for number, domains in enumerate(known, 1)]
     models = dict(zip(titles if len(known) > 1 else ['prediction'], networks))
     pictures.save_panels(options.save_panels, datasets, models, place, chosen, options.precision)
 
 
 def size_of_training(files, contents):
-    """(height, width) that checkpoints of these contents were trained at; UserError if they differ."""
+    """(height, width) that the checkpoints with these contents were trained at; UserError if they differ."""
     sizes = list(map(trained_size, contents))
     if len(set(sizes)) > 1:
         shown = ', '.join(f'{file} {width}x{height}' for file, (height, width) in zip(files, sizes))
@@ -176,7 +180,7 @@ def size_of_training(files, contents):
 
 
 def run(options, place):
-    """Evaluates all checkpoints, makes the pictures; returns what --json writes."""
+    """Evaluates all checkpoints and makes the pictures; returns what --json writes."""
     evaluator, steps = Evaluator(options, place), []
     networks, known, contents = zip(*map(evaluator.load_with_content, options.state))
     check_order(options.state, known)
@@ -208,7 +212,7 @@ def run(options, place):
 
 
 def report(results, options):
-    """Writes the files and prints the tables."""
+    """Writes the result files and prints the tables."""
     about = tables.describe(results['protocol'])
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
     if options.json:

@@ -1,4 +1,4 @@
-"""What `torch.hub.load(CHECKOUT, NAME, ..., source='local')` gives; docs/python.md shows it."""
+"""Entry points for `torch.hub.load(CHECKOUT, NAME, ..., source='local')`; see docs/python.md."""
 from mdil.api import load
 from mdil.models import build_model
 

@@ -1,16 +1,16 @@
-"""Segments images: one, a folder of them, a list or a video.
+"""Segments a single image, a folder, a list of images or a video.
 
     python predict.py --state runs/3/model_best.pth.tar --input photos --out answers
     python predict.py --state CKPT --domain IDD --input a.jpg list.txt drive.mp4 --out answers --save labels overlay
     python predict.py --state CKPT --domain cityscapes --input leftImg8bit/test --out upload --label-ids files
     python predict.py --state CKPT --advise photos --data-root DATA
 
-Every image gets `answers/<its path below the input, less the suffix>.png`: class indices, of the
-image's own size. Void is never an answer. Which domain's branch answers is told from each image;
---domain names one instead. What exists is skipped, so a run that was stopped goes on where it
-ended; answers of another network or other settings are not mixed with it. --advise writes
-nothing but says which branch fits images of a new place, how well it is expected to do there,
-and whether a new branch is worth training.
+For every image it writes `answers/<path below the input, without suffix>.png`: class indices at
+the image's own size, never void. The domain is detected from each image, and that domain's branch
+segments it; --domain names one instead. Existing predictions are skipped, so an interrupted run
+continues where it stopped; an --out with predictions of another network or other settings is
+refused. --advise writes no predictions: it says which branch fits images of a new place, how well
+that branch should do there, and whether a new branch is worth training.
 """
 import hashlib
 import json
@@ -37,9 +37,9 @@ from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, data_options, machine_options, positive, side
 from mdil.utils.workers import in_threads
 
-# What can be saved of an image, and how the file's name ends.
+# What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
-MADE_BY = 'predict.json'        # in --out: what made the answers there
+MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
 
 
 def predict_parser():
@@ -49,14 +49,14 @@ def predict_parser():
     group.add_argument('--state', required=True, metavar='FILE', help='a checkpoint of this code or a published one')
     group.add_argument('--input', nargs='+', metavar='PATH', help=KINDS)
     group.add_argument('--advise', metavar='FOLDER',
-                       help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a new '
-                            'one is worth training')
+                       help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a '
+                            'new one is worth training')
     group.add_argument('--domain', metavar='NAME|auto',
                        help='domain whose branch is used, or auto: chosen for each image (default: auto, if the file '
                             'knows several)')
     group.add_argument('--sequence', action='store_true',
-                       help='the images of each folder are frames of one drive, in order: the domain is chosen from all '
-                            'of them so far (videos: always)')
+                       help='the images of each folder are frames of one drive, in order: the domain is chosen from '
+                            'all of them so far (videos: always)')
     group.add_argument('--native', action='store_true',
                        help="keep the size of each image (default: resize to the training size)")
     group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: the training size)')
@@ -71,7 +71,8 @@ def predict_parser():
     group.add_argument('--overwrite', action='store_true', help='replace existing predictions')
     group = parser.add_argument_group('files that do not name their domains or method')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains of a published file, in order')
-    group.add_argument('--method', type=method_name, choices=tuple(METHODS), help='method of a published file whose keys fit several')
+    group.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                       help='method of a published file whose keys fit several')
     data_options(parser)
     group = machine_options(parser)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
@@ -79,7 +80,7 @@ def predict_parser():
 
 
 def check_options(options):
-    """Completes the size; refuses what does not fit together."""
+    """Completes the size; refuses conflicting options."""
     if options.advise and (options.input or options.out or options.native or options.domain):
         raise UserError('--advise FOLDER segments nothing; leave out --input, --out, --native and --domain')
     if not options.advise and not (options.input and options.out):
@@ -94,7 +95,7 @@ def check_options(options):
 
 
 def check_places(options):
-    """Refuses places that cannot be written to."""
+    """Refuses output paths that cannot be written to."""
     if options.advise and options.json:
         check_new('--json', options.json, options.overwrite)
     elif options.json:
@@ -105,7 +106,7 @@ def check_places(options):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An Item with its image and, where the domain is told from it, its look, or the error it could not be read for."""
+    """An Item with its image, and its look if the domain is detected from it; or the error that kept it from loading."""
     item: Item
     image: Image.Image = None
     prepared: Prepared = None
@@ -123,12 +124,12 @@ def load(item, predictor):
 
 
 def targets(options, name):
-    """{kind: path} of what is saved for the image called `name`."""
+    """{kind: path} of the files to save for the image called `name`."""
     return {kind: Path(options.out) / f'{name}{ENDINGS[kind]}' for kind in options.save}
 
 
 def check_targets(options, sources):
-    """UserError if two images would be written to one file, or one would replace an input."""
+    """UserError if two images would be written to the same file, or one would replace an input."""
     inputs, owners = {source.path.absolute() for source in sources}, {}
     record = Path(options.json).absolute() if options.json else None
     if options.json:
@@ -150,7 +151,7 @@ def check_targets(options, sources):
 
 
 def read_records(options):
-    """The entries that --json FILE holds from an earlier run, {} without; UserError if it is another file."""
+    """The entries of an earlier run in the --json file, or {}; UserError if predict.py did not write it."""
     if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
         return {}
     try:
@@ -165,9 +166,9 @@ def read_records(options):
 
 
 def settings(options, predictor):
-    """What the answers depend on, as MADE_BY has it."""
+    """Everything that the predictions depend on, as recorded in MADE_BY."""
     files = [Path(options.state)]
-    if files[0].suffix.lower() == '.xml':       # of OpenVINO; the weights are in another file
+    if files[0].suffix.lower() == '.xml':       # OpenVINO keeps the weights in a second file
         files.append(files[0].with_suffix('.bin'))
     digest = hashlib.sha256(b''.join(map(Path.read_bytes, files))).hexdigest()
     return {'network': digest[:SHOWN], 'domains': ' '.join(domain.name for domain in predictor.domains),
@@ -177,14 +178,18 @@ def settings(options, predictor):
 
 
 def answers_to(options, source):
-    """The answers of all kinds to a Source that exist."""
+    """Existing prediction files for a Source, of all kinds."""
     if source.is_video:
         return list((Path(options.out) / source.name).rglob('*.png'))
     return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
 
 
 def claim(options, predictor, sources):
-    """Writes to --out what makes the answers; UserError if others are there already, unless --overwrite, which removes them."""
+    """Records in --out the settings of the predictions.
+
+    UserError if --out holds predictions made with other or unknown settings. --overwrite removes those of `sources`
+    instead; then UserError if any made with other settings would remain.
+    """
     path, made = Path(options.out) / MADE_BY, settings(options, predictor)
     before, there = read_object(path), [answer for source in sources for answer in answers_to(options, source)]
     other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
@@ -192,19 +197,19 @@ def claim(options, predictor, sources):
         raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(other)}; choose '
                         'another --out, or replace them with --overwrite')
     if not options.overwrite and not before and (path.exists() or there):
-        raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; choose '
-                        'another --out, or replace them with --overwrite')
+        raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
+                        'choose another --out, or replace them with --overwrite')
     if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
         raise UserError(f'--out {options.out} holds {left[0].name}, made with other settings, which would stay; choose '
                         'another --out')
     if other or not before:
-        for answer in there:        # or a run that is stopped would take them for its own
+        for answer in there:        # otherwise a run resumed after an interruption would keep these old files
             answer.unlink()
     write_json(path, {'state': str(options.state), **made})
 
 
 def read_object(path):
-    """The object in a JSON file, {} if there is none."""
+    """The object in a JSON file; {} if the file is missing or holds no object."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -213,7 +218,7 @@ def read_object(path):
 
 
 def wanted(options, sources, records, skipped):
-    """Yields the Items that lack a result; the keys of the others go to the list `skipped`."""
+    """Yields the Items that still lack a result; adds the keys of the others to the list `skipped`."""
     for source in sources:
         for item in items_of(source):
             paths = targets(options, item.name).values()
@@ -236,14 +241,14 @@ def batched(iterable, size):
 
 
 def file_values(domain):
-    """uint8 (C,) the value of each class in the label files of a domain, void left out."""
+    """uint8 (C,): the value of each non-void class in the domain's label files."""
     values = domain.layouts[0].label_kinds[-1].values
     lowest = {index: value for value, index in sorted(values.items(), reverse=True)}
     return np.array([lowest[index] for index in range(domain.void)], dtype=np.uint8)
 
 
 def picture(kind, image, prediction, label_ids):
-    """What is saved as `kind`, uint8 (H, W) or (H, W, 3)."""
+    """The picture that is saved as `kind`: uint8 (H, W) or (H, W, 3)."""
     domain, labels = prediction.domain, prediction.labels.numpy()
     if kind == 'labels':
         return labels if label_ids == 'train' else file_values(domain)[labels]
@@ -262,21 +267,21 @@ def save(options, loaded, prediction):
 
 
 def record(prediction):
-    """What --json holds of an image."""
+    """The entry of an image in --json."""
     choice = prediction.choice
     return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'domains': choice.probabilities,
             'confidence': prediction.confidence.mean().item(), 'classes': prediction.shares}
 
 
 def branch_of(options, predictor):
-    """Name of the domain whose branch answers for all images, or 'auto'."""
+    """Name of the domain whose branch segments all images, or 'auto'."""
     if predictor.identifier:
         return 'auto'
     return predictor.domains[0 if options.domain in (None, 'auto') else predictor.index(options.domain)].name
 
 
 class Chooser:
-    """Which branch answers for each image: the named domain's, the only one, or the one that fits the image."""
+    """Chooses the branch for each image: that of the named domain, the only one, or that of the detected domain."""
 
     def __init__(self, options, predictor):
         self.predictor, self.sequence = predictor, options.sequence
@@ -290,7 +295,7 @@ class Chooser:
         return [choice for loaded in batch for choice in self.predictor.choices(self.guess(loaded))]
 
     def guess(self, loaded):
-        """The Guess about one image, counting what came before in its sequence."""
+        """The Guess about one image; with --sequence and in videos, it uses the frames so far."""
         known, item, look = self.predictor.identifier, loaded.item, loaded.look[None]
         if not item.video and not self.sequence:
             return known.guess(look)
@@ -299,11 +304,12 @@ class Chooser:
 
 
 def predict_all(options, predictor, sources, records):
-    """Predicts what is missing and adds it to `records`; returns what was done in words, and errors."""
+    """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
     items = tqdm(wanted(options, sources, records, skipped), unit='image', disable=None,
                  total=None if any(source.is_video for source in sources) else len(sources))
-    for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers), options.batch_size):
+    for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers),
+                         options.batch_size):
         errors += [loaded.error for loaded in batch if loaded.error]
         batch = [loaded for loaded in batch if not loaded.error]
         for loaded, prediction in zip(batch, predictor.predict_prepared([loaded.prepared for loaded in batch],
@@ -318,7 +324,7 @@ def predict_all(options, predictor, sources, records):
 
 
 def run(options, place):
-    """Predicts all; what was done is on record even if it ends early."""
+    """Predicts all images; --json gets the finished ones even if the run ends early."""
     sources = find_sources(options.input, options.out)
     check_targets(options, sources)
     records = read_records(options)
@@ -335,7 +341,7 @@ def run(options, place):
 
 
 def run_advice(options, place):
-    """Says what there is to say about the images of --advise; --json gets the same."""
+    """Prints the advice about the images of --advise; --json gets the same."""
     sources = [source for source in find_sources([options.advise]) if not source.is_video]
     options.domain = 'auto'
     predictor = load_predictor(options, place)

@@ -4,8 +4,9 @@
     python train.py --domains cityscapes BDD --state runs/1/model_best.pth.tar --savedir runs/2
     python train.py --domains cityscapes BDD IDD --state runs/2/model_best.pth.tar --savedir runs/3
 
-The last of --domains is learnt, --state knows the others. `python train.py --help` lists
-everything; README.md tells the story. One optimisation step is `train_batch`, below.
+The last of --domains is learnt; the checkpoint in --state must contain the others. The options
+are listed by `python train.py --help`; README.md explains the method. One optimisation step is
+`train_batch`, below.
 """
 import contextlib
 import itertools
@@ -33,13 +34,13 @@ from mdil.utils.parallel import agreed, broadcast_buffers, reduced, session, sha
 
 
 def train_batch(run, images, labels, domain):
-    """One batch of the domain index `domain`; returns {'loss', and the name of each term: its value}, 0-d tensors.
+    """Trains on one batch of domain number `domain`; returns {'loss' and each term's name: value}, 0-d tensors.
 
     loss = sum of weight * term, by default ce + lambda * kd: the cross-entropy of the new
-    domain, and the distances to the teacher in the branches of the old domains. One step on
-    the loss, or one on each of its terms. images (B, 3, H, W) uint8, labels (B, H, W)
-    uint8, on the device, which nothing here waits for. Where the loss is not finite, no
-    weight is touched.
+    domain, plus the distances to the teacher in the branches of the old domains. Takes one
+    optimiser step on the loss, or one on each term. images (B, 3, H, W) uint8 and labels
+    (B, H, W) uint8 are on the device; nothing here waits for it. If the loss is not finite,
+    the weights stay as they are.
     """
     values = {term.name: 0.0 for term in run.terms}
     for parts in optimizer_steps(run):
@@ -54,7 +55,7 @@ def train_batch(run, images, labels, domain):
             values[term.name] = values[term.name] + factor * whole
         loss = sum(term.weight * values[term.name] for term in run.terms)
         if learns:
-            if run.optimizer.defaults['fused']:       # where this is 1, it changes nothing
+            if run.optimizer.defaults['fused']:       # the optimiser skips its step if found_inf is 1
                 run.optimizer.found_inf = (~torch.isfinite(loss)).float()
             run.scaler.step(run.optimizer)
             run.scaler.update()
@@ -62,14 +63,14 @@ def train_batch(run, images, labels, domain):
 
 
 def batches(run):
-    """(DomainData, batch) of the rest of the epoch, the trained domains in turn."""
+    """(DomainData, batch) for the rest of the epoch, taking the trained domains in turn."""
     rounds = zip(*(data.train for data in run.trained))
     in_turn = itertools.chain.from_iterable(zip(run.trained, batch_of_each) for batch_of_each in rounds)
     return itertools.islice(in_turn, run.batch % len(run.trained), None)
 
 
 def train_epoch(run, interrupt):
-    """The rest of the epoch; returns images per second. Saves and exits on a signal."""
+    """Trains for the rest of the epoch; returns images per second. Saves and exits on a signal."""
     run.start_epoch()
     step = graphed(partial(train_batch, run), run.place)
     images_seen, start = 0, time.perf_counter()
@@ -82,7 +83,7 @@ def train_epoch(run, interrupt):
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
-            if run.last and not bar.disable:        # of the batch before: a GPU is at work on this one
+            if run.last and not bar.disable:        # shows the previous batch: the GPU is still working on this one
                 shown = ', '.join(f'{name} {tables.number(value.item(), 3)}' for name, value in run.last.losses.items())
                 bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
             run.add(losses, data, batch)
@@ -93,7 +94,7 @@ def train_epoch(run, interrupt):
 
 
 def save_and_stop(run, when):
-    """Ends the process with the status of a stopped run, which goes on at the same place."""
+    """Saves the run, to be resumed from here, and exits with the status of an interrupted run."""
     run.save()
     if run.place.main:
         print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved, continue with --resume', file=sys.stderr)
@@ -101,7 +102,7 @@ def save_and_stop(run, when):
 
 
 def validate(run):
-    """{domain: {'loss', 'miou'}} of every domain whose validation images are at hand."""
+    """{domain: {'loss', 'miou'}} of every domain whose validation images are available."""
     broadcast_buffers(run.student, run.place)
     results = {}
     for data in run.data:
@@ -116,12 +117,12 @@ def validate(run):
 
 
 def validate_when_due(run, interrupt):
-    """What `validate` returns, {} in an epoch without validation. Saves and exits on a signal."""
+    """The result of `validate`, or {} in an epoch without validation. Saves and exits on a signal."""
     epoch = run.epoch + 1
     if epoch % run.options.val_every and epoch not in (1, run.options.num_epochs):
         return {}
     try:
-        # Among several processes only the next batch tells whether all have had the signal.
+        # Several processes must stop together, which they can agree on only after the next batch.
         with interrupt.at_once() if run.place.world == 1 else contextlib.nullcontext():
             return validate(run)
     except resume.Stopped:
@@ -129,7 +130,7 @@ def validate_when_due(run, interrupt):
 
 
 def finish_epoch(run, rate, displays, interrupt):
-    """Validates, decays the rate, writes metrics and checkpoints, and says so."""
+    """Validates, decays the learning rate, writes metrics and checkpoints, and prints the results."""
     lr, total = run.schedule.get_last_lr()[-1], run.options.num_epochs
     val = validate_when_due(run, interrupt)
     losses = run.end_epoch()
@@ -138,7 +139,7 @@ def finish_epoch(run, rate, displays, interrupt):
     if better:
         run.best = sum(mious) / len(mious)
     if run.place.main:
-        # Readers of metrics.jsonl find 'kd' in every line, whether the step distils or not.
+        # Every line of metrics.jsonl has 'kd', even if the step does not distil.
         train = {**losses, 'kd': losses.get('kd', 0.0), 'images_per_second': rate}
         line = {'epoch': run.epoch, 'train': train, 'val': val, 'lr': lr}
         records.append_metrics(run.folder, line)
@@ -152,15 +153,15 @@ def finish_epoch(run, rate, displays, interrupt):
 
 
 def find_saved(options):
-    """The checkpoint to go on from under --resume, or None."""
+    """The checkpoint that --resume continues from, or None."""
     if not options.resume:
         return None
     saved = resume.find(Path(options.savedir), (LATEST, PREVIOUS))
     if saved is None:
         found = results_in(Path(options.savedir))
         if found:
-            raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to continue from; use '
-                            'another --savedir, or start anew with --overwrite')
+            raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to continue from; '
+                            'use another --savedir, or start anew with --overwrite')
         tell(f'--resume: nothing in {options.savedir}, starting fresh')
     else:
         resume.check_options(saved, options)
@@ -168,7 +169,10 @@ def find_saved(options):
 
 
 def begin(options, place, saved):
-    """(Run, what shows its records) at the start, or where the checkpoint `saved` stopped; writes and says what it is."""
+    """(Run, [objects that display its records]), new or resumed from the checkpoint `saved`.
+
+    Writes the run's options and prints what it trains.
+    """
     run = Run(options, place, saved)
     if not place.main:
         return run, []
@@ -180,8 +184,8 @@ def begin(options, place, saved):
     records.keep_metrics(run.folder, run.epoch)
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
-    print(f'learning {options.domains[-1]} ({options.method}, {options.network}{name}) at {options.width}x{options.height} '
-          f'on {place.device}: {run.loaded}')
+    print(f'learning {options.domains[-1]} ({options.method}, {options.network}{name}) at '
+          f'{options.width}x{options.height} on {place.device}: {run.loaded}')
     shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn)
     if shared:
         print(shared)
@@ -192,13 +196,13 @@ def begin(options, place, saved):
 
 
 def learn(options, place, watchers=()):
-    """Learns the step, from its start or from where it stopped; watchers: as of `learn_step`."""
+    """Learns the step from its start, or from where it stopped; watchers: see `learn_step`."""
     with resume.Interrupt(place) as interrupt:
         with interrupt.at_once():
             saved = find_saved(options)
             if not agreed([saved['epoch'], saved['batch']] if saved else [-1, -1], place):
-                raise UserError(f'--savedir {options.savedir}: the processes find different checkpoints there; use a folder '
-                                'that all machines share')
+                raise UserError(f'--savedir {options.savedir}: the processes find different checkpoints there; use a '
+                                'folder that all machines share')
             if saved and saved['epoch'] >= options.num_epochs:
                 if place.main:
                     print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
@@ -213,7 +217,7 @@ def learn(options, place, watchers=()):
 
 
 def learn_step(options, watchers=()):
-    """Learns the step that complete options describe.
+    """Learns the step that `options`, as completed by the parser, describe.
 
     watchers: objects whose `show(line, run)` is called after each epoch with its line of metrics.jsonl.
     """
