@@ -106,7 +106,7 @@ def check_places(options):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An Item with its image, and its look if the domain is detected from it; or the error that kept it from loading."""
+    """An Item with its image (and its look if the domain is detected from it), or why it could not be loaded."""
     item: Item
     image: Image.Image = None
     prepared: Prepared = None

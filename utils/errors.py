@@ -1,4 +1,4 @@
-"""Errors that a user can fix: one line, exit status 2."""
+"""Errors that a user can fix; they end the program with one line and exit status 2."""
 import contextlib
 import os
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mdil.utils.output import lenient_output
 
-# What other libraries raise, known by type name or text -> what to do about it. The first that fits counts.
+# Errors of other libraries, matched by type name or text -> what to do about them. The first match counts.
 RESUME = '--resume continues from the last checkpoint'
 NO_MEMORY = f'the memory of this machine is full; lower --num-workers, --batch-size or --height; {RESUME}'
 ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; '
                               f'{RESUME}',
-          'shared memory': 'the shared memory (/dev/shm) that loader processes use is too small; enlarge it (docker run '
-                           f'--shm-size=8g), or use --num-workers 0; {RESUME}',
+          'shared memory': 'the shared memory (/dev/shm) that loader processes use is too small; enlarge it (docker '
+                           f'run --shm-size=8g), or use --num-workers 0; {RESUME}',
           'Too many open files': f'too many files are open; allow more (ulimit -n), or lower --num-workers; {RESUME}',
           'ancdata': f'too many files are open; allow more (ulimit -n), or lower --num-workers; {RESUME}',
           'allocate memory': NO_MEMORY, 'MemoryError': NO_MEMORY,
@@ -21,17 +21,17 @@ ADVICE = {'OutOfMemoryError': 'the GPU is out of memory; lower --batch-size or -
           'gloo/transport': f'another process of this run has ended; see what it said; {RESUME}'}
 
 
-# Packages that only some tools need: import name -> what to install.
+# Packages that only some tools need: import name -> package to install.
 OPTIONAL = {'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'visdom': 'visdom', 'av': 'av'}
 
 
 def printable(text):
-    """`text` on one line of any terminal: what file names hold of other bytes and of control characters is escaped."""
+    """`text` on one line that any terminal can show; control characters and undecodable bytes are escaped."""
     return ''.join(sign if sign.isprintable() else sign.encode('unicode_escape').decode() for sign in text)
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and what to do, in one line."""
+    """Says in one line what is wrong, where, and what to do."""
 
     def __init__(self, message):
         # A loader worker's error arrives with its traceback in front.
@@ -39,9 +39,9 @@ class UserError(Exception):
 
 
 def advice(error):
-    """The line for an error of another library that users meet, None for any other."""
+    """The line to print for an error of another library, or None if none is known."""
     handed_over = any(frame.f_code.co_name == '_try_get_data' for frame, _ in traceback.walk_tb(error.__traceback__))
-    if handed_over and isinstance(error, (OSError, EOFError)):      # the worker died while it handed over a batch
+    if handed_over and isinstance(error, (OSError, EOFError)):      # the worker died while handing over a batch
         return ADVICE['DataLoader worker']
     return next((line for key, line in ADVICE.items() if key in type(error).__name__ or key in str(error)), None)
 
@@ -49,8 +49,8 @@ def advice(error):
 def run_main(main):
     """Calls `main()` and turns errors that a user can fix into one line and exit status 2.
 
-    Nothing is lost because something cannot be printed. Output that was lost is such an
-    error in the end, unless its reader went away.
+    A failure to print never stops `main()`. Output that could not be written is reported at
+    the end as such an error, unless the reader of the pipe went away.
     """
     with lenient_output() as output:
         try:
@@ -66,7 +66,7 @@ def run_main(main):
 
 
 def exit_by(main):
-    """Ends the process as `main()` ends: by its exit status, or by one line and status 2."""
+    """Exits with the status of `main()`, or with one line and status 2 for an error that a user can fix."""
     try:
         sys.exit(main())
     except UserError as error:
@@ -89,11 +89,11 @@ def exit_by(main):
 
 
 def first_to_fail():
-    """Whether no other of the processes that torchrun started on this machine has failed, and said why."""
+    """False if another process that torchrun started on this machine has failed before, and printed why."""
     report = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if report:
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            try:        # in a folder of these processes, which torchrun removes
+            try:        # in these processes' own folder, which torchrun removes
                 (Path(report).parents[1] / 'failed').touch(exist_ok=False)
             except FileExistsError:
                 return False

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and folders that two processes do not write to at once."""
+"""Atomic file writes, and locks that keep two processes from writing to the same folder."""
 import contextlib
 import errno
 import fcntl
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from mdil.utils.errors import UserError
 
-HELD = weakref.WeakSet()        # files of the locks of this process; a forked child would go on holding them
+HELD = weakref.WeakSet()        # lock files of this process; a forked child closes them, or it would keep the locks
 os.register_at_fork(after_in_child=lambda: [file.close() for file in HELD])
 
 
 def write_atomically(path, write, previous=None):
-    """Calls write(file) on a new binary file that takes the place of `path` once complete and on the disk.
+    """Calls write(file) on a new binary file, which replaces `path` once it is complete and on disk.
 
-    previous: where the file that was at `path` goes instead of vanishing. A link is
-    followed, not replaced; what is no regular file, or standard output, is written to.
-    UserError if the disk does not take it; `path` is then as it was.
+    previous: path at which to keep the old file. A symbolic link is followed, not replaced;
+    devices, pipes and standard output are written to directly. UserError if writing fails;
+    `path` is then unchanged.
     """
     if written_through(path):
         write_through(path, write)
@@ -39,7 +39,7 @@ def write_atomically(path, write, previous=None):
             keep_as(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:    # writers of torch report a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
         raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); the previous file '
                         'is kept') from None
     finally:
@@ -48,7 +48,7 @@ def write_atomically(path, write, previous=None):
 
 
 def standard_stream(path):
-    """The descriptor of standard output or error if `path` is the same file, else None."""
+    """The descriptor of standard output or standard error if `path` is that file, else None."""
     for number in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path), os.fstat(number)):
@@ -57,13 +57,13 @@ def standard_stream(path):
 
 
 def written_through(path):
-    """Whether `path` is a device, a pipe or standard output, which nothing can take the place of."""
+    """Whether `path` is a device, a pipe or a standard stream, which cannot be replaced, only written to."""
     return os.path.exists(path) and not os.path.isdir(path) and (
         not os.path.isfile(path) or standard_stream(path) is not None)
 
 
 def write_through(path, write):
-    """Calls write(file) on the device, pipe or standard stream at `path`; UserError if it takes nothing."""
+    """Calls write(file), then sends the result to the device, pipe or stream at `path`; UserError if that fails."""
     content, number = io.BytesIO(), standard_stream(path)
     write(content)
     try:
@@ -76,14 +76,14 @@ def write_through(path, write):
 
 
 def temporary_name(path):
-    """Where this process writes what becomes `path`."""
+    """The temporary file that this process writes before renaming it to `path`."""
     return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
 
 
 def keep_as(path, previous):
-    """Gives the file at `path` the name `previous` too, so that at no moment there is none at `path`.
+    """Gives the file at `path` the second name `previous`, so that `path` exists at every moment.
 
-    File systems without hard links have it moved instead, and copied to another file system.
+    Without hard links the file is moved instead (copied, if `previous` is on another file system).
     """
     link = temporary_name(previous)
     try:
@@ -93,11 +93,11 @@ def keep_as(path, previous):
         move(path, previous)
     finally:
         with contextlib.suppress(OSError):
-            link.unlink()       # it stays where both names were the same file already
+            link.unlink()       # os.replace leaves it if both names were already the same file
 
 
 def move(path, target):
-    """Moves a file, to another file system too; there is never half a file at `target`."""
+    """Moves a file, even to another file system (it then stays at `path` too); `target` is never half-written."""
     try:
         os.replace(path, target)
     except OSError as error:
@@ -109,7 +109,7 @@ def move(path, target):
 
 
 def sync_folder(folder):
-    """Waits until the names in `folder` are on the disk, where the file system can be asked to."""
+    """Waits until the directory entries of `folder` are on disk, if the file system supports that."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -119,7 +119,7 @@ def sync_folder(folder):
 
 
 def remove_leftovers(folder, names):
-    """Removes what killed processes left half-written of the files `names` in `folder`, which nobody else writes."""
+    """Removes temporary files of `names` that killed processes left in `folder`; nothing else may write there now."""
     for name in names:
         target = Path(os.path.realpath(folder / name))
         for path in target.parent.glob(f'.{glob.escape(target.name)}.*.tmp'):
@@ -138,7 +138,7 @@ def write_json(path, value):
 
 
 def same_file(one, other):
-    """Whether two paths name one file that exists, through links too."""
+    """Whether two paths name the same existing file, links followed."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -146,9 +146,9 @@ def same_file(one, other):
 
 
 def check_writable(option, path, folder=False, inputs=()):
-    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if it cannot be.
+    """Makes the folder of the file (or, with `folder`, the folder) that an option names; UserError if not writable.
 
-    inputs: files that are read, none of which the option may name.
+    inputs: files to be read, which the option must not name.
     """
     place = Path(path) if folder else Path(os.path.realpath(path)).parent
     if not folder and Path(path).is_dir():
@@ -168,14 +168,14 @@ def check_writable(option, path, folder=False, inputs=()):
 
 
 def check_new(option, path, overwrite, inputs=()):
-    """As `check_writable` of a file; UserError too if there is one already and not `overwrite`."""
+    """`check_writable` for a file; UserError also if a non-empty file exists, unless `overwrite`."""
     check_writable(option, path, inputs=inputs)
     if not overwrite and os.path.isfile(path) and os.path.getsize(path) and not written_through(path):
         raise UserError(f'{option} {path} exists; name another file, or replace it with --overwrite')
 
 
 def check_results(option, path, entries, inputs=()):
-    """As `check_writable` of a file; UserError too if one is there that is no JSON object with the `entries` of ours."""
+    """`check_writable` for a file; UserError also if one exists that is not a JSON object with all of `entries`."""
     check_writable(option, path, inputs=inputs)
     if not os.path.isfile(path) or not os.path.getsize(path) or written_through(path):
         return
@@ -189,14 +189,14 @@ def check_results(option, path, entries, inputs=()):
 
 @contextlib.contextmanager
 def locked(path, busy=None):
-    """Holds the lock file `path` for this process; a dead process holds nothing.
+    """Holds a lock on the file `path` within the context; the lock ends with the process.
 
-    Where another process holds it, this one waits and says so, or raises UserError(busy)
-    if that is given. A second lock in this process is refused as well. Loader workers, which
-    outlive a killed run by seconds, close the file they inherit and so do not hold it.
+    While another process holds it, this one prints that it waits, or raises UserError(busy) if
+    `busy` is given. A second lock in the same process counts as another's. Loader workers, which
+    outlive a killed run by seconds, close the inherited file and so do not keep the lock.
     """
     try:
-        file = open(path, 'ab+', buffering=0)      # for reading too: a FIFO would wait for a reader
+        file = open(path, 'ab+', buffering=0)      # also for reading: opening a FIFO to write only would block
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
     HELD.add(file)

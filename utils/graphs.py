@@ -1,7 +1,7 @@
-"""CUDA graphs: the kernels of a piece of work, recorded once and replayed as one launch.
+"""CUDA graphs: the kernels of a function, recorded once and replayed as a single launch.
 
-A batch of this network is some two thousand small kernels; on a fast card the processor takes
-longer to launch them than the card to run them.
+A batch of this network takes about two thousand small kernels; on a fast GPU the processor needs
+longer to launch them than the GPU to run them.
 """
 import torch
 
@@ -11,17 +11,17 @@ EAGER = 2       # calls before recording: cuDNN chooses its algorithms, torch.co
 
 
 def graphed(work, place):
-    """`work` as it is, or as a Graphed where the place has graphs."""
+    """`work` itself, or wrapped in Graphed if the place uses CUDA graphs."""
     return Graphed(work) if place.graphs else work
 
 
 class Graphed:
     """`work` on one GPU, recorded for each form of its arguments and replayed from the third call on.
 
-    work: a function of tensors on the GPU, which it may not change, and of other values. It
-    returns a tensor, or a tuple or dict of tensors, and never waits for the GPU. It runs once
-    for each call, so it may train; whatever else it reads in Python (a learning rate) stays
-    as it was when recorded. What a call returns is overwritten by the next one.
+    form: the shapes of tensor arguments and the values of all others. work: must not change its
+    tensor arguments, which are on the GPU, nor wait for the GPU; returns a tensor, or a tuple or
+    dict of tensors. Every call runs it exactly once, so it may train, but anything else that it
+    reads in Python, such as a learning rate, stays as recorded. The next call overwrites the output.
     """
 
     def __init__(self, work):
@@ -43,7 +43,7 @@ class Graphed:
         return output
 
     def eager(self, arguments):
-        """Runs the work on the stream that will be recorded, so that autograd's own state belongs to it."""
+        """Runs the work on the stream that is recorded later, so that autograd's state belongs to that stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             output = self.work(*arguments)
@@ -51,7 +51,7 @@ class Graphed:
         return output
 
     def record(self, arguments):
-        """(graph, its arguments, its output) of the work on arguments of this form; nothing is computed yet."""
+        """(graph, its own copies of the arguments, its output) for arguments of this form; computes nothing yet."""
         graph = torch.cuda.CUDAGraph()
         own = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         torch.cuda.synchronize()

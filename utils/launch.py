@@ -1,9 +1,9 @@
-"""torchrun, ending as the processes that it starts do.
+"""torchrun with the exit status of the processes that it starts.
 
     python -m mdil torchrun --nproc_per_node 4 train.py --domains ...
 
-What a user can fix is one line and exit status 2, as of a single process, in place of
-torchrun's report of many lines and status 1. A signal lets all processes save and ends with 75.
+An error that a user can fix gives one line and exit status 2, as in a single process, instead of
+torchrun's long report and status 1. On a signal, all processes save and the exit status is 75.
 """
 import logging
 import os
@@ -19,16 +19,16 @@ from mdil.utils.workers import INTERRUPTED, STOPPING
 
 
 def end_of(failed):
-    """Exit status for the ChildFailedError of torchrun; UserError for a process that a signal ended."""
+    """Exit status for torchrun's ChildFailedError; UserError if a signal killed the process."""
     rank, failure = failed.get_first_failure()
     if failure.exitcode < 0:
-        raise UserError(f'process {rank} was ended by {signal.Signals(-failure.exitcode).name} (out of memory?); --resume '
-                        'continues from the last checkpoint')
+        raise UserError(f'process {rank} was ended by {signal.Signals(-failure.exitcode).name} (out of memory?); '
+                        '--resume continues from the last checkpoint')
     return failure.exitcode
 
 
 def stop_once(number, _):
-    """The handler of signals: torchrun passes the first one on and waits for its processes, which save."""
+    """The signal handler: torchrun passes the first signal on and waits until its processes have saved."""
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
     raise SignalException(signal.Signals(number).name, signal.Signals(number))
@@ -36,10 +36,10 @@ def stop_once(number, _):
 
 def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
-    logging.disable(logging.ERROR)      # torchrun's report
-    os.environ.setdefault('OMP_NUM_THREADS', '1')       # what torchrun sets, and says in four lines
+    logging.disable(logging.ERROR)      # hides torchrun's report
+    os.environ.setdefault('OMP_NUM_THREADS', '1')       # torchrun would set it too, with a four-line warning
     for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # of newer and of older versions
-        os.environ.setdefault(name, 'SIGQUIT')      # the others are handled here
+        os.environ.setdefault(name, 'SIGQUIT')      # this module handles the other signals
     for number in STOPPING:
         signal.signal(number, stop_once)
     try:
@@ -49,8 +49,9 @@ def main(argv=None):
     except SignalException:
         return INTERRUPTED
     except (RendezvousError, ConnectionError) as error:
-        raise UserError(f'the machines cannot connect, or no longer can ({" ".join(str(error).split())[:150]}); check what the '
-                        'others say, that all name the same first machine, and that its port is open') from None
+        raise UserError(f'the machines cannot connect, or no longer can ({" ".join(str(error).split())[:150]}); check '
+                        'what the others say, that all name the same first machine, and that its port is '
+                        'open') from None
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Standard output and error that may break: a closed pipe, a terminal that is gone, a full disk."""
+"""Standard streams that may fail: a closed pipe, a terminal that is gone, a full disk."""
 import contextlib
 import os
 import sys
 
 
 class Lenient:
-    """A text stream that goes on where nothing can be written, and keeps why as `error`."""
+    """A text stream whose write and flush never raise; the last failure is kept in `error`."""
 
     def __init__(self, stream):
         self.stream, self.error = stream, None
@@ -21,7 +21,7 @@ class Lenient:
 
     @contextlib.contextmanager
     def kept(self):
-        """Turns an error of the stream into `error`."""
+        """Stores an error of the stream in `error`."""
         try:
             yield
         except (OSError, ValueError) as error:      # ValueError: it is closed
@@ -33,9 +33,9 @@ class Lenient:
 
 @contextlib.contextmanager
 def lenient_output():
-    """Within it, printing never raises; yields the standard output, a Lenient.
+    """Within this context printing never raises; yields standard output as a Lenient.
 
-    A stream that was closed when the process began swallows what is printed.
+    Output to a stream that was already closed when the process began is discarded.
     """
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Lenient(stream or open(os.devnull, 'w')) for stream in kept)
@@ -49,7 +49,7 @@ def lenient_output():
 
 
 def drop_if_broken(stream):
-    """Sends what a broken Lenient still holds to nowhere, as Python complains of it when it ends."""
+    """Discards what a broken Lenient still buffers; otherwise Python would complain about it at exit."""
     if stream.error is not None:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

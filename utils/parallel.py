@@ -1,4 +1,4 @@
-"""One process or several, one device or several."""
+"""Devices and processes: choosing a device, joining a process group, sharing a batch."""
 import contextlib
 import ctypes
 import os
@@ -21,7 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes: its device, its rank among `world` processes; graphs: whether by CUDA graphs."""
+    """Where this process computes: its device, its rank among `world` processes; graphs: whether to use CUDA graphs."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -29,7 +29,7 @@ class Place:
 
     @property
     def main(self):
-        """Whether this process writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
@@ -37,10 +37,10 @@ class Place:
 def session(device, parallel='auto', precision='fp32', graphs=False):
     """The Place of this process; under torchrun it joins the process group for the session.
 
-    device: 'auto', or what torch calls a device. UserError if it is not there, or lacks
-    the precision.
+    device: 'auto', or torch's name of a device. UserError if the device is missing or lacks the
+    precision, or if the options contradict one another or the launcher.
     """
-    torch.backends.cudnn.benchmark = True       # images are all of one size
+    torch.backends.cudnn.benchmark = True       # pays off because all images have the same size
     allow_open_files()
     keep_freed_memory()
     launched = launcher()
@@ -64,14 +64,14 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
     join(chosen)
     try:
         yield Place(chosen, dist.get_rank(), dist.get_world_size())
-    except SystemExit:      # After any other error the others may wait for this rank: torchrun ends them.
+    except SystemExit:      # after any other error the other ranks may be waiting for this one; torchrun ends them
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def allow_open_files():
-    """Lets this process open more files if it may: loaders pass tensors as files."""
+    """Raises the limit on open files up to 65536 where allowed: loader processes pass tensors as open files."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 ** 16 if most == resource.RLIM_INFINITY else min(2 ** 16, most)
     if now != resource.RLIM_INFINITY and now < wanted:
@@ -80,7 +80,7 @@ def allow_open_files():
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory for the next batch: to give it back and fault it in anew costs 5 % of a step on a CPU."""
+    """Makes glibc keep freed memory for the next batch: returning and re-faulting it costs 5 % of a step on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):      # another C library
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
@@ -89,14 +89,14 @@ def keep_freed_memory():
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher such as torchrun tells a process: its rank among `world`, and among those of its machine."""
+    """What a launcher such as torchrun tells a process: its rank among `world`, and its `local` rank on its machine."""
     rank: int
     world: int
     local: int
 
 
 def launcher():
-    """The Launched of this process, None where it is on its own; UserError if the variables say half of it."""
+    """The Launched of this process, None if it runs alone; UserError if the variables are incomplete or contradict."""
     found = {name: launch_number(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
     rank, world, local = found.values()
     address = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
@@ -105,15 +105,16 @@ def launcher():
     lacking = [name for name in ('RANK', 'WORLD_SIZE') if found[name] is None] + address
     given = ' '.join(f'{name}={value}' for name, value in found.items() if value is not None)
     if lacking:
-        raise UserError(f'{given} in the environment without {" and ".join(lacking)}: start the processes with torchrun, '
-                        'or unset the variables for one process')
+        raise UserError(f'{given} in the environment without {" and ".join(lacking)}: start the processes with '
+                        'torchrun, or unset the variables for one process')
     if not rank < world:
-        raise UserError(f'{given} in the environment contradict: ranks go from 0 to WORLD_SIZE - 1; start with torchrun')
+        raise UserError(f'{given} in the environment contradict: ranks go from 0 to WORLD_SIZE - 1; '
+                        'start with torchrun')
     return Launched(rank, world, local or 0)
 
 
 def launch_number(name):
-    """The launcher's variable `name` as an int, None if it is not set; UserError if it is no count."""
+    """The launcher's variable `name` as an int, or None if it is unset; UserError if it is not a whole number."""
     text = os.environ.get(name)
     if text is None or text.isdecimal():
         return text and int(text)
@@ -121,7 +122,7 @@ def launch_number(name):
 
 
 def join(device):
-    """Joins the process group of a launcher, and ends (saving) with torchrun if that is killed."""
+    """Joins the launcher's process group; if torchrun is killed, this process gets SIGTERM, saves and ends."""
     backend = {'cuda': 'nccl', 'cpu': 'gloo'}.get(device.type)
     if backend is None:
         raise UserError(f'--device {device.type}: several processes need cpu or cuda; start without torchrun')
@@ -131,25 +132,25 @@ def join(device):
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
         meeting = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-        raise UserError(f'the processes cannot connect at {meeting} ({" ".join(str(error).split())[:150]}); check that the port '
-                        'is free and the machines can reach it') from None
+        raise UserError(f'the processes cannot connect at {meeting} ({" ".join(str(error).split())[:150]}); check that '
+                        'the port is free and the machines can reach it') from None
 
 
 def tell(text):
-    """Prints a line on standard error in the first process alone, before a session too."""
+    """Prints a line to standard error, in the first process only; works before a session too."""
     if os.environ.get('RANK', '0') == '0':
         print(text, file=sys.stderr)
 
 
 def current(device):
-    """The device, made the current one if it is a certain GPU: what pins memory asks for that."""
+    """Returns the device; if it names one GPU, makes it the current one, because pinned memory uses the current GPU."""
     if device.type == 'cuda' and device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
 def pick_device(name):
-    """The torch.device called `name`; 'auto' is the first GPU, or the CPU."""
+    """The torch.device called `name`; 'auto' is a GPU if there is one, else the CPU. UserError if it is not usable."""
     if name == 'auto':
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -160,22 +161,22 @@ def pick_device(name):
         raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu')
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:     # what torch lacks fails in many ways
+    except (RuntimeError, AssertionError, ImportError) as error:     # missing backends fail in many ways
         reason = ' '.join(str(error).split('.')[0].split())
         raise UserError(f'--device {name} cannot be used here ({reason[:150]}); use --device cpu') from None
     return device
 
 
 def wrap(task, place, parallel, unused=False):
-    """The task for several devices: DDP under torchrun, DataParallel on several GPUs, else as it is.
+    """Wraps the task for several devices: DDP under torchrun, DataParallel on several GPUs, else unchanged.
 
-    unused: whether some batches leave trainable parameters without a gradient. DataParallel
-    would give them one of zeros, on which Adam moves them; then one GPU is used.
+    unused: whether some batches leave trainable parameters without a gradient. DataParallel would
+    give them a gradient of zeros, and Adam would still move them, so one GPU is used instead.
     """
     if dist.is_initialized() and place.world > 1:
         devices = [place.device] if place.device.type == 'cuda' else None
-        # Running statistics follow rank 0's before each validation (`broadcast_buffers`), not at every step.
-        with warnings.catch_warnings():     # forward_sync_buffers, its new name, is not known to older versions
+        # Ranks get rank 0's running statistics before each validation (`broadcast_buffers`), not at every step.
+        with warnings.catch_warnings():     # older versions do not know the new name, forward_sync_buffers
             warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
             return nn.parallel.DistributedDataParallel(task, device_ids=devices, find_unused_parameters=unused,
                                                        broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -190,20 +191,22 @@ def wrap(task, place, parallel, unused=False):
 
 
 def sharing(task, place, batch_size, sync_bn=False):
-    """How a batch is shared among several devices, in a line; '' on one. task: what `wrap` returned."""
+    """One line on how devices share a batch; '' for a single device. task: the result of `wrap`."""
     if place.world > 1:
         each = batch_size // place.world
         norms = f'all {batch_size} (--sync-bn)' if sync_bn else f'its {each}'
-        return f'{place.world} processes take {each} of the {batch_size} images of a batch each; a batch norm sees {norms}'
+        return (f'{place.world} processes take {each} of the {batch_size} images of a batch each; '
+                f'a batch norm sees {norms}')
     if not isinstance(task, nn.DataParallel):
         return ''
     parts = [len(part) for part in torch.arange(batch_size).chunk(torch.cuda.device_count())]
-    return (f'{len(parts)} of {torch.cuda.device_count()} GPUs take {" + ".join(map(str, parts))} images of a batch, which '
-            'is what a batch norm sees (DataParallel, in one process); faster: torchrun --nproc_per_node N train.py ...')
+    return (f'{len(parts)} of {torch.cuda.device_count()} GPUs take {" + ".join(map(str, parts))} images of a batch, '
+            'which is what a batch norm sees (DataParallel, in one process); faster: torchrun --nproc_per_node N '
+            'train.py ...')
 
 
 def agreed(numbers, place):
-    """Whether all processes hold the same list of ints."""
+    """Whether all processes have the same list of ints."""
     if place.world == 1:
         return True
     own = torch.tensor(numbers, device=place.device)
@@ -213,7 +216,7 @@ def agreed(numbers, place):
 
 
 def reduced(task, last):
-    """Context of a forward and backward pass: DDP reduces gradients over processes in the `last` of a step alone."""
+    """Context for a forward and backward pass: DDP reduces gradients across processes only in a step's `last` pass."""
     alone = isinstance(task, nn.parallel.DistributedDataParallel) and not last
     return task.no_sync() if alone else contextlib.nullcontext()
 
@@ -226,7 +229,7 @@ def broadcast_buffers(module, place):
 
 
 def summed(tensor, place):
-    """The sum of `tensor` over all ranks, in place."""
+    """Sums `tensor` over all ranks in place; returns it."""
     if place.world > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""What command lines have in common: parser, types, options about data, size and machine."""
+"""What the command lines share: the parser, argument types, and options for data, size and machine."""
 import argparse
 import os
 import re
@@ -9,7 +9,7 @@ from mdil.utils.errors import UserError
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds the defaults that say something, where the help text does not speak of them itself."""
+    """Adds the default to the help of an option, unless it is trivial or the help already mentions it."""
 
     def _get_help_string(self, action):
         value = action.default
@@ -20,10 +20,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that ends with one line, without the usage text.
+    """ArgumentParser whose errors are one line, a UserError without the usage text.
 
-    refused: {option: reason} of options that the parser does not have but that users may
-    expect; a message about one of them gives the reason.
+    refused: {option: reason} for options that do not exist but that users may expect; the
+    error about such an option gives the reason.
     """
 
     def __init__(self, refused=None, **keywords):
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def home_in(text):
-    """An argument with the home folder for `~`, which shells leave as it is after `--option=`."""
+    """The argument with `~` replaced by the home folder; shells do not expand it after `--option=`."""
     return re.sub(r'(^|=)(~[\w.-]*)(?=/|$)', lambda found: found[1] + os.path.expanduser(found[2]), text)
 
 
@@ -64,7 +64,7 @@ def natural(text):
 
 
 def seed_number(text):
-    """argparse type: an int from 0 to 2^63 - 1, what all generators of random numbers take."""
+    """argparse type: an int from 0 to 2^63 - 1, which every random generator accepts."""
     value = int(text)
     if not 0 <= value < 2 ** 63:
         raise argparse.ArgumentTypeError(f'{text} is not between 0 and 2^63 - 1')
@@ -72,7 +72,7 @@ def seed_number(text):
 
 
 def rate(text):
-    """argparse type: a finite float of at least 0."""
+    """argparse type: a finite float >= 0."""
     value = float(text)
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'{text} is not a finite number >= 0')
@@ -89,7 +89,7 @@ def side(text):
 
 
 def data_options(parser):
-    """Adds where the data lies: `--data-root` and `--data`."""
+    """Adds `--data-root` and `--data`, which say where the data sets are."""
     group = parser.add_argument_group('data')
     group.add_argument('--data-root', '--datadir', default='data', metavar='DIR',
                        help='folder that holds the data sets')
@@ -99,7 +99,7 @@ def data_options(parser):
 
 
 def data_paths(items):
-    """{domain name: Path} of `--data NAME=PATH` items; UserError if one is malformed or two contradict."""
+    """{domain name: Path} of `--data NAME=PATH` items; UserError if one is malformed or two conflict."""
     paths = {}
     for item in items:
         name, equals, path = item.partition('=')
@@ -111,7 +111,7 @@ def data_paths(items):
 
 
 def size_options(group, height=512):
-    """Adds the size that images are resized to; height: the default, None for that of a checkpoint's training."""
+    """Adds the size that images are resized to; height: the default, or None for the checkpoint's training size."""
     group.add_argument('--height', type=side, default=height,
                        help='image height, a multiple of 8' + ('' if height else ' (default: the training size)'))
     group.add_argument('--width', type=side, default=argparse.SUPPRESS,
@@ -119,7 +119,7 @@ def size_options(group, height=512):
 
 
 def complete_size(options):
-    """Sets width to twice the height unless it was given; None where the height is."""
+    """Sets the width to twice the height unless given, or to None without a height; UserError for a width alone."""
     if options.height is None:
         if getattr(options, 'width', None):
             raise UserError('--width is given without --height')
@@ -129,7 +129,7 @@ def complete_size(options):
 
 
 def machine_options(parser, workers=2):
-    """Adds device, precision and workers."""
+    """Adds `--device`, `--precision` and `--num-workers`."""
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another torch device, such as mps')
     group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help='autocast type')

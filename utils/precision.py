@@ -1,4 +1,4 @@
-"""Types and layouts that networks compute in, and which of them a device has."""
+"""Number types and memory layouts for computing, and which of them a device supports."""
 import contextlib
 import functools
 import os
@@ -8,15 +8,15 @@ import torch
 
 from mdil.utils.errors import UserError
 
-# Names of bf16 arithmetic among a processor's features: x86's two kinds, Arm's.
+# A processor's feature flags for bf16 arithmetic: two for x86, one for Arm.
 BF16_FEATURES = {'avx512_bf16', 'amx_bf16', 'bf16'}
-# Values of oneDNN's limits that exclude it.
+# Values of the instruction-set limits of oneDNN and ATen that rule it out.
 WITHOUT_BF16 = {'SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI'}
 
 
 @functools.cache
 def cpu_features():
-    """Names of what the processor can do, as Linux lists them; empty on other systems."""
+    """The processor's feature flags from Linux's /proc/cpuinfo; empty on other systems."""
     try:
         with open('/proc/cpuinfo') as file:
             return {word for line in file if line.lower().startswith(('flags', 'features')) for word in line.split()}
@@ -25,7 +25,7 @@ def cpu_features():
 
 
 def without_bf16(device):
-    """Why the device computes in bf16 more slowly than in float32, in words; '' if it does not."""
+    """Why bf16 is slower than float32 on the device, in words; '' if it is not."""
     if device.type == 'cuda':
         return '' if torch.cuda.get_device_capability(device)[0] >= 8 else 'this GPU has no bf16 arithmetic'
     if device.type != 'cpu':
@@ -37,7 +37,7 @@ def without_bf16(device):
 
 
 def check_precision(precision, device):
-    """Warns of a precision that the device is slow in; UserError for one that it does not have."""
+    """Warns if the precision is slow on the device; UserError if the device does not support it."""
     if precision == 'fp32':
         return
     if not torch.amp.autocast_mode.is_autocast_available(device.type):
@@ -48,17 +48,17 @@ def check_precision(precision, device):
 
 
 def wide_type(device):
-    """The type that sums are kept in: float64 where the device has it."""
+    """The type for sums: float64 if the device has it, else float32."""
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def to_float(images):
-    """uint8 [0, 255] -> float32 [0, 1], where the images are; floats pass as they are."""
+    """uint8 [0, 255] -> float32 [0, 1], on the images' device; floats are returned unchanged."""
     return images if images.is_floating_point() else images.float().div_(255)
 
 
 def memory_format(device, precision):
-    """The layout that convolutions run fastest in: channels last, but for float32 on a GPU."""
+    """The fastest layout for convolutions: channels last, except for float32 on a GPU."""
     contiguous = device.type == 'cuda' and precision == 'fp32'
     return torch.contiguous_format if contiguous else torch.channels_last
 

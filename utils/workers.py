@@ -1,4 +1,4 @@
-"""Work shared among processes and threads, and how the processes end."""
+"""Sharing work among processes and threads, and ending those processes."""
 import ctypes
 import multiprocessing
 import os
@@ -14,26 +14,29 @@ from tqdm import tqdm
 from mdil.utils.errors import UserError
 
 STOPPING = signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM     # signals that ask a run to stop
-INTERRUPTED = 75        # exit status of a run that a signal stopped: saved, run again with --resume
+INTERRUPTED = 75        # exit status of a run that a signal stopped; it has saved and continues with --resume
 PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
-# How processes start. From 3.14 on, Python's default on Linux is a server that starts them: each would import torch
-# anew, scripts without `if __name__ == '__main__'` would fail, and the server would be their parent.
+# How processes start. From 3.14 on, Python's default on Linux is a fork server: every process would import torch
+# again, scripts without `if __name__ == '__main__'` would fail, and the server would be the parent.
 CONTEXT = multiprocessing.get_context('fork') if sys.platform == 'linux' else None
 
 
 def end_with(parent, number=signal.SIGKILL):
-    """Has this process get the signal `number` when its parent, the process `parent`, ends; on Linux alone.
+    """Makes this process receive the signal `number` when its parent, the process `parent`, ends; Linux only.
 
-    The end of the thread that started it counts as the parent's.
+    Linux already counts the end of the thread that started this process as the end of the parent.
     """
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PARENTS_DEATH, number)
-        if os.getppid() != parent:      # it ended before
+        if os.getppid() != parent:      # the parent has already ended
             os.kill(os.getpid(), number)
 
 
 def become_worker(parent, ignored):
-    """Makes this process a worker: the process `parent` answers the `ignored` of STOPPING, and ends it with itself."""
+    """Makes this process a worker: it ends with the process `parent`, and leaves the signals in `ignored` to it.
+
+    The other signals in STOPPING get their default action.
+    """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     end_with(parent)
@@ -42,36 +45,37 @@ def become_worker(parent, ignored):
 def become_loader(parent, _):
     """`partial(become_loader, os.getpid())` is the worker_init_fn of a DataLoader.
 
-    Schedulers send a signal to all processes of a run at once. The loaders ignore it, as
-    the batch is finished with what they load.
+    Schedulers send a signal to all processes of a run at once. Loaders ignore it, because the run
+    needs them to finish its batch.
     """
     become_worker(parent, STOPPING)
 
 
 def in_parallel(function, items, workers, title):
-    """Yields function(item) in the order of the list `items`, with progress on standard error.
+    """Yields function(item) in the order of the list `items`, with a progress bar on standard error.
 
-    `workers` processes share the work (1: this process alone), so `function`, items and
-    results must pickle. Raises what `function` raises, UserError if a process was killed.
+    `workers` processes share the work (1: this process does it), so `function`, items and results
+    must be picklable. Raises what `function` raises; UserError if a process was killed.
     """
     progress = partial(tqdm, total=len(items), desc=title, unit='file', leave=False, disable=None)
     if workers == 1 or len(items) < 2:
         yield from progress(map(function, items))
         return
     chunk = max(1, min(16, len(items) // (4 * workers)))
-    # A pool ends its processes by SIGTERM, so they must not ignore that.
+    # A pool ends its processes with SIGTERM, so they must not ignore that signal.
     worker = {'mp_context': CONTEXT, 'initializer': become_worker, 'initargs': (os.getpid(), STOPPING[:-1])}
     try:
         with ProcessPoolExecutor(min(workers, len(items)), **worker) as pool:
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
-        raise UserError(f'{title}: a worker process was killed, perhaps for lack of memory; use fewer --workers') from None
+        raise UserError(f'{title}: a worker process was killed, perhaps for lack of memory; '
+                        'use fewer --workers') from None
 
 
 def in_threads(function, items, threads):
-    """Yields function(item) in the order of the iterable `items`, computed by `threads` threads (0: by this one).
+    """Yields function(item) in the order of the iterable `items`, computed by `threads` threads (0: in this thread).
 
-    For work that runs without Python's lock. Threads stay at most four items each ahead,
+    For work that releases Python's global lock. At most four items per thread are computed ahead,
     which bounds the memory.
     """
     if not threads:
