@@ -1,1 +1,1 @@
-"""What networks have learnt: figures, tables, pictures."""
+"""What networks have learnt, as metrics, tables and pictures, and the tools for trained networks."""

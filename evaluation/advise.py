@@ -1,10 +1,11 @@
-"""predict.py --advise: which branch fits unlabelled images of a new place, how well, and whether a new one is worth it.
+"""predict.py --advise: which branch fits unlabelled images of a new place, how well, and whether to train a new one.
 
-The expected mIoU comes from the network's own confidence. Were its probabilities true, the IoU of
-a class would follow from them alone: of the pixels that get the class, their summed probability is
-expected to be right, and the sum over all pixels is how many there are. On images of the known
-domain this trusted IoU is too high; the ratio by which it is, measured on validation images with
-labels, corrects it. The ratio's spread over parts of those images gives the error.
+The expected mIoU comes from the network's own confidence. If its probabilities were calibrated, the
+IoU of a class would follow from them alone. The probabilities of the class, summed over the pixels
+predicted as it, give the expected number of correct pixels; summed over all pixels, they give the
+expected number of pixels of the class. This "trusted" IoU is too high even on the known domain, so
+it is multiplied by the ratio of true to trusted mIoU on labelled validation images. The spread of
+that ratio over parts of those images gives the error.
 """
 from dataclasses import dataclass
 
@@ -18,14 +19,18 @@ from mdil.evaluation.predictor import unplaced
 from mdil.models.identify import FEWEST
 from mdil.utils.errors import UserError
 
-PART = 4            # images of a part, over which the ratio of true to trusted mIoU is measured
-MOST = 64           # images that are segmented, of the folder and of the validation images, at most
+PART = 4            # images per part; each part gives one ratio of true to trusted mIoU
+MOST = 64           # maximum number of images to segment, of the folder and of the validation set each
 WORTH = 0.5         # share of unknown images above which a new branch is worth training
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over pixels, by class (C,): right ones by the network's probabilities, answers, and pixels there are."""
+    """Pixel counts for each class, (C,) float64.
+
+    right: expected number of correct pixels; answers: pixels predicted as the class; pixels:
+    expected number of pixels of the class.
+    """
     right: torch.Tensor
     answers: torch.Tensor
     pixels: torch.Tensor
@@ -35,16 +40,16 @@ class Counts:
 
     @property
     def trusted_miou(self):
-        """Mean IoU in percent, were all probabilities true; classes that get no pixel are left out."""
+        """Mean IoU in percent if the probabilities were calibrated; classes that are never predicted are left out."""
         union = self.answers + self.pixels - self.right
         return 100 * (self.right / union)[self.answers > 0].mean().item()
 
 
 def counts_of(logits, translation=None, classes=None):
-    """(Counts, answers (B, H, W)) of logits (B, C, H, W), void their last class; void is no answer.
+    """(Counts, answers (B, H, W)) of logits (B, C, H, W), whose last class is void; void is never an answer.
 
-    translation: index in another label space of `classes` classes for each class; then the
-    Counts are of that space, in which answers are, too.
+    translation: for each non-void class, its index in another label space of `classes` classes.
+    Counts and answers are then in that space.
     """
     probabilities = logits[:, :-1].float().softmax(dim=1)
     if translation is not None:
@@ -59,25 +64,25 @@ def counts_of(logits, translation=None, classes=None):
 
 @dataclass(frozen=True)
 class Calibration:
-    """mIoU in percent of a branch on its validation images, and the ratio to the trusted one with its spread or None."""
+    """mIoU in percent of a branch on its validation images, its ratio to the trusted mIoU, and the ratio's spread."""
     miou: float
     ratio: float
     spread: float = None
 
     def expected(self, counts):
-        """(mIoU in percent, its error or None) that Counts of other images lead to expect."""
+        """(expected mIoU in percent, its error or None) for the Counts of other images."""
         return self.ratio * counts.trusted_miou, self.spread and self.spread * counts.trusted_miou
 
 
 def spaced(items, count):
-    """At most `count` of a sequence, evenly spread."""
+    """At most `count` elements of a sequence, evenly spaced."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
 
 @torch.inference_mode()
 def calibrate(predictor, index, dataset):
-    """The Calibration of the branch `index` on a SegmentationDataset, images and labels at the network's size."""
+    """The Calibration of the branch `index` on a SegmentationDataset with images and labels at the network's size."""
     domain, parts = predictor.domains[index], []
     numbers = spaced(range(len(dataset)), MOST)
     bar = tqdm(range(0, len(numbers), PART), desc=f'validation images of {domain.name}', leave=False, disable=None)
@@ -90,7 +95,7 @@ def calibrate(predictor, index, dataset):
 
 
 def calibration(parts):
-    """The Calibration of parts [(Counts, confusion matrix)]; its error is the ratio's deviation from part to part."""
+    """The Calibration of parts [(Counts, confusion matrix)]; its spread is the standard deviation over the parts."""
     matrix, counts = sum(matrix for _, matrix in parts), parts[0][0]
     for more, _ in parts[1:]:
         counts = counts + more
@@ -101,16 +106,17 @@ def calibration(parts):
 
 @torch.inference_mode()
 def trusted(predictor, index, prepared):
-    """The Counts of the branch `index` on Prepared images, one after another."""
+    """The summed Counts of the branch `index` on Prepared images, segmented one at a time."""
     total = None
     for image in tqdm(prepared, desc='segmenting', unit='image', leave=False, disable=None):
-        counts, _ = counts_of(logits_of(predictor.model, index, image.pixels[None], predictor.place, predictor.precision))
+        counts, _ = counts_of(logits_of(predictor.model, index, image.pixels[None], predictor.place,
+                                        predictor.precision))
         total = counts if total is None else total + counts
     return total
 
 
 def validation_set(predictor, index, root):
-    """The validation images of a branch at the network's size, or None, with the reason, where they are not at hand."""
+    """(validation images of a branch at the network's size, None), or (None, the reason) if they are not available."""
     domain = predictor.domains[index]
     if domain.layouts[0] == unplaced(domain.num_classes - 1):
         return None, f'pass --data {domain.name}=FOLDER'
@@ -121,11 +127,12 @@ def validation_set(predictor, index, root):
 
 
 def advise(predictor, looks, prepare, root):
-    """What is to be said about images of one place.
+    """The advice about images of one place.
 
-    looks: (N, FEATURES). prepare: called with a list of at most MOST of their indices, gives
-    Prepared images. root: --data-root. Returns {'domain', 'domains': {name: share of the images},
-    'unknown': share, 'expected_miou', 'error', 'own_miou', 'why_not', 'worth'}, None where not known.
+    looks: (N, FEATURES). prepare: returns Prepared images for a list of at most MOST indices.
+    root: --data-root. Returns {'domain', 'domains': {name: share of the images}, 'unknown': share,
+    'expected_miou', 'error', 'own_miou', 'why_not', 'worth'}; unknown values are None. 'why_not'
+    is the reason why there is no expected mIoU, 'worth' whether a new branch is worth training.
     """
     guess = predictor.identifier.guess(looks)
     shares = torch.bincount(guess.domain, minlength=len(predictor.domains)).double() / len(looks)
@@ -153,13 +160,13 @@ def sentences(found, images):
         yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
     else:
         error = '' if found['error'] is None else f' +- {found["error"]:.1f}'
-        # Networks trust themselves too much where they have never been.
+        # Networks are overconfident on images unlike their training images.
         bound = 'at most ' if found['worth'] else ''
         yield (f'expected mIoU of that branch: {bound}{found["expected_miou"]:.1f}{error} (on its own validation '
                f'images {found["own_miou"]:.1f})')
     if found['worth'] is None:
-        yield (f'whether a new branch is worth training is not known: {found["domain"]} had fewer than {FEWEST} training '
-               'images, too few to tell which images are unlike them')
+        yield (f'whether a new branch is worth training is not known: {found["domain"]} had fewer than {FEWEST} '
+               'training images, too few to tell which images are unlike them')
         return
     yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
            'no new branch is needed: most images are like those that this one was trained on')

@@ -1,4 +1,4 @@
-"""eval.py --domain auto: the branch that answers is told from each image; how often rightly, and what that costs."""
+"""eval.py --domain auto: detects the domain of each image; measures how often that is right, the mIoU and the time."""
 import copy
 import time
 
@@ -10,11 +10,11 @@ from mdil.models.identify import looks_of
 
 
 def evaluate_auto(evaluator, identifier, model, domains):
-    """What is told from the images of all domains, as `--json` has it under 'auto'.
+    """Results of detecting the domain of every image, as `--json` has them under 'auto'.
 
-    {'accuracy': percent of images whose own branch is chosen, 'matrix': {truth: {chosen: images}},
+    {'accuracy': percent of images for which their own branch is chosen, 'matrix': {truth: {chosen: images}},
     'unknown': {truth: images called unknown}, 'domains': {truth: {'miou'}}, 'seconds': {'identify', 'segment'}}.
-    An image that is called unknown is segmented by the branch that is chosen for it all the same.
+    An image called unknown is still segmented by the branch chosen for it.
     """
     result = {'matrix': {}, 'unknown': {}, 'domains': {}, 'seconds': {'identify': 0.0, 'segment': 0.0}}
     for domain in domains:
@@ -34,7 +34,7 @@ def evaluate_auto(evaluator, identifier, model, domains):
 
 
 def guess_of(evaluator, identifier, domain):
-    """The Guess about the images of a domain that are evaluated, in order."""
+    """The Guess about the evaluated images of a domain, in order."""
     options, pairs = evaluator.options, evaluator.loader(domain).dataset.pairs
     count = options.limit_batches and options.limit_batches * options.batch_size
     return identifier.guess(looks_of([pair.image for pair in pairs[:count]], options.num_workers,
@@ -42,7 +42,7 @@ def guess_of(evaluator, identifier, domain):
 
 
 def confusion_of(evaluator, model, domains, domain, chosen):
-    """Confusion matrix (C, C) of a domain whose image i is segmented by the branch of index chosen[i]."""
+    """Confusion matrix (C, C) of a domain whose image i is segmented by branch number chosen[i]."""
     total = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64)
     for index, branch in enumerate(domains):
         indices = torch.nonzero(chosen == index).flatten().tolist()
@@ -50,14 +50,15 @@ def confusion_of(evaluator, model, domains, domain, chosen):
             continue
         part = copy.copy(evaluator.loader(domain).dataset)
         part.pairs = tuple(part.pairs[number] for number in indices)
-        matrix = cross_confusion(model, index, evaluator.loader_over(part), branch.num_classes, evaluator.truths(domain),
-                                 evaluator.place, evaluator.options.precision, f'{branch.name} on {domain.name}')
+        matrix = cross_confusion(model, index, evaluator.loader_over(part), branch.num_classes,
+                                 evaluator.truths(domain), evaluator.place, evaluator.options.precision,
+                                 f'{branch.name} on {domain.name}')
         rows = [min(row, domain.void) for row in range(len(matrix))]
         total += metrics.fold(matrix, rows, translation(branch, domain))
     return total
 
 
 def translation(branch, domain):
-    """Index in `domain` of each class of `branch`, by name; void for one that it does not have."""
+    """For each class of `branch`, the index in `domain` of the class of the same name, or of void if there is none."""
     return [domain.classes.index(name) if name in domain.classes else domain.void for name in branch.classes] + [
         domain.void]

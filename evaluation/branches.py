@@ -1,12 +1,12 @@
-"""Takes domains out of checkpoints as files, and puts such files onto one base.
+"""Extracts domains from checkpoints as branch files, and adds branch files to a base checkpoint.
 
     python -m mdil branches list runs/3/model_best.pth.tar
     python -m mdil branches extract runs/3/model_best.pth.tar --domain IDD --out idd.branch
     python -m mdil branches add runs/1/model_best.pth.tar bdd.branch idd.branch --out all.pth.tar
     python -m mdil branches remove all.pth.tar --domain BDD --out rest.pth.tar
 
-A branch fits the very shared weights that it was learnt with; `add` compares their
-fingerprints. The outputs of the domains that stay are equal to the last bit.
+A branch fits only the shared weights that it was trained with; `add` compares their fingerprints.
+The outputs of the remaining domains stay bit-identical.
 """
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def parse(argv=None):
 
 
 def action(actions, name, text):
-    """The parser of the action `name`, with what all have in common."""
+    """The parser of the action `name`, with the options that all actions share."""
     parser = actions.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
     parser.add_argument('state', metavar='BASE' if name == 'add' else 'CKPT', help='checkpoint, published ones too')
     parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
@@ -47,19 +47,19 @@ def action(actions, name, text):
 
 
 def size(state):
-    """(values, bytes) of a dict of tensors."""
+    """(number of values, bytes) of a dict of tensors."""
     return (sum(value.numel() for value in state.values()),
             sum(value.numel() * value.element_size() for value in state.values()))
 
 
 def row(name, classes, state):
-    """A row of `list`: name, classes, size and fingerprint of tensors."""
+    """A row of `list`: name, classes, then number of values, MiB and fingerprint of the tensors in `state`."""
     values, held = size(state)
     return [name, classes, f'{values:,}', tables.number(held / 2 ** 20), fingerprint(state)[:SHOWN]]
 
 
 def listing(known):
-    """What `list` prints."""
+    """The text that `list` prints."""
     rows = [row(entry['name'], f'{entry["classes"] - 1} + void', branch_state(known.model, number))
             for number, entry in enumerate(known.entries)]
     rows.append(row('shared by all', '', shared_state(known.model)))
@@ -68,7 +68,7 @@ def listing(known):
 
 
 def make(known, options):
-    """The content of the file to write, and what it is, in words."""
+    """(content of the file to write, its description in words)."""
     if options.action == 'extract':
         content = branches.extract(known, options.domain)
         return content, f'branch of {content["domain"]["name"]}, shared weights {content["base"][:SHOWN]}'

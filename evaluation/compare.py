@@ -1,14 +1,14 @@
-"""Methods side by side: step x domain matrices, and a picture of what each predicts.
+"""Compares methods: step x domain matrices, and a picture of what each method predicts.
 
     python -m mdil compare mdil=runs/demo/mdil fine-tune=runs/demo/fine-tune \\
         --data-root DATA --out runs/demo
     python -m mdil compare mdil='runs/seed*/mdil' fine-tune='runs/seed*/fine-tune' \\
         --data-root DATA --out runs
 
-Reads the `results.json` that eval.py wrote into each folder, prints the matrices, writes
+Reads the `results.json` that eval.py wrote into each folder, prints the matrices, and writes
 `comparison.md`, `comparison.tex` and `comparison.png` (input, truth, one column for each method)
-into --out. Several folders of one NAME (a pattern, or NAME given again) are seeds of one method:
-mean and sample standard deviation are shown. The picture is of each method's first folder.
+to --out. Several folders with the same NAME (a pattern, or NAME given again) are seeds of one method;
+the tables show mean and sample standard deviation. The picture shows each method's first folder.
 """
 import argparse
 import glob
@@ -43,7 +43,7 @@ def parse(argv=None):
 
 
 def files_of(item):
-    """(name, paths of results files) of a NAME=FOLDER item."""
+    """(name, paths of the results files) of a NAME=FOLDER item."""
     name, equals, pattern = item.partition('=')
     if not (name and equals and pattern):
         raise UserError(f'{item!r} is not NAME=FOLDER')
@@ -54,7 +54,7 @@ def files_of(item):
 
 
 def read_results(items):
-    """{name: contents of its results.json files, one for each seed} of NAME=FOLDER items."""
+    """{name: [content of results.json for each seed]} of NAME=FOLDER items; UserError if they are not comparable."""
     results, seen = {}, set()
     for item in items:
         name, paths = files_of(item)
@@ -75,7 +75,7 @@ def read_results(items):
 
 
 def protocol(result):
-    """{setting: value} of what must be equal for figures to be compared."""
+    """{setting: value} of the settings that must be equal for results to be comparable."""
     stated = result['protocol']
     limit = stated.get('limit_batches')
     return {**{key: stated[key] for key in ('height', 'width', 'split', 'published_metric')},
@@ -84,7 +84,7 @@ def protocol(result):
 
 
 def check_alike(results):
-    """Refuses results that are of different domains, protocols, or, within a name, steps."""
+    """UserError if results differ in their domains or protocol or, within one name, in their steps."""
     everything = [result for seeds in results.values() for result in seeds]
     if len({tuple(result['domains']) for result in everything}) > 1:
         raise UserError('the folders hold different domains or orders; compare like with like')
@@ -100,7 +100,7 @@ def check_alike(results):
 
 
 def matrix(result):
-    """[{domain: mIoU}] after each step."""
+    """[{domain: mIoU} after each step]."""
     return [{name: entry['miou'] for name, entry in step['domains'].items()} for step in result['steps']]
 
 
@@ -113,15 +113,15 @@ def step_table(name, seeds):
 
 
 def mean_miou(result):
-    """Mean over the domains after the last step; None if one is unknown."""
+    """Mean mIoU over the domains after the last step; None if one is unknown."""
     return mean([entry['miou'] for entry in result['domains'].values()])
 
 
 def summary_table(results):
-    """Forgetting of every earlier domain, mean mIoU and, where known, transfers and Delta_m% of each method.
+    """A row for each method: forgetting of every earlier domain, mean mIoU and, if known, transfers and Delta_m%.
 
-    Also, where known, the validation of the last step's best and last epoch: the best was
-    chosen on the images that are reported.
+    Also, if known, the mIoU of the last step's best and last epoch as validated while training. The
+    best epoch was chosen on the very images that are reported here.
     """
     sequences = [result['summary'] for seeds in results.values() for result in seeds]
     old = list(dict.fromkeys(name for summary in sequences for name in summary['forgetting']))
@@ -142,12 +142,12 @@ def summary_table(results):
 
 
 def last_training(result):
-    """What `evaluation.epochs.training_of` found for the last step; None if nothing."""
+    """The result of `evaluation.epochs.training_of` for the last step, or None."""
     return result['steps'][-1].get('training')
 
 
 def kept_and_lost(name, seeds):
-    """A sentence: what a method kept of each old domain, in points of mIoU, means over seeds; '' where none is old."""
+    """A sentence on how much mIoU a method kept on each old domain, averaged over seeds; '' without old domains."""
     old = [domain for domain, lost in seeds[0]['summary']['forgetting'].items() if lost is not None]
     if not old:
         return ''
@@ -158,7 +158,7 @@ def kept_and_lost(name, seeds):
 
 
 def newest(results):
-    """A sentence: what the methods reach on the domain of the last step; '' where there is no single one."""
+    """A sentence with each method's mIoU on the domain learnt last; '' if the last step learnt several."""
     first = next(iter(results.values()))[0]
     domain, *others = [name for name in first['domains'] if name not in first['summary']['forgetting']]
     scores = {name: mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
@@ -168,12 +168,12 @@ def newest(results):
 
 
 def mean(values):
-    """Mean of figures; None if one is unknown."""
+    """Mean of the values; None if one is None."""
     return None if None in values else sum(values) / len(values)
 
 
 def describe(results):
-    """What the figures mean and what they were made with, one paragraph."""
+    """One paragraph: what the figures mean, and the torch version, device and revision that made them."""
     everything = [result for seeds in results.values() for result in seeds]
     stated = [' or '.join(dict.fromkeys(str(result['versions'][key] or 'not recorded') for result in everything))
               for key in ('torch', 'device', 'git')]
@@ -184,7 +184,7 @@ def describe(results):
 
 
 def draw(results, options):
-    """Writes the picture from the last checkpoint of each method's first folder."""
+    """Writes comparison.png from the last checkpoint of each method's first folder."""
     firsts = {name: seeds[0] for name, seeds in results.items()}
     first, place = next(iter(firsts.values())), Place(pick_device(options.device))
     settings, paths = protocol(first), data_paths(options.data)

@@ -1,9 +1,9 @@
-"""A dashboard in visdom while a run trains: its records, drawn anew after every epoch.
+"""A visdom dashboard of a running training, redrawn from its records after every epoch.
 
     python train.py ... --port 8097 [--server http://localhost] [--env NAME]
 
-Every window is replaced by what metrics.jsonl says, so that neither a reload nor a resumed
-run doubles a point. `curves` is what the report draws too.
+Every window is redrawn from metrics.jsonl, so neither a reload nor a resumed run duplicates
+points. The HTML report draws the same `curves`.
 """
 import html
 import json
@@ -26,17 +26,17 @@ from mdil.models.methods import METHODS, method_name
 from mdil.training import records
 from mdil.utils.parser import show
 
-TIMEOUT = 5         # seconds that the server may take for an answer
-PICTURES = 2        # validation images of each domain
+TIMEOUT = 5         # seconds to wait for an answer of the server
+PICTURES = 2        # validation images to show of each domain
 PICTURE_WIDTH = 720
 PANE = {'width': 480, 'height': 360}
-TITLE_BAR = 24      # height of a pane's title, which hides that much of a picture
+TITLE_BAR = 24      # height in pixels of a pane's title bar, which covers part of a picture
 GAP = (math.nan, math.nan)
 
 
 @dataclass
 class Step:
-    """What a run has written so far: content of opts.json ({} if there is none) and lines of metrics.jsonl."""
+    """What a run has written so far: `record` is the content of opts.json or {}, `lines` those of metrics.jsonl."""
     folder: Path
     record: dict
     lines: list
@@ -48,19 +48,19 @@ class Step:
 
     @property
     def learnt(self):
-        """Names of the domains that the run learns: its last, or all of a joint method; [] if unknown."""
+        """Names of the domains that the run learns: the last, or all with a joint method; [] if unknown."""
         domains, row = self.options.get('domains') or [], METHODS.get(method_name(self.options.get('method')))
         return row.trained(domains) if row else domains[-1:]
 
     @property
     def title(self):
-        """What the run learns, in words."""
+        """What the run learns, as text."""
         return ' + '.join(self.learnt or [self.folder.name])
 
 
 @dataclass
 class Plot:
-    """Curves over epochs: `lines` {name: [(epoch, value)]}, a GAP where a step ends."""
+    """Curves over epochs: `lines` {name: [(epoch, value)]}, with a GAP between steps; log: logarithmic axis."""
     title: str
     unit: str
     lines: dict
@@ -77,7 +77,7 @@ def read_step(folder):
 
 
 def history(folder):
-    """Steps up to the one in `folder`, oldest first: each from the run that its --state lies with."""
+    """The Steps up to the one in `folder`, oldest first, found through the folder of each run's --state."""
     steps = [read_step(folder)]
     while steps[0].options.get('state'):
         before = read_step(Path(steps[0].options['state']).parent)
@@ -88,13 +88,13 @@ def history(folder):
 
 
 def starts(steps):
-    """Epochs of the sequence that were finished when each step began."""
+    """For each step, the number of epochs of the sequence that were finished when it began."""
     counts = [step.lines[-1]['epoch'] if step.lines else 0 for step in steps]
     return [sum(counts[:number]) for number in range(len(steps))]
 
 
 def rates(line, options):
-    """Learning rates of an epoch: of the new domain, and of the shared weights where it is another."""
+    """{name: learning rate} in an epoch: of the new domain, and of the shared weights if theirs differs."""
     row, base = METHODS.get(method_name(options.get('method'))), options.get('lr')
     domains = options.get('domains', [])
     alone = row is None or row.trained(domains) == domains
@@ -104,7 +104,10 @@ def rates(line, options):
 
 
 def plot(steps, title, unit, values, log=False):
-    """The Plot of values(line of metrics.jsonl, options of its run) -> {name: value} over the epochs of all Steps."""
+    """The Plot of `values` over the epochs of all Steps.
+
+    values(line of metrics.jsonl, options of its run) returns {name: value}.
+    """
     lines = {}
     for start, step in zip(starts(steps), steps):
         for points in lines.values():
@@ -116,13 +119,13 @@ def plot(steps, title, unit, values, log=False):
 
 
 def loss_terms(steps):
-    """Names of the loss terms in the records of Steps, in order."""
+    """Names of the loss terms that the Steps recorded, in order."""
     names = dict.fromkeys(name for step in steps for line in step.lines for name in line['train'])
     return [name for name in names if name not in ('loss', 'images_per_second')]
 
 
 def curves(steps):
-    """Plots of a sequence of Steps, its epochs counted on from step to step; those of zeros alone are left out."""
+    """The Plots of a sequence of Steps, with epochs counted across steps; Plots of only zeros are left out."""
     def validation(key):
         return lambda line, _: {name: entry[key] for name, entry in line['val'].items()}
 
@@ -141,18 +144,18 @@ def curves(steps):
 
 
 def environment_name(options):
-    """The dashboard's name: --env, --model-name-suffix, or the last two folders of --savedir."""
+    """The name of the visdom environment: --env, --model-name-suffix, or the last two folders of --savedir."""
     name = options.env or options.model_name_suffix or '-'.join(Path(options.savedir).absolute().parts[-2:])
     return re.sub(r'[^\w.-]+', '-', name)
 
 
 def is_local(server):
-    """Whether the address is one of this machine."""
+    """Whether the address is on this machine."""
     return urlsplit(server if '//' in server else f'//{server}').hostname in ('localhost', '127.0.0.1', '::1')
 
 
 def within(seconds, function):
-    """What `function()` returns or raises; TimeoutError after `seconds`, though it go on in a thread."""
+    """Returns or raises what `function()` does; TimeoutError after `seconds`, while it continues in its thread."""
     future = Future()
 
     def run():
@@ -168,14 +171,14 @@ def within(seconds, function):
 
 
 def connect(options):
-    """A visdom client that raises OSError where the server does not answer in time."""
+    """A visdom client that raises OSError if the server does not answer in time."""
     import visdom
     logging.getLogger('visdom').setLevel(logging.ERROR)
 
     class Client(visdom.Visdom):
         def _handle_post(self, url, data=None):
             if is_local(options.server):
-                self.session.trust_env = False      # a proxy for the internet does not know this machine
+                self.session.trust_env = False      # no proxy for this machine
             answer = within(TIMEOUT, partial(self.session.post, url, data=data or {}, timeout=TIMEOUT))
             answer.raise_for_status()
             return answer.text
@@ -185,7 +188,7 @@ def connect(options):
 
 
 def options_page(step):
-    """HTML of the text pane: options and versions of a run."""
+    """HTML of the text pane: the options and versions of a run."""
     rows = {**step.options, **step.record.get('versions', {})}
     cells = ''.join(f'<tr><td><b>{html.escape(name)}</b>&nbsp;</td><td>{html.escape(show(value))}</td></tr>'
                     for name, value in rows.items())
@@ -193,13 +196,13 @@ def options_page(step):
 
 
 def shrunk(pixels, width):
-    """An image (H, W, 3) uint8 at most `width` wide."""
+    """The image (H, W, 3) uint8, scaled down if it is wider than `width`."""
     height = round(pixels.shape[0] * width / pixels.shape[1])
     return pixels if pixels.shape[1] <= width else np.asarray(Image.fromarray(pixels).resize((width, height)))
 
 
 def validation_pictures(run, data):
-    """The same few validation images of a domain each time, (H, W, 3) uint8: input, truth, prediction."""
+    """Input, truth and prediction of PICTURES validation images of a domain, always the same ones: (H, W, 3) uint8."""
     samples, rows = data.val.dataset, []
     for index in sorted({number * len(samples) // PICTURES for number in range(PICTURES)}):
         image, truth = samples.load(index)
@@ -209,10 +212,10 @@ def validation_pictures(run, data):
 
 
 class Dashboard:
-    """The visdom windows of a run with `options`; silent without --port.
+    """The visdom windows of a run with `options`; does nothing without --port.
 
-    visdom is imported only when asked for. A server that is not there costs one warning;
-    after every epoch it is asked again, and once it answers it gets everything.
+    visdom is imported only if it is used. If the server is down, one warning is printed; every
+    epoch tries again, and draws everything as soon as the server answers.
     """
 
     def __init__(self, options):
@@ -220,7 +223,7 @@ class Dashboard:
         self.draw()
 
     def show(self, line, run=None):
-        """Draws the records, `line` of metrics.jsonl being the last; after a validation, pictures of the Run too."""
+        """Draws the records, whose last is `line` of metrics.jsonl; after a validation, pictures of the Run too."""
         self.draw(run if line['val'] else None)
 
     def draw(self, run=None):
@@ -232,7 +235,7 @@ class Dashboard:
             if run is not None:
                 self.draw_pictures(run)
             self.vis.save([self.vis.env])
-        except Exception as error:      # whatever goes wrong in drawing, training goes on
+        except Exception as error:      # no drawing error may stop the training
             self.vis = None
             if not self.warned:
                 reason = ' '.join(f'{type(error).__name__} {error}'.split())[:150]
@@ -241,7 +244,7 @@ class Dashboard:
             self.warned = True
 
     def draw_records(self):
-        """The text pane and the curves."""
+        """Draws the text pane and the curves."""
         steps = history(self.options.savedir)
         self.vis.text(options_page(steps[-1]), win='options', opts={'title': f'options: {steps[-1].folder}', **PANE})
         for plot in curves(steps):
@@ -254,7 +257,7 @@ class Dashboard:
             self.vis.line(X=points[..., 0], Y=points[..., 1], win=plot.title, opts=opts)
 
     def draw_pictures(self, run):
-        """A few validation images of every domain with truth and prediction."""
+        """Draws a few validation images of every domain, with truth and prediction."""
         for data in run.data:
             if data.val is not None:
                 pixels = validation_pictures(run, data)
@@ -264,7 +267,7 @@ class Dashboard:
 
 
 def step_marks(steps):
-    """Layout of plotly: a vertical line where each step starts, its domain above; the pane bears the title."""
+    """plotly layout: a vertical line where each step starts, labelled with its domain; the pane shows the title."""
     places = [start + 0.5 for start in starts(steps)]
     line = {'color': '#888', 'width': 1, 'dash': 'dot'}
     shapes = [{'type': 'line', 'x0': x, 'x1': x, 'y0': 0, 'y1': 1, 'yref': 'paper', 'line': line} for x in places]

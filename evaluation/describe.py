@@ -1,11 +1,10 @@
-"""Model card of a checkpoint: what it knows, how large it is, what it costs, how it was trained.
+"""Prints the model card of a checkpoint: domains and classes, size, cost, and how it was trained.
 
     python -m mdil describe runs/mdil/step3-IDD/model_best.pth.tar [--height 512 --width 1024]
 
-The costs are those of one image through the encoder and one domain's decoder, at
---width x --height, two operations (multiply, add) for each weight that is applied;
-batch norms, activations and biases are not counted. The network is not run: torch's
-counter works on tensors without data.
+The cost is that of one image through the encoder and one domain's decoder at --width x --height,
+in FLOP: two for each multiply-add of a convolution. Batch norms, activations and biases are not
+counted. The network is not run; torch's counter works on tensors without data.
 """
 import copy
 import textwrap
@@ -22,11 +21,11 @@ from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
 
-# What of the options is shown, in this order; what a file does not hold is left out.
-TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr', 'no_dropout', 'lambdac',
-            'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch', 'frozen_encoder',
-            'new_decoder', 'new_statistics', 'imagenet_bn', 'label_padding', 'rounds', 'class_weights',
-            'height', 'width', 'precision', 'seed', 'limit_batches')
+# The options to show, in this order; those that a file does not hold are left out.
+TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr',
+            'no_dropout', 'lambdac', 'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch',
+            'frozen_encoder', 'new_decoder', 'new_statistics', 'imagenet_bn', 'label_padding', 'rounds',
+            'class_weights', 'height', 'width', 'precision', 'seed', 'limit_batches')
 
 
 def parse(argv=None):
@@ -44,7 +43,7 @@ def parse(argv=None):
 
 
 def gflop(model, number, height, width):
-    """GFLOP of one image (3, height, width) in the branch `number`, 2 for each multiply-add of a convolution."""
+    """GFLOP for one image (3, height, width) in the branch `number`: 2 FLOP for each multiply-add of a convolution."""
     model = copy.deepcopy(model).to('meta').eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, height, width, device='meta'), number)
@@ -52,14 +51,14 @@ def gflop(model, number, height, width):
 
 
 def parameter_counts(model):
-    """{'shared', 'total': parameters, 'domains': [of each domain alone]} of a MultiDomainNet."""
+    """Parameter counts of a MultiDomainNet: {'shared', 'total', 'domains': [those of each domain's own branch]}."""
     count = lambda parameters: sum(parameter.numel() for parameter in parameters)
     return {'shared': count(model.shared_parameters()), 'total': count(model.parameters()),
             'domains': [count(model.branch_parameters(number)) for number in range(len(model.views))]}
 
 
 def classes_of(checkpoint, options):
-    """[(name, class names or None)] of each domain; a name is '?' where neither file nor options say it."""
+    """[(name, class names or None)] of each domain; the name is '?' if neither the file nor the options give it."""
     names = checkpoint.domains or options.domains
     counts = checkpoint.found.num_classes
     found = []
@@ -68,13 +67,13 @@ def classes_of(checkpoint, options):
         try:
             domain = get_domain(name, data_paths(options.data))
             found.append((domain.name, domain.classes if domain.num_classes == count else None))
-        except UserError:       # a user's own domain whose declaration is not at hand
+        except UserError:       # a user's own domain whose declaration is not available
             found.append((name, None))
     return found
 
 
 def domain_rows(model, checkpoint, options):
-    """(header, rows): each domain's classes, parameters of its own, their share of the whole, and its cost."""
+    """(header, rows): each domain's classes, its own parameters, their share of all parameters, and its cost."""
     counts, rows = parameter_counts(model), []
     for number, (name, _) in enumerate(classes_of(checkpoint, options)):
         own = counts['domains'][number]
@@ -88,7 +87,7 @@ def domain_rows(model, checkpoint, options):
 
 
 def best_lines(checkpoint):
-    """Lines about the best validation results: of the file itself and of the metrics.jsonl next to it."""
+    """Lines about the best validation results, from the file and from the metrics.jsonl next to it."""
     content, lines = checkpoint.content, []
     if isinstance(content.get('best_acc'), float):
         lines.append(f'validation mIoU when it was best: {tables.number(content["best_acc"])}')
@@ -101,7 +100,7 @@ def best_lines(checkpoint):
 
 
 def training_lines(checkpoint):
-    """Lines about the training, from the options in the file."""
+    """Lines about the training, from the options stored in the file."""
     options = checkpoint.content.get('options') or {}
     lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING if options.get(name) is not None]
     if 'epoch' in checkpoint.content and options:

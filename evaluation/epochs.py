@@ -1,4 +1,4 @@
-"""Of which epoch an evaluated checkpoint is, and what was validated then: from the records next to it."""
+"""The epoch of an evaluated checkpoint and its validation results, from the records next to the file."""
 from pathlib import Path
 
 from mdil.evaluation.dashboard import read_step
@@ -9,10 +9,10 @@ FILES = {BEST: 'best', LATEST: 'last'}
 
 
 def training_of(path):
-    """{'file', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None of any other.
+    """{'file', 'best', 'last'} of a checkpoint that lies next to its run's metrics.jsonl; None for any other.
 
-    file: 'best' or 'last'. The others: {'epoch', 'miou'} of that epoch's validation while
-    training, the mIoU in percent and the mean over the domains that the run learns.
+    file: 'best' or 'last', which of the two it is. best, last: {'epoch', 'miou'} as validated while
+    training, with the mIoU in percent, averaged over the domains that the run learns.
     """
     step = read_step(Path(path).parent)
     chosen = records.best_and_last(step.lines, step.learnt)

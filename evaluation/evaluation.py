@@ -1,4 +1,4 @@
-"""Running networks over a split: confusion matrices, losses, and the figures made of them."""
+"""Evaluating networks on a split: confusion matrices, losses, and the scores computed from them."""
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,9 @@ from mdil.utils.precision import autocast, memory_format, to_float, wide_type
 
 @dataclass
 class Score:
-    """A network's result on one domain: confusion matrix int64 (T, C) on the CPU, mean loss.
+    """A network's result on one domain: confusion matrix int64 (T, C) on the CPU, and mean loss.
 
-    T > C where labels tell more than the classes (see datasets.common.with_finer_labels).
+    T > C if the labels are finer than the classes (see datasets.common.with_finer_labels).
     """
     matrix: torch.Tensor
     loss: float
@@ -43,7 +43,10 @@ class Score:
 
 
 def logits_of(model, number, images, place, precision):
-    """Logits (B, C, H, W) of the model's domain `number` for images (B, 3, H, W) uint8, on the place's device."""
+    """Logits (B, C, H, W) of the model's domain `number`, on the place's device, for images (B, 3, H, W).
+
+    images: uint8, or floats in [0, 1].
+    """
     images = to_float(images.to(place.device, non_blocking=True))
     with autocast(place.device, precision):
         return model(images.contiguous(memory_format=memory_format(place.device, precision)), number)
@@ -52,8 +55,8 @@ def logits_of(model, number, images, place, precision):
 def at_label_size(logits, labels):
     """Yields (slice of the batch, logits (N, C, H, W), labels (N, H, W) of the same size).
 
-    labels: (B, H, W) as large as the logits, or a list of B labels of any size, to which
-    the logits are upsampled bilinearly.
+    labels: (B, H, W) of the logits' size, or a list of B labels of any size; each image's logits
+    are then resized bilinearly to its label.
     """
     if isinstance(labels, torch.Tensor):
         yield slice(None), logits, labels
@@ -65,13 +68,14 @@ def at_label_size(logits, labels):
 
 @torch.inference_mode()
 def answers(model, number, loader, place, precision, name):
-    """Yields (indices, images on the CPU, logits, labels int64) over a loader; logits and labels on the device.
+    """Yields (indices, images on the CPU, logits, labels int64) over a loader; logits and labels are on the device.
 
-    The next logits may take the memory of the last.
+    The next iteration may overwrite the logits.
     """
     model.eval()
     forward = graphed(partial(logits_of, model, number, place=place, precision=precision), place)
-    for images, labels, indices in tqdm(loader, desc=f'eval {name}', leave=False, disable=None if place.main else True):
+    for images, labels, indices in tqdm(loader, desc=f'eval {name}', leave=False,
+                                        disable=None if place.main else True):
         logits = forward(images.to(place.device, non_blocking=True))
         for part, scored, truth in at_label_size(logits, labels):
             yield indices[part], images[part], scored, truth.to(place.device, non_blocking=True).long()
@@ -81,10 +85,10 @@ def answers(model, number, loader, place, precision, name):
 def evaluate(model, number, loader, weights, place, precision='fp32', name='', truths=None, watch=None):
     """The Score of `model`'s domain `number` over `loader`, summed over all ranks.
 
-    weights: (C,) cross-entropy weights. truths: how many label values there are, those
-    from C - 1 on being void (default: C). watch: called for each of this rank's images as
-    watch(index, image uint8 (3, H, W), label, prediction), class indices (H, W) on the
-    CPU. The model is left in eval mode.
+    weights: (C,) cross-entropy weights. truths: the number T of label values (default: C); those
+    from C - 1 on are void. watch: called as watch(index, image uint8 (3, H, W), label, prediction)
+    for each of this rank's images; label and prediction are class indices (H, W) on the CPU. Leaves
+    the model in eval mode.
     """
     classes, truths = len(weights), truths or len(weights)
     weights = weights.to(place.device)
@@ -104,7 +108,7 @@ def evaluate(model, number, loader, weights, place, precision='fp32', name='', t
 
 
 def cross_confusion(model, number, loader, classes, truths, place, precision, name):
-    """Confusion matrix int64 (truths, classes) of a domain's head on another domain's images, over all ranks."""
+    """Confusion matrix int64 (truths, classes) of head `number` on another domain's images, summed over all ranks."""
     matrix = torch.zeros(truths, classes, dtype=torch.int64, device=place.device)
     for _, _, logits, labels in answers(model, number, loader, place, precision, name):
         matrix += metrics.confusion(logits.argmax(dim=1), labels, classes, truths)
@@ -112,10 +116,10 @@ def cross_confusion(model, number, loader, classes, truths, place, precision, na
 
 
 class NativeLabels(SegmentationDataset):
-    """A domain's split with images resized to (height, width) and labels of their files' own size."""
+    """A domain's split with images resized to (height, width) and labels at their files' own size."""
 
     def load(self, index):
-        """Image (3, height, width) and label (H, W) of `index`, uint8."""
+        """Image (3, height, width) and label (H, W) number `index`, uint8."""
         pair = self.pairs[index]
         label = open_label(pair)
         image = load_image(pair, label.size, self.size)
@@ -123,36 +127,40 @@ class NativeLabels(SegmentationDataset):
 
 
 def split_of(domain, root, split, size, resolution):
-    """The data set of a domain's split, images resized to `size`; resolution: 'published' or 'native' labels."""
+    """The data set of a domain's split with images resized to `size`.
+
+    resolution: 'published' resizes the labels too, 'native' keeps their own size.
+    """
     return (NativeLabels if resolution == 'native' else SegmentationDataset)(domain, root, split, size)
 
 
 def keep_labels(samples):
-    """Collates samples whose labels differ in size: images (B, 3, H, W), a list of labels, indices (B,)."""
+    """Collates samples with labels of different sizes: images (B, 3, H, W), list of labels, indices (B,)."""
     images, labels, indices = zip(*samples)
     return torch.stack(images), list(labels), torch.tensor(indices)
 
 
 def check_order(states, known):
-    """Refuses checkpoints whose domains do not continue those of the one before."""
+    """UserError unless the domains of each checkpoint begin with those of the one before."""
     names = [[domain.name for domain in domains] for domains in known]
     for number in range(1, len(names)):
         if names[number][:len(names[number - 1])] != names[number - 1]:
-            raise UserError(f'--state is not in step order: {states[number - 1]} knows {", ".join(names[number - 1])}, '
-                            f'but the next, {states[number]}, {", ".join(names[number])}')
+            raise UserError(f'--state is not in step order: {states[number - 1]} knows '
+                            f'{", ".join(names[number - 1])}, but the next, {states[number]}, '
+                            f'{", ".join(names[number])}')
 
 
 def domain_at_hand(entry, data):
-    """The Domain that an entry of a checkpoint names, as built in or declared at `data`; UserError where it is neither."""
+    """The Domain named in a checkpoint's entry, built in or declared in `data`; UserError if it is neither."""
     return get_domain(entry['name'], data)
 
 
 def load_network_and_domains(path, options, place, find=domain_at_hand):
     """(Checkpoint, network on the place's device, its Domain objects) of a file.
 
-    options: `domains` names those of a file without names, `method` says which network it is
-    where several fit, `data` where domains lie; `precision`. find: gives the Domain of an entry of
-    the file, by default one that has labels to score against.
+    options: `domains` for a file that does not name them, `method` for a file whose keys fit several
+    networks, `data` for the paths of domains, and `precision`. find: returns the Domain for an entry
+    of the file; by default one that has labels to score against.
     """
     checkpoint = read_checkpoint(path)
     count = len(checkpoint.found.num_classes)
@@ -169,7 +177,7 @@ def load_network_and_domains(path, options, place, find=domain_at_hand):
 
 
 class Evaluator:
-    """Networks meet data, as the options of eval.py say; a loader is made once for each domain."""
+    """Loads networks and data and scores them as the options of eval.py say; makes one loader for each domain."""
 
     def __init__(self, options, place):
         self.options, self.place = options, place
@@ -192,7 +200,7 @@ class Evaluator:
         return get_domain(name, self.paths)
 
     def loader(self, domain):
-        """The loader of a domain's split."""
+        """The loader of a domain's split, made on first use."""
         if domain.name not in self.loaders:
             self.loaders[domain.name] = self.make_loader(domain)
         return self.loaders[domain.name]
@@ -204,26 +212,26 @@ class Evaluator:
         return self.loader_over(data)
 
     def loader_over(self, data):
-        """A loader over a data set, this rank's share of it."""
+        """A loader over this rank's share of a data set."""
         options = self.options
         batches = EvalBatches(len(data), options.batch_size, self.place.rank, self.place.world, options.limit_batches)
         collate = None if options.resolution == 'published' else keep_labels
         return make_loader(data, batches, options.num_workers, self.place.device.type == 'cuda', collate)
 
     def score(self, model, number, domain, watch=None):
-        """The Score of the model's domain `number`, which is `domain`."""
+        """The Score of the model's domain `number`, whose Domain is `domain`."""
         return evaluate(model, number, self.loader(domain), plain_weights(domain), self.place, self.options.precision,
                         domain.name, self.truths(domain), watch)
 
     def truths(self, domain):
-        """How many label values the domain's loader gives."""
+        """Number of label values that the domain's loader can give."""
         return domain.num_classes + (len(common.CLASSES) if self.options.common_classes else 0)
 
     def entry(self, matrix, head, domain):
-        """{'miou', 'accuracy', 'iou': {class: IoU}} of a confusion matrix of `head`'s answers on `domain`.
+        """{'miou', 'accuracy', 'iou': {class: IoU}} of a confusion matrix of `head`'s predictions on `domain`.
 
-        With --common-classes the same of the common classes under 'common'. The figures of
-        a head whose classes are not the domain's are None.
+        The scores are None if the head's classes are not the domain's. With --common-classes, 'common'
+        holds the same scores for the common classes.
         """
         published = self.options.published_metric
         result = {'miou': None, 'accuracy': None, 'iou': None}
@@ -238,14 +246,14 @@ class Evaluator:
     def cross_heads(self, model, domains, scores):
         """{head: {domain: entry}} of every head of a network on the images of every domain.
 
-        scores: {domain: Score} of each head on its own domain. Only heads whose classes are
-        the domain's are run, or all with --common-classes.
+        scores: {domain: Score} of each head on its own domain. A head is run only on domains with its
+        classes, or with --common-classes on all.
         """
         return {head.name: {domain.name: self.cross_head(model, number, head, domain, scores) for domain in domains}
                 for number, head in enumerate(domains)}
 
     def cross_head(self, model, number, head, domain, scores):
-        """The entry of the model's domain `number`, which is `head`, on the images of `domain`."""
+        """The entry of the model's domain `number`, whose Domain is `head`, on the images of `domain`."""
         matrix = None
         if head.name == domain.name:
             matrix = scores[domain.name].matrix

@@ -1,14 +1,14 @@
-"""Writes a checkpoint for other programs.
+"""Exports a checkpoint for other programs.
 
     python -m mdil export runs/3/model_best.pth.tar idd.onnx --format onnx --domain IDD
     python -m mdil export runs/3/model_best.pth.tar idd.xml --format openvino --domain IDD --int8 --calibrate photos/
     python -m mdil export runs/mdil/step2-BDD/model_best.pth.tar out.pth.tar
 
-onnx, torch and openvino write one domain's network; `predict.py --state` takes the file. The
-format `published`, the default, writes all domains in the key layout of the published code:
-adapter models keep their keys under `module.`; plain networks become the published
+The formats onnx, torch and openvino hold one domain's network; `predict.py --state` takes the file.
+The format `published`, the default, holds all domains in the key layout of the published code:
+adapter models keep their keys, prefixed with `module.`; plain networks get the published
 single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N) layout.
-A network that the published code does not have is refused.
+Networks that the published code does not have are refused.
 """
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,8 @@ from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
 from mdil.utils.parser import Parser
 
-COMPARED = 20          # images of that folder whose answers are compared
-CALIBRATION = 100       # images, evenly chosen of a folder; each takes a second of a slow core
+COMPARED = 20           # images of the --calibrate folder on which to compare the int8 network with PyTorch
+CALIBRATION = 100       # images, evenly spaced in that folder; each takes a second on a slow core
 
 
 def parse(argv=None):
@@ -51,10 +51,10 @@ def parse(argv=None):
 
 
 def check(options):
-    """Refuses options that contradict one another."""
+    """Refuses conflicting options."""
     if options.format == 'published' and (options.domain or options.int8):
-        raise UserError('--format published writes all domains in float32; leave out --domain and --int8, or choose another '
-                        'format')
+        raise UserError('--format published writes all domains in float32; leave out --domain and --int8, or choose '
+                        'another format')
     if options.int8 and options.format != 'openvino':
         raise UserError(f'--int8 needs --format openvino, not {options.format}')
     if options.int8 != bool(options.calibrate):
@@ -65,34 +65,37 @@ def check(options):
 
 
 def about(domain, size):
-    """The metadata of an exported network: domain, classes and their colours, size (height, width), void's index."""
+    """The metadata of an exported network: domain, classes, colours, index of void, image size, input and output.
+
+    size: (height, width).
+    """
     return {**domain.entry, 'void': domain.void, 'height': size[0], 'width': size[1],
             'input': 'images (B, 3, H, W), RGB, floats in [0, 1], sides multiples of 8',
             'output': f'logits (B, {domain.num_classes}, H, W), void last'}
 
 
 def calibrated(predictor, sources, model):
-    """The OpenVINO model in 8 bits, its ranges taken from images."""
+    """The OpenVINO `model` quantised to 8 bits, with activation ranges measured on images of `sources`."""
     nncf, = needed('nncf')
     chosen = evenly(sources, CALIBRATION)
-    # Weights take half the range: sums of full ones overflow on processors without VNNI, such as those with AVX2 alone.
+    # Weights use half the range; with the full range, sums overflow on processors without VNNI, e.g. with only AVX2.
     more = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     return nncf.quantize(model, nncf.Dataset(chosen, partial(pixels, predictor)), subset_size=len(chosen),
                          advanced_parameters=more)
 
 
 def evenly(sources, count):
-    """At most `count` of the sources, evenly chosen."""
+    """At most `count` of the sources, evenly spaced."""
     return [sources[index] for index in np.linspace(0, len(sources) - 1, min(len(sources), count)).astype(int)]
 
 
 def pixels(predictor, source):
-    """The image of a source as the network takes it, float32 (1, 3, H, W)."""
+    """The image of a source as input of the network: float32 (1, 3, H, W) in [0, 1]."""
     return predictor.prepare(upright(source.path)).pixels[None].numpy().astype(np.float32) / 255
 
 
 def chosen_branch(options, predictor):
-    """Index of --domain, or of the only one."""
+    """Index of --domain, or of the only domain; UserError if there are several to choose from."""
     names = [domain.name for domain in predictor.domains]
     if options.domain is None and len(names) > 1:
         raise UserError(f'{options.state} knows {", ".join(names)}; choose one with --domain')
@@ -100,20 +103,22 @@ def chosen_branch(options, predictor):
 
 
 def export_network(options):
-    """Writes one domain's network; prints how far its outputs are from PyTorch's."""
+    """Writes one domain's network; prints how much its outputs differ from PyTorch's."""
     place = Place(torch.device('cpu'))
     checkpoint, model, domains = load_network_and_domains(options.state, options, place, domain_of)
     size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)
-    network, domain = model.single(index).eval().requires_grad_(False).to(memory_format=torch.contiguous_format), domains[index]
+    network, domain = model.single(index).eval().requires_grad_(False).to(
+        memory_format=torch.contiguous_format), domains[index]
     random = torch.Generator().manual_seed(0)
-    example, *compared = [torch.rand(shape, generator=random) for shape in ((2, 3, *size), (1, 3, *size), (3, 3, 64, 96))]
+    example, *compared = [torch.rand(shape, generator=random)
+                          for shape in ((2, 3, *size), (1, 3, *size), (3, 3, 64, 96))]
     write = WRITERS[options.format]
     if options.int8:
         sources = [source for source in find_sources([options.calibrate]) if not source.is_video]
         write = partial(write, quantise=partial(calibrated, predictor, sources))
-        # Random images lie outside the ranges that were taken from real ones.
+        # Random images would exceed the activation ranges measured on real ones.
         compared = [torch.from_numpy(pixels(predictor, source)) for source in evenly(sources, COMPARED)]
     write(network, example, options.out, about(domain, size))
     apart, agree = difference(network, Exported(options.out), compared)
@@ -124,7 +129,7 @@ def export_network(options):
 
 @torch.inference_mode()
 def difference(network, exported, batches):
-    """(largest difference of logits relative to the largest logit, share of equal answers) over batches of images."""
+    """(largest logit difference relative to the largest logit, share of equal predictions) over batches of images."""
     apart, agree = [], []
     for images in batches:
         want, got = network(images), exported(images)
@@ -137,8 +142,8 @@ def export_published(options):
     """Writes all domains in the published key layout."""
     checkpoint = read_checkpoint(options.state)
     if checkpoint.found.network != ERFNET:
-        raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only {ERFNET}: '
-                        'choose --format onnx, torch or openvino')
+        raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only '
+                        f'{ERFNET}: choose --format onnx, torch or openvino')
     model = load_network(checkpoint)
     method = checkpoint.method or 'mdil'
     row, counts = get_method(method), checkpoint.found.num_classes

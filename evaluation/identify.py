@@ -1,10 +1,10 @@
-"""Adds to a checkpoint what `--domain auto` needs: how the images of each domain look.
+"""Adds to a checkpoint what `--domain auto` needs: statistics of how each domain's images look.
 
     python -m mdil identify published.pth.tar --domains cityscapes BDD --data-root DATA --out known.pth.tar
     python -m mdil identify old.pth.tar --images cityscapes=photos/aachen IDD=photos/hyderabad --out known.pth.tar
 
-train.py adds it for every domain that it learns, so this is for older and published files. It
-takes some kilobytes for each domain and holds no image.
+train.py stores them for every domain that it learns, so this is for older and published files.
+They take a few kilobytes for each domain and contain no images.
 """
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def parse(argv=None):
 
 
 def images_of(name, folders, options):
-    """Paths of the training images of a domain, in order; UserError if there are none."""
+    """Paths of a domain's training images, in order; UserError if there are none."""
     if name not in folders:
         return [pair.image for pair in find_split(get_domain(name, data_paths(options.data)), options.data_root,
                                                   'train').pairs]
@@ -47,7 +47,7 @@ def images_of(name, folders, options):
 
 
 def folders_of(options, known):
-    """{domain: Path} of --images."""
+    """{domain: Path} of --images; UserError for an item that is malformed or names a domain twice."""
     folders = {}
     for item in options.images:
         name, equals, folder = item.partition('=')
@@ -61,7 +61,7 @@ def folders_of(options, known):
 
 
 def with_statistics(options):
-    """The content of the file to write."""
+    """The checkpoint's content with statistics added for every domain that lacks them or is given in --images."""
     known = branches.Known(options.state, options.domains, options.method, data_paths(options.data))
     folders, content = folders_of(options, known), known.checkpoint.content
     found = dict(content.get('domain_statistics', {}))
@@ -70,7 +70,7 @@ def with_statistics(options):
             found[name] = statistics_of(images_of(name, folders, options), options.num_workers, f'the look of {name}')
             rare = f'; fewer than {FEWEST}: none will be called unknown' if found[name]['count'] < FEWEST else ''
             print(f'{name}: {found[name]["count"]} images{rare}')
-    # A file of this code keeps all that it holds, such as what a run goes on from.
+    # A file of this code keeps its whole content, including the state that a run resumes from.
     return {**(content if 'version' in content else known.content()), 'domain_statistics': found}
 
 

@@ -1,4 +1,4 @@
-"""What predict.py reads: images, folders of images, list files and videos, one Item for each image."""
+"""The inputs of predict.py: images, folders of images, list files and videos, with one Item for each image."""
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ KINDS = 'an image, a folder, a list of images (.txt) or a video'
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. name: its path below the input, less its suffix; results are called so."""
+    """A file to read. name: its path below the input, without suffix; result files get this name."""
     path: Path
     name: str
 
@@ -30,9 +30,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One image. key: what it is called in JSON; name: as `Source.name`; load: gives it as RGB, or raises UserError.
+    """One image. key: its name in JSON; name: as `Source.name`; load: returns it as RGB, or raises UserError.
 
-    video: the path of the video that it is a frame of, or None.
+    video: path of the video if it is a frame of one, else None.
     """
     key: str
     name: str
@@ -41,16 +41,16 @@ class Item:
 
 
 def find_sources(inputs, out=None):
-    """The Sources of the paths `inputs`, in order; of a folder without what lies in the folder `out` within it."""
+    """The Sources of the paths `inputs`, in order, without files in the folder `out`; UserError if there are none."""
     found = [source for path in map(Path, inputs) for source in sources_of(path, out)]
     if not found:
-        raise UserError(f'no images in {", ".join(map(str, inputs))}; only files that end in {" ".join(IMAGES)} are read, '
-                        'hidden ones are not')
+        raise UserError(f'no images in {", ".join(map(str, inputs))}; only files that end in {" ".join(IMAGES)} '
+                        'are read, hidden ones are not')
     return found
 
 
 def sources_of(path, out):
-    """The Sources of one input (see `find_sources`); UserError if it is none."""
+    """The Sources of one input (see `find_sources`); UserError if it is missing or of another kind."""
     if path.is_dir():
         return [named(file, path) for file in media_below(path, out)]
     if not path.exists():
@@ -64,17 +64,17 @@ def sources_of(path, out):
 
 
 def named(path, folder):
-    """The Source of a file below a folder."""
+    """The Source of a file, named by its path relative to a folder."""
     return Source(path, Path(os.path.relpath(path, folder)).with_suffix('').as_posix())
 
 
 def media_below(folder, out):
-    """Images and videos below a folder, sorted; hidden files and folders, and the folder `out`, are left out."""
+    """Images and videos below a folder, sorted, without hidden files and folders and without the folder `out`."""
     return sorted(path for path in files_below(folder, out) if path.suffix.lower() in IMAGES + VIDEOS)
 
 
 def listed(path):
-    """The Sources of a list file: a path in each line, relative to the folder of the list."""
+    """The Sources of a list file: one path per line, relative to the folder of the list."""
     try:
         text = path.read_text(errors='surrogateescape')
     except OSError as error:
@@ -101,13 +101,13 @@ def items_of(source):
 
 
 def upright(path):
-    """The image at `path` as RGB, turned as its EXIF data says."""
+    """The image at `path` as RGB, rotated as its EXIF data says."""
     image = open_image(path)
     return ImageOps.exif_transpose(image)
 
 
 def frames_of(source):
-    """Yields an Item for each frame of a video, and one that cannot be loaded where it is damaged; needs av."""
+    """Yields an Item for each frame of a video and, where it is damaged, a last one whose `load` raises; needs av."""
     import av
     try:
         with av.open(str(source.path)) as container:

@@ -1,12 +1,12 @@
-"""Segmentation metrics from confusion matrices, and the metrics of a sequence of steps."""
+"""Segmentation metrics from confusion matrices, and metrics of a sequence of steps."""
 import torch
 
 
 def confusion(prediction, labels, num_classes, truths=None):
-    """Confusion matrix int64 (T, C), rows truth, columns prediction, where they are.
+    """Confusion matrix int64 (T, C) on the tensors' device; rows are truth, columns prediction.
 
-    prediction, labels: integer tensors of one shape with values in [0, C) and [0, T);
-    truths: T, equal to C = num_classes unless given.
+    prediction, labels: integer tensors of the same shape with values in [0, C) and [0, T).
+    num_classes: C; truths: T, by default C.
     """
     truths = truths or num_classes
     index = labels.long().flatten() * num_classes + prediction.long().flatten()
@@ -14,9 +14,9 @@ def confusion(prediction, labels, num_classes, truths=None):
 
 
 def fold(matrix, truths, answers):
-    """A confusion matrix (T, C) in another label space, int64 (N, N).
+    """A confusion matrix (T, C) translated to another label space, int64 (N, N).
 
-    truths, answers: the index there of each row and column; N - 1, the largest, is void.
+    truths, answers: index in that space of each row and of each column; the largest, N - 1, is void.
     """
     size = max(*truths, *answers) + 1
     index = torch.tensor(truths)[:, None] * size + torch.tensor(answers)
@@ -27,9 +27,8 @@ def fold(matrix, truths, answers):
 def iou_per_class(matrix, published=False):
     """IoU in [0, 1] of each non-void class, float64 (C-1,), from a confusion matrix (C, C).
 
-    Void is the last class: its pixels count for nothing, whatever was predicted there;
-    predicting void elsewhere is a miss. A class absent from truth and prediction is
-    NaN, or 0 if `published`.
+    Void is the last class. Its pixels never count, whatever is predicted there; void predicted
+    elsewhere is a miss. A class absent from truth and prediction is NaN, or 0 if `published`.
     """
     counted = matrix[:-1].double()
     hit = counted.diagonal()
@@ -44,16 +43,15 @@ def mean_iou(matrix, published=False):
 
 
 def pixel_accuracy(matrix):
-    """Percent of non-void pixels that are right."""
+    """Percent of the non-void pixels that are predicted correctly."""
     counted = matrix[:-1].double()
     return 100 * (counted.diagonal().sum() / counted.sum()).item()
 
 
 def forgetting(steps):
-    """{domain: best earlier mIoU minus the last} of domains learnt before the last step.
+    """{domain: best earlier mIoU minus the last mIoU} of the domains learnt before the last step.
 
-    steps: list of {domain: mIoU} after each step; a step's new domains are those that
-    the step before lacks. Chaudhry et al., "Riemannian Walk", ECCV 2018.
+    steps: list of {domain: mIoU} after each step. Chaudhry et al., "Riemannian Walk", ECCV 2018.
     """
     last = steps[-1]
     return {name: max(step[name] for step in steps[:-1] if name in step) - last[name]
@@ -66,7 +64,7 @@ def learnt_at(steps):
 
 
 def backward_transfer(steps):
-    """Mean over earlier domains of the last mIoU minus that when learnt; None with one step.
+    """Mean over the earlier domains of last mIoU minus mIoU when learnt; None with a single step.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017.
     """
@@ -76,14 +74,14 @@ def backward_transfer(steps):
 
 
 def forward_transfer(steps, single):
-    """Mean over domains after the first of the mIoU when learnt minus the single-task one; None if unknown."""
+    """Mean over the later domains of mIoU when learnt minus single-task mIoU; None if no single-task mIoU is known."""
     first = learnt_at(steps)
     gains = [first[name] - single[name] for name in list(first)[1:] if name in single]
     return sum(gains) / len(gains) if gains else None
 
 
 def delta_m(miou, single):
-    """Delta_m%: mean over domains of 100 (mIoU - single-task mIoU) / single-task mIoU; None if one is unknown.
+    """Delta_m%: mean over domains of 100 (mIoU - single-task mIoU) / single-task mIoU; None if any is unknown.
 
     Vandenhende et al., "Multi-Task Learning for Dense Prediction Tasks", TPAMI 2021.
     """
@@ -93,7 +91,7 @@ def delta_m(miou, single):
 
 
 def summary(steps, single):
-    """All figures of a sequence, from [{domain: mIoU}] after each step and {domain: single-task mIoU}."""
+    """All metrics of a sequence, from [{domain: mIoU} after each step] and {domain: single-task mIoU}."""
     return {'forgetting': forgetting(steps), 'backward_transfer': backward_transfer(steps),
             'forward_transfer': forward_transfer(steps, single), 'delta_m': delta_m(steps[-1], single),
             'single_task': single}

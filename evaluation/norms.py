@@ -1,4 +1,4 @@
-"""The running statistics of batch norms as a cause of forgetting: estimated anew, or taken from another network."""
+"""Replacing the running statistics of batch norms: re-estimated from images, or copied from another network."""
 import torch
 
 from mdil.evaluation.evaluation import logits_of
@@ -7,18 +7,18 @@ from mdil.models.multi_domain import batch_norms_of
 
 @torch.inference_mode()
 def estimate_statistics(model, number, loader, place, precision='fp32'):
-    """Replaces the statistics of the norms that the model's domain `number` uses by those of its images in `loader`.
+    """Re-estimates the running statistics of the batch norms of the model's domain `number` from images in `loader`.
 
-    The mean over the batches of what each batch norm sees in them, every weight as it is. The
-    loader should give batches as in training: of its size, drawn at random. Shared norms are
-    changed for all domains. The model is left in eval mode.
+    The new statistics are the mean over the batches of each norm's batch statistics; no weight
+    changes. The loader should give batches as in training: of that size, drawn at random. Shared
+    norms change for all domains. Leaves the model in eval mode.
     """
     norms = batch_norms_of([model.single(number)])
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None        # the mean over all batches, each counting alike
+        norm.momentum = None        # the plain mean over all batches
         norm.training = True
     try:
         for images, *_ in loader:
@@ -30,7 +30,7 @@ def estimate_statistics(model, number, loader, place, precision='fp32'):
 
 
 def take_statistics(target, source):
-    """Gives the batch norms of one view of a network, `target`, the statistics of those of another view, `source`."""
+    """Copies the batch-norm statistics of one single-domain view of a network, `source`, to another view, `target`."""
     for norm, other in zip(batch_norms_of([target]), batch_norms_of([source]), strict=True):
         for buffer, value in zip(norm.buffers(), other.buffers()):
             buffer.copy_(value)

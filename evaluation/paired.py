@@ -1,4 +1,4 @@
-"""Whether two sets of figures differ, paired by seed: Student's t test. "Better" is said where p < 0.01."""
+"""Student's t test for two sets of results paired by seed. We call a difference "better" only if p < 0.01."""
 import math
 import statistics
 
@@ -6,7 +6,7 @@ LIMIT = 0.01
 
 
 def p_value(differences):
-    """Two-sided p of a paired t test, from the differences of the pairs; None of fewer than two."""
+    """Two-sided p of a paired t test, from the differences of the pairs; None with fewer than two pairs."""
     if len(differences) < 2:
         return None
     mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
@@ -16,7 +16,7 @@ def p_value(differences):
 
 
 def student(t, freedom):
-    """P(|T| <= t) of Student's distribution with `freedom` degrees; Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """P(|T| <= t) for Student's t with `freedom` degrees of freedom; Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     odd, angle = freedom % 2, math.atan(t / math.sqrt(freedom))
     term, total = math.cos(angle) if odd else 1.0, 0.0
     for power in range(odd, freedom - 1, 2):
@@ -27,6 +27,6 @@ def student(t, freedom):
 
 
 def verdict(differences):
-    """'better', 'worse', or '' where p is not below LIMIT."""
+    """'better' or 'worse' if p < LIMIT, else ''."""
     p = p_value(differences)
     return '' if p is None or p >= LIMIT else 'better' if statistics.fmean(differences) > 0 else 'worse'
