@@ -1,7 +1,7 @@
-"""Predictions made visible: colour maps, overlays, panels, best and worst images, confusion matrices.
+"""Pictures of predictions: colour maps, overlays, panels, best and worst images, confusion matrices.
 
-All pictures show what is scored: the prediction is the largest logit, void included, at the
-size of the label that it is compared with.
+All pictures show exactly what is scored: the class with the largest logit, void included, at the
+size of the label.
 """
 import os
 from pathlib import Path
@@ -18,9 +18,9 @@ from mdil.evaluation.evaluation import at_label_size, logits_of
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 
-EXTREMES = 3        # images at either end of --save-extremes
+EXTREMES = 3        # number of best and of worst images for --save-extremes
 INK, PAPER = (0, 0, 0), (255, 255, 255)
-READABLE = 320      # pixels: narrower images are enlarged to be seen
+READABLE = 320      # pixels; narrower images are enlarged
 GAP = 6             # white pixels to the right of each image of a comparison
 
 
@@ -30,14 +30,14 @@ def colorize(labels, palette):
 
 
 def overlay(image, labels, palette, alpha=0.55):
-    """Image (H, W, 3) uint8 under the colours of its labels (H, W); void pixels stay as they are."""
+    """Image (H, W, 3) uint8 blended with the colours of its labels (H, W); void pixels keep the image's."""
     labels = np.asarray(labels)
     blended = ((1 - alpha) * image + alpha * colorize(labels, palette)).astype(np.uint8)
     return np.where((labels == len(palette) - 1)[..., None], image, blended)
 
 
 def hwc(image, size):
-    """(3, H, W) uint8 tensor -> array (*size, 3), enlarged or shrunk where need be."""
+    """(3, H, W) uint8 tensor -> array (*size, 3), resized if necessary."""
     pixels = image.permute(1, 2, 0).numpy()
     if pixels.shape[:2] != tuple(size):
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BILINEAR))
@@ -50,12 +50,12 @@ def save_picture(path, pixels):
 
 
 def text_size(width):
-    """Height of letters in a picture that is `width` pixels wide."""
+    """Font size in pixels for a picture that is `width` pixels wide."""
     return max(11, min(width // 45, 20 + width // 150))
 
 
 def band(texts, widths):
-    """A line of text above pictures: RGB (H, sum of widths, 3), each text over the picture of that width."""
+    """A line of text above pictures: RGB (H, sum of widths, 3), with each text above the picture of that width."""
     font = ImageFont.load_default(text_size(sum(widths)))
     height = int(1.7 * font.size)
     strip = Image.new('RGB', (sum(widths), height), PAPER)
@@ -67,7 +67,7 @@ def band(texts, widths):
 
 
 def legend(names, colors, width):
-    """Coloured squares with class names, RGB uint8 (H, width, 3)."""
+    """Coloured squares with class names: RGB uint8 (H, width or more, 3)."""
     font = ImageFont.load_default(text_size(width))
     line, gap = int(1.6 * font.size), font.size // 2
     cell = max(int(font.getlength(name)) for name in names) + line + 2 * gap
@@ -82,14 +82,14 @@ def legend(names, colors, width):
 
 
 def stacked(pictures):
-    """RGB pictures one below the other, filled up to the widest with white."""
+    """RGB pictures one below the other, padded with white to the widest."""
     width = max(picture.shape[1] for picture in pictures)
     return np.concatenate([np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
                            for picture in pictures])
 
 
 def enlarged(pixels):
-    """RGB (H, W, 3), each pixel repeated until the picture is READABLE."""
+    """RGB (H, W, 3) enlarged by repeating pixels until it is at least READABLE wide."""
     times = -(-READABLE // pixels.shape[1])
     return pixels.repeat(times, axis=0).repeat(times, axis=1)
 
@@ -97,7 +97,7 @@ def enlarged(pixels):
 def comparison(domain, image, truth, prediction, name):
     """Input, truth and prediction side by side with titles and legend, RGB uint8 (h, w, 3).
 
-    image: (3, H, W) uint8; truth, prediction: class indices of one size; name: the image's.
+    image: (3, H, W) uint8; truth, prediction: class indices of the same size; name: of the image.
     """
     pixels = hwc(image, truth.shape)
     row = [np.pad(enlarged(picture), ((0, 0), (0, GAP), (0, 0)), constant_values=255)
@@ -110,15 +110,16 @@ def comparison(domain, image, truth, prediction, name):
 
 
 def image_miou(truth, prediction, domain):
-    """mIoU in percent of one image over the classes in truth or prediction; NaN where all is void."""
+    """mIoU in percent of one image over the classes in truth or prediction; NaN if all pixels are void."""
     return metrics.mean_iou(metrics.confusion(prediction, truth, domain.num_classes))
 
 
 class Album:
-    """The pictures that are made while a domain is evaluated; each rank saves those of its own images.
+    """Saves the pictures of a domain while it is evaluated; each rank saves those of its own images.
 
-    Called as `watch` of `evaluate`; `finish` adds what needs all images. folders: {'overlays',
-    'color', 'extremes', 'confusion': folder or None}; the pictures go into <folder>/<step>/<domain>.
+    It is called as `watch` of `evaluate`; `finish` saves the pictures that need all images. folders:
+    {'overlays', 'color', 'extremes', 'confusion': folder or None}; the pictures go into
+    <folder>/<step>/<domain>.
     """
 
     def __init__(self, folders, step, dataset):
@@ -144,7 +145,7 @@ class Album:
             self.ends = ends([*self.ends, (miou, index, picture)])
 
     def finish(self, matrix, place):
-        """Writes the worst and best images of all ranks, and the figure of the confusion matrix (C, C)."""
+        """Saves the worst and best images of all ranks, and the picture of the confusion matrix (C, C)."""
         if 'extremes' in self.folders:
             ranked = ends(gathered(self.ends, place))
             count = min(EXTREMES, len(ranked) // 2 or len(ranked))
@@ -156,7 +157,7 @@ class Album:
 
 
 def make(folder):
-    """Makes a folder; UserError if it cannot be."""
+    """Makes a folder; UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,13 +165,13 @@ def make(folder):
 
 
 def ends(ranked):
-    """The EXTREMES first and last of (mIoU, index, picture) triples, in rising order."""
+    """The EXTREMES lowest and highest of (mIoU, index, picture) triples, in ascending order."""
     ranked = sorted(ranked, key=lambda item: item[:2])
     return ranked if len(ranked) <= 2 * EXTREMES else ranked[:EXTREMES] + ranked[-EXTREMES:]
 
 
 def gathered(items, place):
-    """The list `items` of every rank, joined."""
+    """The lists `items` of all ranks, joined."""
     if place.world == 1:
         return items
     everyones = [None] * place.world
@@ -179,12 +180,12 @@ def gathered(items, place):
 
 
 def richest(dataset):
-    """Index of the image whose label has the most classes, the first of equals; void is not a class."""
+    """Index of the image whose label has the most classes, void excluded; the first in a tie."""
     return int(np.argmax([classes_of(pair, dataset.size, dataset.domain.void) for pair in dataset.pairs]))
 
 
 def classes_of(pair, size, void):
-    """How many classes the label of a pair has at `size` (height, width)."""
+    """Number of classes, void excluded, in the label of a pair at `size` (height, width)."""
     label = np.asarray(open_label(pair).resize(size[::-1], Image.NEAREST))
     return int((np.unique(to_classes(label, pair)) < void).sum())
 
@@ -192,9 +193,9 @@ def classes_of(pair, size, void):
 def choose(datasets, wanted):
     """[(number of the data set, index of the image)] for figures, in the order of the data sets.
 
-    wanted: items WHAT or DOMAIN=WHAT, WHAT being an index or a part of the image's path that
-    no other image of the domain has; without an item the richest image of each domain.
-    UserError for an item that names no image.
+    wanted: items WHAT or DOMAIN=WHAT; WHAT is an index, or a part of the path of exactly one image of
+    the domain. Without items, the `richest` image of each domain. UserError for an item without such
+    an image in any domain.
     """
     if not wanted:
         return [(number, richest(dataset)) for number, dataset in enumerate(datasets)]
@@ -213,7 +214,7 @@ def choose(datasets, wanted):
 
 
 def find_image(dataset, what):
-    """Index of the one image that `what` names (see `choose`), or None."""
+    """Index of the only image that `what` matches (see `choose`), or None."""
     paths = [Path(os.path.relpath(pair.image, dataset.folder)).as_posix() for pair in dataset.pairs]
     exact = [index for index, path in enumerate(paths) if Path(path).stem == what]
     if not exact and what.isdecimal() and str(int(what)) == what:
@@ -224,7 +225,7 @@ def find_image(dataset, what):
 
 @torch.inference_mode()
 def predict(model, number, image, label, place, precision='fp32'):
-    """Class indices (H, W) of an image (3, h, w) uint8 at the size of its label, by the model's domain `number`."""
+    """Class indices (H, W), at the size of the label, of an image (3, h, w) uint8 in the model's domain `number`."""
     model.eval()
     labels = label[None] if label.shape == image.shape[1:] else [label]
     _, logits, _ = next(at_label_size(logits_of(model, number, image[None], place, precision), labels))
@@ -232,7 +233,7 @@ def predict(model, number, image, label, place, precision='fp32'):
 
 
 def figure_format(path):
-    """The format that a figure's file name asks for; UserError if there is none such."""
+    """The format given by the suffix of a figure's file name; UserError if matplotlib does not have it."""
     from matplotlib.backend_bases import FigureCanvasBase
     suffix = Path(path).suffix[1:].lower()
     if suffix not in FigureCanvasBase.get_supported_filetypes():
@@ -241,13 +242,13 @@ def figure_format(path):
 
 
 def new_figure(**keywords):
-    """A matplotlib Figure that takes dollar signs as they are."""
+    """A matplotlib Figure with constrained layout, drawn without pyplot."""
     from matplotlib.figure import Figure
     return Figure(layout='constrained', **keywords)
 
 
 def save_figure(path, figure, dpi=110):
-    """Writes a figure in the format of the file's name, atomically, undated and without Type 3 fonts."""
+    """Writes a figure atomically, in the format of the file name's suffix, without date and Type 3 fonts."""
     from matplotlib import rc_context
     kind = figure_format(path)
     undated = {'pdf': {'CreationDate': None}, 'svg': {'Date': None}}.get(kind)
@@ -256,10 +257,10 @@ def save_figure(path, figure, dpi=110):
 
 
 def save_panels(path, datasets, models, place, chosen, precision='fp32'):
-    """A figure: a row for each chosen image; columns input, truth, the prediction of each model, legend.
+    """Writes a figure with a row for each chosen image: input, truth, the prediction of each model, legend.
 
-    datasets: of each domain, in the networks' order; models: {title: network}, which may
-    lack the later domains; chosen: what `choose` gives.
+    datasets: one for each domain, in the networks' order; models: {title: network}, which may lack
+    the later domains; chosen: the result of `choose`.
     """
     columns = ['input', 'truth', *models]
     shapes = [dataset.size for dataset in datasets]
@@ -274,7 +275,7 @@ def save_panels(path, datasets, models, place, chosen, precision='fp32'):
 
 
 class OneEach(torch.nn.Module):
-    """Networks of one domain each, asked as one network of all of them is."""
+    """Several single-domain networks behind the interface of one multi-domain network."""
 
     def __init__(self, networks):
         super().__init__()
@@ -286,12 +287,12 @@ class OneEach(torch.nn.Module):
         return [network.num_classes[0] for network in self.networks]
 
     def forward(self, images, domain=0):
-        """Logits of `domain`, by its own network."""
+        """Logits of `domain`, from its own network."""
         return self.networks[domain](images)
 
 
 def draw_row(row, dataset, number, index, models, place, precision):
-    """Fills a row of axes of `save_panels`."""
+    """Draws one row of `save_panels`."""
     domain, (image, truth) = dataset.domain, dataset.load(index)
     truth = truth.long().clamp(max=domain.void)
     pixels, shown = hwc(image, truth.shape), set(truth.unique().tolist())
@@ -315,7 +316,7 @@ def draw_row(row, dataset, number, index, models, place, precision):
 
 
 def draw_legend(axis, domain, classes):
-    """Fills an axis with the colours and names of those classes (indices)."""
+    """Draws the colours and names of the classes with the indices `classes`."""
     from matplotlib.patches import Patch
     axis.axis('off')
     patches = [Patch(facecolor=np.divide(domain.colors[index], 255), edgecolor='black', linewidth=0.5,
@@ -327,9 +328,9 @@ def draw_legend(axis, domain, classes):
 
 
 def save_confusion(path, matrix, domain):
-    """A figure of a confusion matrix (C, C): percent of each true class's pixels (row) by prediction (column)."""
+    """Writes a figure of a confusion matrix (C, C): percent of each true class (row) predicted as each class."""
     matrix = matrix[:-1].double()
-    percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()     # NaN: no such pixels
+    percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()     # NaN for a class without pixels
     names, answers = domain.classes, [*domain.classes, 'void']
     side = 2.2 + 0.42 * len(answers)
     figure = new_figure(figsize=(side + 1.2, side))

@@ -1,4 +1,4 @@
-"""A trained network with what it takes to use it: images of any size in, class indices of the same size out."""
+"""Prediction with a trained network: images of any size in, class indices of the same size out."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from mdil.utils.parser import data_paths
 
-PUBLISHED_SIZE = 512, 1024      # height, width of files that do not say what they were trained at
+PUBLISHED_SIZE = 512, 1024      # height, width for files that do not record their training size
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Choice:
-    """The index of the branch that answers for an image, {domain: probability}, and whether the image is like none."""
+    """The index of the branch for an image, {domain: probability}, and whether the image is like no known domain."""
     index: int
     probabilities: dict
     unknown: bool = False
 
     @property
     def name(self):
-        """Of the domain whose branch answers."""
+        """Name of the most probable domain, whose branch segments the image."""
         return max(self.probabilities, key=self.probabilities.get)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of an image of H x W pixels, on the CPU.
+    """The prediction for an image of H x W pixels, on the CPU.
 
-    domain: the Domain whose branch was asked, by `choice`. labels: its class indices (H, W)
-    uint8, never void. confidence: (H, W) float32, the probability in [0, 1] of each pixel's
-    answer among the classes that are not void. probabilities: (C, H, W) float32, those of all
-    classes but void, where they were asked for, or None.
+    domain: the Domain whose branch made it; choice: how it was chosen. labels: class indices (H, W)
+    uint8, never void. confidence: (H, W) float32, the probability in [0, 1] of each pixel's label
+    among the non-void classes. probabilities: (C, H, W) float32 of all non-void classes, or None if
+    they were not requested.
     """
     domain: object
     choice: Choice
@@ -58,16 +58,16 @@ class Prediction:
 
     @property
     def shares(self):
-        """{class: share of the pixels} of the classes that occur."""
+        """{class: share of the pixels in [0, 1]} of the classes that occur."""
         counts = torch.bincount(self.labels.flatten(), minlength=len(self.domain.classes)).tolist()
         return {name: count / self.labels.numel() for name, count in zip(self.domain.classes, counts) if count}
 
 
 class Predictor:
-    """A network, the Domains of its branches and the size (height, width) that its images are resized to.
+    """A network, the Domains of its branches and the size (height, width) that images are resized to.
 
-    size None: images keep their size, but for sides that are no multiples of 8. identifier: the
-    models.identify.Identifier that tells the domain of an image, or None.
+    size: None keeps the size of each image, with sides rounded to multiples of 8. identifier: the
+    models.identify.Identifier that detects the domain of an image, or None.
     """
 
     def __init__(self, model, domains, size, place, precision='fp32', identifier=None):
@@ -75,13 +75,14 @@ class Predictor:
         self.place, self.precision, self.identifier = place, precision, identifier
 
     def index(self, name):
-        """Index of the domain called `name`, or by an alias; UserError if the network does not know it."""
+        """Index of the domain with the name or alias `name`; UserError if the network does not know it."""
         if not isinstance(name, str):
             raise TypeError(f'the name of a domain is expected, not {name!r}')
         for index, domain in enumerate(self.domains):
             if name.lower() in map(str.lower, (domain.name, *domain.aliases)):
                 return index
-        raise UserError(f'the network does not know the domain {name!r}, only {", ".join(d.name for d in self.domains)}')
+        raise UserError(f'the network does not know the domain {name!r}, only '
+                        f'{", ".join(d.name for d in self.domains)}')
 
     def prepare(self, image):
         """The Prepared form of a PIL image in RGB."""
@@ -95,23 +96,27 @@ class Predictor:
         return Choice(index, {self.domains[index].name: 1.0})
 
     def choices(self, guess):
-        """The Choices that a models.identify.Guess stands for, one for each of its images."""
+        """The Choices for the images of a models.identify.Guess."""
         names = [domain.name for domain in self.domains]
         return [Choice(index, dict(zip(names, probabilities)), unknown) for index, probabilities, unknown
                 in zip(guess.domain.tolist(), guess.probabilities.tolist(), guess.unknown.tolist())]
 
     def guess(self, images):
-        """The Choice for each of a list of PIL images in RGB, told from the image."""
+        """The Choice for each of a list of PIL images in RGB, detected from the image."""
         return self.choices(self.identifier.guess(torch.stack([appearance(image) for image in images])))
 
     def predict(self, images, domain='auto', probabilities=False):
-        """The Predictions of PIL images in RGB, of any sizes, by the branch called `domain` or the one that fits each."""
+        """The Predictions for PIL images in RGB of any size.
+
+        domain: whose branch to use, or 'auto' to detect it for each image. probabilities: whether the
+        Predictions hold them.
+        """
         choices = self.guess(images) if domain == 'auto' else [self.stated(domain)] * len(images)
         return self.predict_prepared([self.prepare(image) for image in images], choices, probabilities)
 
     @torch.inference_mode()
     def predict_prepared(self, images, choices, probabilities=False):
-        """The Predictions of Prepared images, each by the branch of the Choice next to it."""
+        """The Predictions for Prepared images, each from the branch of its Choice."""
         groups, found = {}, {}
         for number, (image, choice) in enumerate(zip(images, choices)):
             groups.setdefault((image.pixels.shape, choice.index), []).append(number)
@@ -123,7 +128,7 @@ class Predictor:
         return [found[number] for number in range(len(images))]
 
     def answer(self, logits, size, choice, probabilities=False):
-        """The Prediction of the chosen branch's logits (C, h, w), void their last class, for an image of `size` (H, W)."""
+        """The Prediction for an image of `size` (H, W) from its branch's logits (C, h, w), whose last class is void."""
         domain = self.domains[choice.index]
         logits = logits[None, :domain.void].float()
         if logits.shape[2:] != size:
@@ -135,19 +140,23 @@ class Predictor:
 
 
 def trained_size(content):
-    """(height, width) that a checkpoint of this content was trained at; the published size where it does not say."""
+    """(height, width) that a checkpoint was trained at, from its content; PUBLISHED_SIZE if it does not say."""
     return stated_size(content) or PUBLISHED_SIZE
 
 
 def unplaced(count):
-    """The Layout of a domain of `count` classes that lies nowhere known: label files of class indices, and 255 for void."""
+    """The Layout of a domain of `count` classes whose files are not known.
+
+    Its label files hold class indices, and 255 for void.
+    """
     return Layout('', IMAGES, '', (Labels('', train_ids(count)),))
 
 
 def domain_of(entry, data):
-    """The Domain of an entry of a checkpoint or an exported file: as built in or declared at `data`, else as the entry says.
+    """The Domain for an entry of a checkpoint or an exported file.
 
-    The label files of the last kind hold class indices, and 255 for void.
+    It is the built-in one or the one declared in `data`; otherwise the entry describes it, and its
+    label files hold class indices, and 255 for void.
     """
     name = entry['name']
     if name.lower() in domain_names() or name in data or 'class_names' not in entry:
@@ -158,14 +167,14 @@ def domain_of(entry, data):
 
 
 def exported_predictor(options):
-    """The Predictor of a network that `python -m mdil export` wrote; it runs on the CPU."""
+    """The Predictor for a network that `python -m mdil export` wrote; it runs on the CPU."""
     network = Exported(options.state)
     size = None if options.native else options.size or (network.about['height'], network.about['width'])
     return Predictor(network, [domain_of(network.about, data_paths(options.data))], size, Place(torch.device('cpu')))
 
 
 def load_predictor(options, place):
-    """The Predictor of a checkpoint or an exported network, as the options of predict.py say."""
+    """The Predictor for a checkpoint or an exported network, as the options of predict.py say."""
     if is_exported(options.state):
         return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, options, place, domain_of)

@@ -1,11 +1,11 @@
-"""Puts back what later steps changed of old domains, from the files of the steps that learnt them.
+"""Restores what later steps changed in old domains, from the checkpoints of the steps that learnt them.
 
     python -m mdil repair STEP1 STEP2 STEP3 --out repaired.pth.tar
     python -m mdil repair STEP1 STEP2 STEP3 --out repaired.pth.tar --what branch --data-root DATA
 
-`statistics`, the default, puts back the running statistics of each old domain's own batch
-norms; `branch` all that it has for itself. The shared weights and the newest domain stay as
-they are. With --data-root every domain is evaluated before and after.
+`statistics`, the default, restores the running statistics of each old domain's own batch norms;
+`branch` restores its whole branch. The shared weights and the newest domain stay as they are. With
+--data-root, every domain is evaluated before and after.
 """
 import copy
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, machine_options, positive, size_options
 from mdil.utils.precision import memory_format
 
-# What an Evaluator asks of its options besides those below.
+# Options that an Evaluator reads and that this tool does not offer.
 EVALUATION = {'split': 'val', 'resolution': 'published', 'published_metric': False, 'common_classes': False}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a domain's branch comes from. learnt: whether that file's step is the one that learnt it."""
+    """Where a domain's branch comes from: branch `number` of `known`; learnt: whether that file's step learnt it."""
     known: Known
     number: int
     learnt: bool
@@ -63,7 +63,7 @@ def parse(argv=None):
 
 
 def known_files(options):
-    """The Known of each file; names that a file lacks are the first of --domains."""
+    """The Known of each file; a file without names takes the first of --domains."""
     found = []
     for path in options.states:
         count = len(checkpoint.read_checkpoint(path).found.num_classes)
@@ -72,7 +72,10 @@ def known_files(options):
 
 
 def sources(older, new):
-    """{old domain of the Known `new`: its Source}: the first of the Knowns `older`, in step order, that has it."""
+    """{old domain of the Known `new`: its Source}, the first of the Knowns `older` (in step order) that has it.
+
+    UserError if an old domain is in none of them, or if there is no old domain.
+    """
     found = {}
     for known in older:
         for number, name in enumerate(known.names):
@@ -88,7 +91,7 @@ def sources(older, new):
 
 
 def check_alike(known, number, new, name):
-    """UserError unless a domain's branch in `known` has the tensors that it has in `new`."""
+    """UserError unless a domain's branch has tensors of the same names and shapes in `known` and `new`."""
     if known.network != new.network:
         raise UserError(f'{known.checkpoint.source} holds {known.network}, {new.checkpoint.source} holds {new.network}')
     one, other = branch_state(known.model, number), branch_state(new.model, new.names.index(name))
@@ -99,15 +102,16 @@ def check_alike(known, number, new, name):
 
 
 def scores(known, evaluator):
-    """{domain: mIoU} of a Known, whose network stays on the CPU."""
+    """{domain: mIoU} of a Known, whose own network stays on the CPU."""
     place, domains = evaluator.place, [evaluator.domain(name) for name in known.names]
     checkpoint.check_known(known.checkpoint, domains)
-    model = copy.deepcopy(known.model).to(place.device, memory_format=memory_format(place.device, evaluator.options.precision))
+    model = copy.deepcopy(known.model).to(
+        place.device, memory_format=memory_format(place.device, evaluator.options.precision))
     return {domain.name: evaluator.score(model, number, domain).miou() for number, domain in enumerate(domains)}
 
 
 def repair(new, found, what):
-    """Puts back the Sources `found`; a line for each old domain."""
+    """Copies tensors from the Sources `found` into `new`; returns a line of text for each old domain."""
     lines = []
     for name, source in found.items():
         moved = put_back(source.known.model, source.number, new.model, new.names.index(name), what)
@@ -119,15 +123,15 @@ def repair(new, found, what):
 
 
 def content_of(known):
-    """The content of the repaired file: what a checkpoint needs, and what the file that was repaired says of itself."""
+    """The content of the repaired file: a checkpoint, with epoch, options and best mIoU of the original."""
     kept = {name: known.checkpoint.content[name] for name in ('epoch', 'options') if name in known.checkpoint.content}
-    if 'best_acc' in known.checkpoint.content:      # numpy's in published files
+    if 'best_acc' in known.checkpoint.content:      # a numpy number in published files
         kept['best_acc'] = float(known.checkpoint.content['best_acc'])
     return {**known.content(), **known.about(), **kept}
 
 
 def table(before, after):
-    """mIoU of every domain before and after, as text."""
+    """The mIoU of every domain before and after, as a text table."""
     rows = [[name, tables.number(value), tables.number(after[name]), f'{after[name] - value:+.2f}']
             for name, value in before.items()]
     return tables.plain(['domain', 'mIoU before', 'after', 'difference'], rows)

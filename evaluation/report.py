@@ -1,10 +1,10 @@
-"""Writes what a sequence of steps has given so far as one HTML file that needs no network.
+"""Writes a report on a sequence of steps, finished or running, as one self-contained HTML file.
 
     python -m mdil report runs/mdil --data-root DATA
 
-The folder is one that the trainer scripts fill: a run in each folder of it, results.json of
-eval.py next to them (or a single run). Tables, learning curves, predictions after each step,
-options, versions and revision; what is not there yet is left out and said.
+The folder is one that the trainer scripts fill, with one folder for each run and the results.json
+of eval.py, or the folder of a single run. The report holds tables, learning curves, predictions
+after each step, options, versions and revision. It leaves out what is missing, and says so.
 """
 import argparse
 import base64
@@ -37,7 +37,10 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoesca
 
 @dataclass
 class Results:
-    """Of results.json: number of steps evaluated, a paragraph about the protocol, Tables of all domains, of the classes."""
+    """The content of results.json: number of evaluated steps, a paragraph about the protocol, and Tables.
+
+    tables: across domains; classes: IoU of the classes of each domain.
+    """
     steps: int
     about: str
     tables: list
@@ -45,7 +48,8 @@ class Results:
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m mdil report', description='One HTML file about a sequence of steps, finished or running.')
+    parser = Parser(prog='python -m mdil report',
+                    description='One HTML file about a sequence of steps, finished or running.')
     parser.add_argument('folder', metavar='FOLDER', help='folder of a sequence, or of one run')
     parser.add_argument('--out', metavar='FILE', help='the HTML file (default: report.html in FOLDER)')
     parser.add_argument('--device', default='auto', help='device that draws the predictions')
@@ -58,7 +62,7 @@ def parse(argv=None):
 
 
 def find_steps(folder):
-    """Steps in the folder of a sequence, in the order learnt; UserError if there is none."""
+    """The Steps in the folder of a sequence, in the order learnt; UserError if there are none."""
     runs = lambda place: any((place / name).exists() for name in ('opts.json', 'metrics.jsonl'))
     folder = Path(folder)
     if not folder.is_dir():
@@ -70,7 +74,7 @@ def find_steps(folder):
 
 
 def read_results(folder):
-    """What results.json in a sequence's folder says, None if there is none yet."""
+    """The Results of results.json in a sequence's folder, or None if there is none yet; UserError if it is invalid."""
     path = Path(folder) / 'results.json'
     if not path.exists():
         return None
@@ -84,13 +88,13 @@ def read_results(folder):
 
 
 def heat(text):
-    """CSS of a table's cell: figures from 0 to 100 on green, the more the higher; '' of other text."""
+    """CSS of a table cell: the higher a number from 0 to 100, the stronger the green; '' for other text."""
     return (f'background: rgba(40, 150, 90, {min(float(text), 100) / 160:.2f})' if re.fullmatch(r'\d+\.\d+', text)
             else '')
 
 
 def training_table(steps):
-    """tables.Table of each step's best and last validation while it trained; None if nothing was validated yet."""
+    """tables.Table of each step's best and last validation during training; None if nothing was validated yet."""
     found = {f'{number} ({step.title})': records.best_and_last(step.lines, step.learnt)
              for number, step in enumerate(steps, 1)}
     names = list(dict.fromkeys(name for lines in found.values() for line in lines if line for name in line['val']))
@@ -105,7 +109,7 @@ def training_table(steps):
 
 
 def curve_picture(plot, steps):
-    """Address of the SVG of a dashboard.Plot with every step's start marked."""
+    """data: URL of a dashboard.Plot as SVG, with the start of every step marked."""
     figure = pictures.new_figure(figsize=(5.6, 3.3))
     axis = figure.subplots()
     for number, (name, points) in enumerate(plot.lines.items()):
@@ -130,12 +134,12 @@ def curve_picture(plot, steps):
 
 
 def address(file, kind):
-    """The data: address of a file in memory, of the MIME type `kind`."""
+    """The data: URL of a file in memory, with the MIME type `kind`."""
     return f'data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
 def jpeg(pixels):
-    """Address of a picture (H, W, 3) uint8."""
+    """data: URL of a picture (H, W, 3) uint8 as JPEG."""
     file = io.BytesIO()
     Image.fromarray(shrunk(pictures.enlarged(pixels), PICTURE_WIDTH)).save(file, 'JPEG', quality=90, subsampling=0)
     return address(file, 'image/jpeg')
@@ -143,7 +147,7 @@ def jpeg(pixels):
 
 @dataclass
 class Learnt:
-    """The best network of a step, on the device; names of its domains, options it was trained with."""
+    """The best network of a step, on the device, the names of its domains, and the options it was trained with."""
     title: str
     model: object
     names: list
@@ -151,7 +155,7 @@ class Learnt:
 
 
 def networks(steps, place):
-    """A Learnt for each step that has a best checkpoint of ours."""
+    """A Learnt for each step that has a best checkpoint of this code."""
     found = []
     for number, step in enumerate(steps, 1):
         if (step.folder / BEST).exists():
@@ -163,16 +167,16 @@ def networks(steps, place):
 
 
 def dataset_of(name, trained, options):
-    """The validation images of a domain as a run with options `trained` saw them; UserError if they are not at hand."""
+    """The validation images of a domain as a run with options `trained` saw them; UserError if they are missing."""
     domain = get_domain(name, data_paths(options.data or trained['data']))
     root = getattr(options, 'data_root', trained['data_root'])
     return SegmentationDataset(domain, root, 'val', (trained['height'], trained['width']))
 
 
 def domain_pictures(name, learnt, options, place):
-    """A domain's image with the most classes: its input, truth and prediction of each Learnt that knows it.
+    """Pictures of a domain's image with the most classes: input, truth, prediction of each Learnt with the domain.
 
-    {'pictures': [(caption, address)], 'classes': [(name, color)] of what they show}
+    Returns {'pictures': [(caption, data: URL)], 'classes': [(name, color)] of the classes in them}.
     """
     learnt = [step for step in learnt if name in step.names]
     dataset = dataset_of(name, learnt[0].options, options)
@@ -193,7 +197,7 @@ def domain_pictures(name, learnt, options, place):
 
 
 def predictions(steps, options, place):
-    """[(domain, its `domain_pictures`, or why there are none)]."""
+    """[(domain, its `domain_pictures`, or the reason why there are none)]."""
     learnt, found = networks(steps, place), []
     for name in tqdm(dict.fromkeys(name for step in learnt for name in step.names), desc='predictions', leave=False,
                      disable=None):
@@ -205,14 +209,14 @@ def predictions(steps, options, place):
 
 
 def recorded(steps, key):
-    """[(name, [its value in each step, '' where it is missing])] of opts.json's part `key`."""
+    """[(name, [its value in each step, or ''])] of the part `key` of opts.json."""
     parts = [step.record.get(key, {}) for step in steps]
     return [(name, [show(part.get(name)) if name in part else '' for part in parts])
             for name in dict.fromkeys(name for part in parts for name in part)]
 
 
 def progress(steps):
-    """One sentence for each step: how far it is."""
+    """One sentence on how far each step is."""
     lines = []
     for number, step in enumerate(steps, 1):
         done, total = (step.lines[-1]['epoch'] if step.lines else 0), step.options.get('num_epochs', '?')

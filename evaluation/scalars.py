@@ -1,17 +1,17 @@
-"""Scalars for TensorBoard while a run trains: `--tensorboard`, in the folder tensorboard of --savedir."""
+"""TensorBoard scalars of a running training (`--tensorboard`), in the folder `tensorboard` of --savedir."""
 from pathlib import Path
 
 from mdil.utils.files import check_writable
 
 
 class Scalars:
-    """Writes the figures of metrics.jsonl; the run's name is --model-name-suffix below its folder.
+    """Writes the scalars of metrics.jsonl; a subfolder is named after --model-name-suffix.
 
-    epoch: epochs finished so far; later ones of an interrupted run are shown as it repeats them.
+    epoch: number of finished epochs; scalars of later epochs, left by an interrupted run, are discarded.
     """
 
     def __init__(self, options, epoch=0):
-        from torch.utils.tensorboard import SummaryWriter       # the package is asked for only where it is wanted
+        from torch.utils.tensorboard import SummaryWriter       # imported here because the package is optional
         folder = Path(options.savedir) / 'tensorboard' / options.model_name_suffix.replace('/', '-')
         check_writable('--tensorboard', folder, folder=True)
         self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)

@@ -1,4 +1,4 @@
-"""Tables of results: as text for the terminal, as Markdown, LaTeX and CSV."""
+"""Tables of results as text for the terminal, Markdown, LaTeX and CSV."""
 import csv
 import io
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 WIDTH = 80          # columns of the terminal
-LONGEST = 28        # characters of a cell there
+LONGEST = 28        # maximum characters of a cell in the terminal
 DELTA = 'Delta_m%'
 COMMON = '7 common classes (IDD level 1)'
 TRANSFERS = (('backward_transfer', 'backward transfer'), ('forward_transfer', 'forward transfer'), ('delta_m', DELTA))
@@ -23,7 +23,7 @@ TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciici
 
 @dataclass
 class Table:
-    """title: one line. key: short name. groups: lists of rows that a line parts; cells are str. notes: sentences."""
+    """title: one line. key: short name. groups: lists of rows, separated by rules; cells are str. notes: sentences."""
     title: str
     key: str
     header: list
@@ -32,12 +32,12 @@ class Table:
 
 
 def number(value, digits=2):
-    """A figure as text; '-' for None and NaN."""
+    """A number as text; '-' for None and NaN."""
     return '-' if value is None or math.isnan(value) else f'{round(value, digits) + 0.0:.{digits}f}'    # no -0.00
 
 
 def spread(values, digits=2):
-    """Figures of several seeds as text: mean +- sample standard deviation; '-' if one is missing."""
+    """Numbers of several seeds as text: mean +- sample standard deviation; '-' if one is None or NaN."""
     if any(number(value) == '-' for value in values):
         return '-'
     mean = number(statistics.fmean(values), digits)
@@ -45,7 +45,7 @@ def spread(values, digits=2):
 
 
 def plain(header, *groups):
-    """An aligned text table: first column left, the others right, a line above each group of rows."""
+    """An aligned text table: first column left, the others right, a rule above each group of rows."""
     cells = [[[str(cell) for cell in row] for row in group] for group in ([header], *groups)]
     widths = [max(len(row[column]) for group in cells for row in group) for column in range(len(header))]
     lines = [['  '.join(cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -56,7 +56,7 @@ def plain(header, *groups):
 
 
 def fitted(header, groups, width=WIDTH):
-    """The same within `width`: long cells cut, columns that do not fit in further blocks below."""
+    """`plain` within `width` columns: long cells are cut, and columns that do not fit go into further blocks below."""
     rows = [[short(cell) for cell in header]], *([[short(cell) for cell in row] for row in group] for group in groups)
     widths = [max(len(row[column]) for group in rows for row in group) for column in range(len(header))]
     blocks, used = [[0]], widths[0]
@@ -72,17 +72,17 @@ def fitted(header, groups, width=WIDTH):
 
 
 def short(cell):
-    """A cell as text of at most LONGEST characters."""
+    """A cell cut to at most LONGEST characters."""
     return cell if len(cell) <= LONGEST else cell[:LONGEST - 3] + '...'
 
 
 def wrapped(text):
-    """A paragraph in lines of the terminal's width."""
+    """A paragraph wrapped to WIDTH columns."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def packed(blocks, gap='    '):
-    """Text blocks side by side as far as they fit, else below."""
+    """Text blocks side by side where they fit into WIDTH columns, else one below the other."""
     done = blocks[:1]
     for block in blocks[1:]:
         row = side_by_side(done[-1], block, gap)
@@ -122,7 +122,7 @@ def markdown_document(about, tables):
 
 
 def tex(text):
-    """Text as LaTeX; figures with a sign or a deviation in mathematics, '-' (no figure) as a dash."""
+    """Text as LaTeX; numbers with a sign or a deviation in math mode, '-' (no number) as a dash."""
     if text == '-':
         return '--'
     if re.fullmatch(r'-?\d+\.\d+( \+- \d+\.\d+)?', text) and ('-' in text):
@@ -132,7 +132,7 @@ def tex(text):
 
 
 def latex(table, about=''):
-    """A Table as a LaTeX table of the package booktabs; its caption has title, `about` and notes."""
+    """A Table as a LaTeX table with booktabs rules; the caption holds title, `about` and notes."""
     row = lambda cells: '    ' + ' & '.join(map(tex, cells)) + r' \\'
     body = [line for group in table.groups if group for line in (r'    \midrule', *map(row, group))]
     caption = ' '.join(tex(part.rstrip('.') + '.') for part in (table.title, about, *table.notes) if part)
@@ -144,13 +144,13 @@ def latex(table, about=''):
 
 
 def latex_document(about, tables):
-    """Tables as LaTeX to be included with \\input; the first caption says how the figures were made."""
+    """Tables as LaTeX to be included with \\input; `about` goes into the first caption."""
     parts = [latex(table, '' if index else about) for index, table in enumerate(tables)]
     return '\n\n'.join(['% \\usepackage{booktabs} in the preamble', *parts]) + '\n'
 
 
 def describe(protocol):
-    """What the figures mean, one paragraph, from the protocol in the results."""
+    """One paragraph on what the results mean, from the protocol stored with them."""
     size = f'{protocol["width"]}x{protocol["height"]}'
     how = (f"at each label's own size (native): logits of the images resized to {size} are upsampled bilinearly"
            if protocol.get('resolution') == 'native' else f'at {size}: images and labels resized, as published')
@@ -162,7 +162,7 @@ def describe(protocol):
 
 
 def step_rows(steps, show=number):
-    """(header, rows) of the step x domain mIoU matrix; steps: list of {domain: mIoU}, which `show` turns into text."""
+    """(header, rows) of the step x domain mIoU matrix; steps: list of {domain: mIoU}; show: turns an mIoU into text."""
     names = list(steps[-1])
     return (['mIoU after step', *names],
             [[f'{index} ({list(step)[-1]})', *(show(step[name]) if name in step else '-' for name in names)]
@@ -170,25 +170,25 @@ def step_rows(steps, show=number):
 
 
 def in_space(entries, common):
-    """{domain: figures} of a step's entries, in the common classes or the domains' own."""
+    """{domain: scores} of a step's entries, in the common classes or the domains' own."""
     return {name: entry['common'] if common else entry for name, entry in entries.items()}
 
 
 def transfer_note(summary):
-    """The sequence's single figures in one sentence; '' if there are none."""
+    """Transfers and Delta_m% of the sequence in one sentence; '' if none is known."""
     known = [f'{label} {number(summary[key])}' for key, label in TRANSFERS if summary[key] is not None]
     return f'{known[0][0].upper()}{", ".join(known)[1:]}.' if known else ''
 
 
 def meanings(summary):
-    """One sentence: how the figures of a sequence that are known are defined; '' if there are none."""
+    """Definitions of the known metrics of a sequence, in one sentence; '' if there are none."""
     known = [text for key, text in MEANINGS if summary[key] not in (None, {})]
     text = '; '.join(known)
     return f'{text[0].upper()}{text[1:]}.' if known else ''
 
 
 def domain_table(entries, summary):
-    """One checkpoint: mIoU and pixel accuracy of each domain."""
+    """Table of one checkpoint: mIoU and pixel accuracy of each domain."""
     single, note = summary['single_task'], transfer_note(summary)
     header = ['domain', 'mIoU', 'pixel accuracy', *(['single-task mIoU'] if single else [])]
     rows = [[name, number(entry['miou']), number(entry['accuracy']), *([number(single.get(name))] if single else [])]
@@ -197,7 +197,7 @@ def domain_table(entries, summary):
 
 
 def step_table(steps, summary):
-    """A sequence: mIoU of each domain after each step, forgetting and single-task results."""
+    """Table of a sequence: mIoU of each domain after each step, forgetting and single-task results."""
     header, rows = step_rows([{name: entry['miou'] for name, entry in step.items()} for step in steps])
     extra = [[label, *(number(summary[key].get(name)) for name in header[1:])]
              for key, label in (('forgetting', 'forgetting'), ('single_task', 'single-task')) if summary[key]]
@@ -206,7 +206,7 @@ def step_table(steps, summary):
 
 
 def class_rows(title, key, columns):
-    """Table of the IoU in percent of each class, their mean and the pixel accuracy; columns: {header: entry}."""
+    """Table of the IoU in percent of each class, the mIoU and the pixel accuracy; columns: {header: entry}."""
     percent = lambda value: number(None if value is None else 100 * value)
     classes = next(iter(columns.values()))['iou']
     rows = [[label, *(percent(entry['iou'][label]) for entry in columns.values())] for label in classes]
@@ -216,7 +216,7 @@ def class_rows(title, key, columns):
 
 
 def class_tables(steps):
-    """For each domain, the IoU of each class after each step that knows it; steps: [{domain: entry}]."""
+    """For each domain, a Table of the IoU of each class after each step that knows it; steps: [{domain: entry}]."""
     tables = []
     for name in steps[-1]:
         columns = {f'step {index}' if len(steps) > 1 else 'IoU': step[name]
@@ -226,7 +226,7 @@ def class_tables(steps):
 
 
 def head_table(heads):
-    """mIoU of every head on the images of every domain."""
+    """Table of the mIoU of every head on the images of every domain."""
     names = list(heads)
     rows = [[head, *(number(row[name]['miou']) for name in names)] for head, row in heads.items()]
     other = any(row[name]['iou'] is None for row in heads.values() for name in names)
@@ -235,9 +235,10 @@ def head_table(heads):
 
 
 def epoch_table(steps):
-    """Of which epoch each checkpoint is, with the other one that could be reported; None if no record says it."""
+    """Table of each step's best and last epoch, and which of them was evaluated; None if there are no records."""
     rows = [[f'{index} ({list(step["domains"])[-1]})', found['file'],
-             *(text for which in ('best', 'last') for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
+             *(text for which in ('best', 'last')
+               for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
             for index, step in enumerate(steps, 1) if (found := step.get('training'))]
     if not rows:
         return None
@@ -248,7 +249,7 @@ def epoch_table(steps):
 
 
 def sequence_tables(results, common):
-    """Tables of all domains, in the common classes or the domains' own."""
+    """Tables across domains, in the common classes or the domains' own."""
     steps = [in_space(step['domains'], common) for step in results['steps']]
     summary = results['common_summary' if common else 'summary']
     tables = [step_table(steps, summary) if len(steps) > 1 else domain_table(steps[0], summary)]
@@ -260,7 +261,7 @@ def sequence_tables(results, common):
 
 
 def result_tables(results, per_class):
-    """(Tables of all domains, Tables of the IoU of every class if `per_class`) of what eval.py found."""
+    """(Tables across domains, Tables of the IoU of every class if `per_class`) of eval.py's results."""
     steps, common = [step['domains'] for step in results['steps']], []
     tables, classes = sequence_tables(results, False), class_tables(steps) if per_class else []
     tables += filter(None, [epoch_table(results['steps'])])
@@ -275,20 +276,20 @@ def result_tables(results, per_class):
 
 
 def auto_table(results):
-    """The Table of --domain auto: mIoU with the own branch and with the chosen one, and which ones were chosen."""
+    """The Table of --domain auto: mIoU with the own and with the chosen branch, and how often each was chosen."""
     auto, names = results['auto'], list(results['auto']['matrix'])
     rows = [[name, number(results['domains'][name]['miou']), number(auto['domains'][name]['miou']),
              *(str(auto['matrix'][name][other]) for other in names), str(auto['unknown'][name])] for name in names]
     seconds = auto['seconds']
-    note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Looking at them, reading included, '
-            f'took {seconds["identify"]:.1f} s, segmenting them {seconds["segment"]:.1f} s. Unknown ones are segmented by '
-            'the branch that is chosen; classes count by their names.')
+    note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Looking at them, reading '
+            f'included, took {seconds["identify"]:.1f} s, segmenting them {seconds["segment"]:.1f} s. Unknown ones are '
+            'segmented by the branch that is chosen; classes count by their names.')
     return Table('The branch told from each image (--domain auto), and images by chosen branch', 'auto',
                  ['domain', 'own mIoU', 'auto mIoU', *names, 'unknown'], [rows], (note,))
 
 
 def entry_rows(step, head, domain, entry):
-    """Rows of the CSV file of one entry: its own classes' figures and the common ones'."""
+    """CSV rows of one entry: the scores in its own classes and in the common ones."""
     rows = []
     for space, values in (('own', entry), ('common', entry.get('common', {}))):
         place = [step, head, domain, space]
@@ -299,7 +300,10 @@ def entry_rows(step, head, domain, entry):
 
 
 def csv_text(results):
-    """All figures, one a line: step, head, domain, classes (own, common), class, metric, value (loss, else percent)."""
+    """All scores as CSV, one per line: step, head, domain, classes (own or common), class, metric, value.
+
+    Values are in percent, except the loss.
+    """
     rows, last = [], len(results['steps'])
     for step, content in enumerate(results['steps'], 1):
         for name, entry in content['domains'].items():
@@ -318,7 +322,7 @@ def csv_text(results):
 
 
 def without_nan(value):
-    """The same with None for every NaN, which JSON lacks."""
+    """The value with None in place of every NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

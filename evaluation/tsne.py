@@ -1,12 +1,12 @@
-"""Shows what a step does to the encoder's features of a domain learnt before it.
+"""Shows what a step does to the encoder features of a domain learnt before it.
 
     python -m mdil tsne mdil=runs/demo/mdil fine-tune=runs/demo/fine-tune --data-root DATA --out runs/demo/tsne
 
-For every sequence NAME=FOLDER (or two checkpoints, NAME=BEFORE,AFTER) the same validation
-pixels go through the encoder before and after the step; one t-SNE (van der Maaten and
-Hinton, JMLR 2008) lays out both, in common axes: a point that stays is a feature that
-stayed. Writes --out with the endings .png, .pdf, .csv (the coordinates) and .json (how far
-the features moved and how well classes separate).
+For every sequence NAME=FOLDER (or two checkpoints, NAME=BEFORE,AFTER), the same validation pixels
+go through the encoder before and after the step. One t-SNE (van der Maaten and Hinton, JMLR 2008)
+embeds both sets of features in common axes, so a point that stays in place is a feature that did not
+change. Writes --out with the suffixes .png, .pdf, .csv (the coordinates) and .json (how far the
+features moved and how well the classes separate).
 """
 import csv
 import importlib.util
@@ -26,12 +26,12 @@ from mdil.utils.files import write_atomically, write_json
 from mdil.utils.parallel import pick_device
 from mdil.utils.parser import Parser, data_options, data_paths, positive, seed_number, side
 
-HEIGHT = 512        # of images where the checkpoint does not say how it was trained
+HEIGHT = 512        # image height if the checkpoint does not record its training size
 
 
 @dataclass
 class Pixels:
-    """Pixels whose features are compared: dataset index, cell of the H/8 x W/8 grid and class of each, (N,)."""
+    """The pixels to compare: for each, dataset index, cell of the H/8 x W/8 grid, and class; each (N,)."""
     images: np.ndarray
     cells: np.ndarray
     classes: np.ndarray
@@ -39,7 +39,7 @@ class Pixels:
 
 @dataclass
 class Moved:
-    """A sequence's result: what the step learnt, coordinates (N, 2) before and after it, numbers next to the picture."""
+    """A sequence's result: the domain that the step learnt, coordinates (N, 2) before and after it, {name: number}."""
     learnt: str
     before: np.ndarray
     after: np.ndarray
@@ -47,7 +47,7 @@ class Moved:
 
 
 def tsne_parser():
-    """The parser of this tool."""
+    """The parser of `python -m mdil tsne`."""
     parser = Parser(prog='python -m mdil tsne', description='Encoder features of one domain before and after a step.')
     group = parser.add_argument_group('what to compare')
     group.add_argument('sequences', nargs='+', metavar='NAME=FOLDER|NAME=BEFORE,AFTER',
@@ -70,7 +70,7 @@ def tsne_parser():
 
 
 def steps_in(folder):
-    """{step number: checkpoint} in the folder of a sequence."""
+    """{step number: path of its best checkpoint} in the folder of a sequence."""
     found = {}
     for path in Path(folder).glob('step*/model_best.pth.tar'):
         number = re.match(r'step(\d+)', path.parent.name)
@@ -80,7 +80,7 @@ def steps_in(folder):
 
 
 def checkpoint_pair(item, step):
-    """(name, checkpoint before, checkpoint after the step) of NAME=FOLDER or NAME=BEFORE,AFTER."""
+    """(name, checkpoint before the step, checkpoint after it) of NAME=FOLDER or NAME=BEFORE,AFTER."""
     name, _, place = item.partition('=')
     if not name or not place:
         raise UserError(f'{item!r} is neither NAME=FOLDER nor NAME=BEFORE,AFTER')
@@ -98,7 +98,7 @@ def checkpoint_pair(item, step):
 
 
 def read_named(path, options):
-    """(Checkpoint, Domain objects that it knows)."""
+    """(Checkpoint, [its Domains]) of a file; UserError if neither it nor --domains names them."""
     checkpoint, paths = read_checkpoint(path), data_paths(options.data)
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or (options.domains or [])[:count]
@@ -110,7 +110,7 @@ def read_named(path, options):
 
 
 def domain_of(before, options):
-    """The Domain whose features are compared; UserError unless the checkpoint (with domains) `before` knows it."""
+    """The Domain whose features are compared; UserError unless `before`, a (Checkpoint, Domains) pair, knows it."""
     checkpoint, domains = before
     wanted = get_domain(options.domain, data_paths(options.data)).name if options.domain else domains[0].name
     for domain in domains:
@@ -121,14 +121,14 @@ def domain_of(before, options):
 
 
 def image_size(checkpoint, options):
-    """(height, width) of the images: as asked, else as the checkpoint was trained."""
+    """(height, width) of the images: those of the options, else the checkpoint's training size."""
     trained = checkpoint.content.get('options') or {}
     height = options.height or trained.get('height', HEIGHT)
     return height, options.width or (2 * height if options.height else trained.get('width', 2 * height))
 
 
 def choose_pixels(dataset, options):
-    """The Pixels to compare: of the images with the most classes, equally many of each class where it has them."""
+    """The Pixels to compare, from the images with the most classes: up to --points of each class."""
     indices = features.richest_images(dataset, options.images)
     maps = [features.cell_classes(features.label_of(dataset, index), dataset.domain.num_classes).ravel()
             for index in indices]
@@ -154,14 +154,15 @@ def features_at(model, number, dataset, pixels, device):
 
 
 def embed(before, after, perplexity, seed):
-    """Coordinates (N, 2) of features (N, D) before and after, from one t-SNE of both."""
+    """Coordinates (N, 2) of the features (N, D) before and after, from one t-SNE of both."""
     from sklearn.manifold import TSNE
-    both = TSNE(perplexity=perplexity, init='pca', random_state=seed % 2 ** 32).fit_transform(np.concatenate([before, after]))
+    both = TSNE(perplexity=perplexity, init='pca', random_state=seed % 2 ** 32).fit_transform(
+        np.concatenate([before, after]))
     return both[:len(before)], both[len(before):]
 
 
 def compare(paths, domain, dataset, pixels, options):
-    """The Moved of a sequence's checkpoints before and after the step."""
+    """The Moved of a sequence; paths: its checkpoints before and after the step."""
     device, found = pick_device(options.device), []
     for path in paths:
         checkpoint, domains = read_named(path, options)
@@ -178,7 +179,7 @@ def compare(paths, domain, dataset, pixels, options):
 
 
 def caption(numbers):
-    """The numbers of a sequence in words."""
+    """The numbers of a sequence as text."""
     return ('before and after the step: linear CKA {cka}, mean cosine {cosine}; silhouette of the classes '
             '{silhouette_before} to {silhouette_after}').format(**{name: tables.number(value, 3)
                                                                    for name, value in numbers.items()})
@@ -215,7 +216,7 @@ def draw(results, dataset, pixels):
 
 
 def scatter(axes, moved, classes, domain):
-    """Both clouds in the domain's colours, within the same limits."""
+    """Draws the points before and after in the domain's colours, with the same limits."""
     both = np.concatenate([moved.before, moved.after])
     low, high = both.min(axis=0), both.max(axis=0)
     margin = 0.04 * (high - low)
@@ -227,7 +228,10 @@ def scatter(axes, moved, classes, domain):
 
 
 def table(results, dataset, pixels):
-    """The coordinates as CSV text: a line for each sequence, time and pixel (its place in the resized image)."""
+    """The coordinates as CSV text, with a line for each sequence, time (before or after) and pixel.
+
+    row, column: the pixel's position in the resized image.
+    """
     text, across = io.StringIO(), dataset.size[1] // features.CELL
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['sequence', 'time', 'image', 'row', 'column', 'class', 'x', 'y'])
@@ -241,7 +245,7 @@ def table(results, dataset, pixels):
 
 
 def run(options):
-    """Compares all sequences: ({name: Moved}, dataset, Pixels, {name: (before, after)})."""
+    """Compares all sequences; returns ({name: Moved}, dataset, Pixels, {name: paths before and after})."""
     if importlib.util.find_spec('sklearn') is None:
         raise UserError('scikit-learn is missing: pip install scikit-learn')
     pairs = {}
@@ -257,7 +261,7 @@ def run(options):
 
 
 def save(results, dataset, pixels, pairs, options):
-    """Writes the figure as PNG and PDF, the coordinates as CSV, the numbers as JSON; returns the paths."""
+    """Writes the figure as PNG and PDF, the coordinates as CSV and the numbers as JSON; returns the paths."""
     out = Path(options.out)
     records.make_folder(out.parent)
     figure = draw(results, dataset, pixels)

@@ -1,16 +1,16 @@
-"""Proves that a step changed nothing of the old domains, or says what it changed.
+"""Proves that a step left the old domains unchanged, or says what it changed.
 
     python -m mdil verify runs/1/model_best.pth.tar runs/2/model_best.pth.tar
     python -m mdil verify runs/2/model_best.pth.tar
     python -m mdil verify STEP1 STEP2 --map keys.json
 
-Every domain that both files know is compared: parameters, buffers, and the logits of fixed
-probe images on the CPU, to the last bit. One file alone is compared with what `train.py`
-wrote next to it when the step began (unchanged.json). Exit status: 0 unchanged, 1 changed,
-2 cannot be told.
+Every domain in both files is compared bit for bit: parameters, buffers, and the logits of fixed
+probe images on the CPU. A single file is compared with the record (unchanged.json) that `train.py`
+wrote next to it when the step began; its logits are not compared. Exit status: 0 unchanged,
+1 changed, 2 cannot tell.
 
 Files of other code are compared tensor by tensor with --map, a JSON file
-{domain: {beginning of keys in OLD: what it is in NEW}}, such as
+{domain: {key prefix in OLD: key prefix in NEW}}, such as
 {"cityscapes": {"backbone.": "backbone.", "head.": "heads.0."}}.
 """
 import json
@@ -51,38 +51,40 @@ def parse(argv=None):
 
 
 def names_of(checkpoint, given):
-    """Names of a checkpoint's domains; those of a file without names are `given`, or their places."""
+    """Names of a checkpoint's domains; a file without names takes those of `given`, then 'domain N'."""
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or [*given, *(f'domain {number}' for number in range(len(given), count))]
     return [domain_names().get(name.lower(), name) for name in names][:count]
 
 
 def known(path, options):
-    """(Checkpoint, network in eval mode) of a file."""
+    """(Checkpoint, its network in eval mode) of a file."""
     checkpoint = read_checkpoint(path)
     model = load_network(checkpoint, options.method).eval()
     return checkpoint, model
 
 
 def pairs(old, new, given):
-    """[(name, index in old, index in new)] of the domains that two Checkpoints both know; UserError if there is none.
+    """[(name, index in old, index in new)] of the domains that are in both Checkpoints; UserError if there are none.
 
-    Where one file does not name its domains, they are those at the same places of the other.
+    If one file does not name its domains, they are matched to the other's by position.
     """
     nameless = old.domains is None or new.domains is None
     names = names_of(new if old.domains is None else old, given)
     if nameless:
         count = min(len(old.found.num_classes), len(new.found.num_classes))
-        return [(names[number] if number < len(names) else f'domain {number}', number, number) for number in range(count)]
+        return [(names[number] if number < len(names) else f'domain {number}', number, number)
+                for number in range(count)]
     others = names_of(new, given)
     found = [(name, number, others.index(name)) for number, name in enumerate(names) if name in others]
     if not found:
-        raise UserError(f'{old.source} knows {", ".join(names)}, {new.source} knows {", ".join(others)}: no domain is in both')
+        raise UserError(f'{old.source} knows {", ".join(names)}, {new.source} knows {", ".join(others)}: '
+                        'no domain is in both')
     return found
 
 
 def probes():
-    """Images (B, 3, H, W) in [0, 1]: smooth and random ones, always the same."""
+    """Fixed probe images (PROBES, 3, HEIGHT, WIDTH) in [0, 1]: the first smooth, the others noise."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(PROBES, 3, HEIGHT, WIDTH, generator=generator)
     smooth = torch.rand(1, 3, 4, 8, generator=generator)
@@ -91,21 +93,21 @@ def probes():
 
 
 def difference(one, other):
-    """Largest difference of two networks' logits of the probe images; 0.0 where they are equal to the last bit."""
+    """Largest difference between two networks' logits for the probe images; 0.0 if they are equal."""
     with torch.no_grad():
         a, b = one(probes()), other(probes())
     return 0.0 if torch.equal(a, b) else (a - b).abs().max().item()
 
 
 def entry(moved, logits=None):
-    """What --json holds of a domain; logits: the largest difference, None if they were not computed."""
+    """The entry of a domain in --json; logits: their largest difference, or None if they were not computed."""
     return {'unchanged': not moved and not logits, 'moved': str(moved), 'parameters': list(moved.parameters),
             'buffers': list(moved.buffers), 'all_parameters': moved.all_parameters, 'all_buffers': moved.all_buffers,
             'logits': logits}
 
 
 def compare_networks(options):
-    """{domain: entry} of two files of ours or published ones."""
+    """{domain: entry} of two files, each of this code or published."""
     (old, one), (new, other) = (known(path, options) for path in options.state)
     networks = [checkpoint.found.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
@@ -125,24 +127,25 @@ def compare_networks(options):
 
 
 def stated(view, checkpoint):
-    """{key: tensor} of a view; without the counters where the file has none, as early ones."""
+    """{key: tensor} of a view, without batch-norm counters if the file has none, as in early files."""
     counted = any(key.endswith(unchanged.COUNTER) for key in checkpoint.found.state)
     return {key: value for key, value in view.state_dict().items() if counted or not key.endswith(unchanged.COUNTER)}
 
 
 def compare_with_record(options):
-    """{domain: entry} of one file, against the record next to it."""
+    """{domain: entry} of one file, compared with the record next to it."""
     path, = options.state
     checkpoint, model = known(path, options)
     record = unchanged.read(Path(path).parent / unchanged.NAME)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
-        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for {", ".join(record["domains"])}')
+        raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for '
+                        f'{", ".join(record["domains"])}')
     return {name: entry(moved) for name, moved in unchanged.moved_since(record, model).items()}
 
 
 def read_map(path):
-    """{domain: {beginning of keys: what it becomes}} of a --map file."""
+    """{domain: {key prefix in OLD: key prefix in NEW}} of a --map file; UserError if it is something else."""
     try:
         found = json.loads(Path(path).read_text())
         fits = all(isinstance(new, str) for part in found.values() for new in part.values())
@@ -156,20 +159,23 @@ def read_map(path):
 
 
 def mapped(state, prefixes, path, domain):
-    """{key in NEW: tensor} of the tensors of OLD whose keys begin with one of `prefixes`, the longest counting."""
+    """{key in NEW: tensor} of the tensors of OLD whose keys start with one of `prefixes`; the longest prefix counts.
+
+    UserError if there are none.
+    """
     result = {}
     for key, value in state.items():
         prefix = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
         if prefix is not None:
             result[prefixes[prefix] + key.removeprefix(prefix)] = value
     if not result:
-        raise UserError(f'{path}: no key has a prefix that --map gives for {domain} ({", ".join(prefixes)}); the first is '
-                        f'{next(iter(state), "none")!r}')
+        raise UserError(f'{path}: no key has a prefix that --map gives for {domain} ({", ".join(prefixes)}); '
+                        f'the first is {next(iter(state), "none")!r}')
     return result
 
 
 def compare_mapped(options):
-    """{domain: entry} of two files of other code."""
+    """{domain: entry} of two files of other code, compared with --map."""
     old, new = ({key.removeprefix('module.'): value for key, value in state_in(read(path), path).items()}
                 for path in options.state)
     result = {}
@@ -182,7 +188,7 @@ def compare_mapped(options):
 
 
 def line(name, found):
-    """What is printed of a domain."""
+    """The line to print for a domain."""
     logits = found['logits']
     shown = 'not computed' if logits is None else f'equal on {PROBES} probe images' if not logits else \
         f'differ by up to {logits:.3g}'
