@@ -1,1 +1,1 @@
-"""Learning one step: options, networks and data made of them, saving and going on."""
+"""Training one step: options, the networks and data built from them, saving and resuming."""

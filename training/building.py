@@ -1,4 +1,4 @@
-"""From options to the objects of a training step: data, student, teacher, optimiser."""
+"""Builds the parts of a training step from its options: data, student, teacher, optimiser."""
 import copy
 import os
 import random
@@ -34,12 +34,12 @@ from mdil.utils.precision import memory_format
 from mdil.utils.workers import in_parallel
 
 NORMS = {'BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'SyncBatchNorm'}      # what --sync-bn can replace
-FUSED = 'cpu', 'cuda', 'mps', 'xpu'      # devices on which Adam is one kernel
+FUSED = 'cpu', 'cuda', 'mps', 'xpu'      # devices with a fused Adam
 
 
 @dataclass
 class DomainData:
-    """One domain's data: its index in the network, loaders (None where not needed) and cross-entropy weights."""
+    """One domain's data: its index in the network, loaders (None if not needed) and cross-entropy weights."""
     index: int
     domain: object
     class_weights: torch.Tensor
@@ -48,20 +48,20 @@ class DomainData:
 
 
 def seed_everything(seed, deterministic=False):
-    """Seeds Python, NumPy and torch; `deterministic` has GPUs repeat themselves to the last bit."""
+    """Seeds Python, NumPy and torch; with `deterministic`, results on GPUs repeat bit for bit."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = False
-        # Only warned about: what is left is the backward pass of max pooling, which adds one
-        # gradient to each pixel as the windows do not overlap, in whatever order.
+        # Warn only: what is left is the backward pass of max pooling. Its windows do not overlap, so
+        # each pixel gets one gradient and the order does not matter.
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def build_data(options, place):
-    """The DomainData of every domain; old ones have a validation loader where their data is at hand."""
+    """The DomainData of every domain; old ones have a validation loader if their data is available."""
     domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
     train_sets = {index: dataset(options, domains[index], 'train') for index in plan_step(options).trained}
     sizes = [len(data) for data in train_sets.values()]
@@ -80,14 +80,14 @@ def build_data(options, place):
 
 
 def counts_of(data, options):
-    """Pixels of each class of a training set, where its weights are made of them or all files were read; else None."""
+    """Pixels of each class of a training set, if its weights need them or all files were read; else None."""
     if data.counts is None and needs_counts(data.domain, options.class_weights):
         data.counts = histogram(data.domain, options.data_root, pairs=data.pairs)
     return data.counts
 
 
 def judge_data(data, place):
-    """Reports what is odd about a domain's labels, if they were counted; UserError if it is unfit to train on."""
+    """Reports what is odd about a domain's labels, if they were counted; UserError if they are unfit to train on."""
     sets = [loader.dataset for loader in (data.train, data.val) if loader]
     for found in sets:
         faults, remarks = ([], []) if found.counts is None else judge(data.domain, found.split, found.counts)
@@ -102,10 +102,10 @@ def judge_data(data, place):
 
 
 def epoch_samples(options, size, sizes):
-    """Images of an epoch from a training set of `size` images, one of sets of `sizes` that are learnt in turn.
+    """Images per epoch from a training set of `size` images, one of several sets of `sizes` that take turns.
 
-    With `--rounds largest` the smaller sets begin again, so that every image is seen; with
-    `smallest` every set gives as many batches as the smallest has.
+    With `--rounds largest`, smaller sets start over, so that every image is seen. With `smallest`, every
+    set gives as many batches as the smallest one has.
     """
     if options.rounds == 'largest':
         return max(sizes)
@@ -114,12 +114,12 @@ def epoch_samples(options, size, sizes):
 
 
 def plain_weights(domain):
-    """Equal cross-entropy weights (C,), void 0, for validation without the training labels."""
+    """Equal cross-entropy weights (C,), void 0, for validation without training labels."""
     return torch.tensor([1.0] * len(domain.classes) + [0.0])
 
 
 def dataset(options, domain, split):
-    """The split of a domain as the options want it: without bad files, from the cache."""
+    """A split of a domain as the options ask for it: with or without bad files, cached or not."""
     data = SegmentationDataset(domain, options.data_root, split, (options.height, options.width),
                                augmented=split == 'train' and options.augment == 'workers', seed=options.seed,
                                padding=options.label_padding)
@@ -129,7 +129,7 @@ def dataset(options, domain, split):
 
 
 def on_device(data, batch, seed, epoch, place):
-    """A training batch's images and labels on the device, augmented there unless the workers did it."""
+    """A training batch's images and labels on the device, augmented there unless the workers did so."""
     images, labels, samples = batch
     images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
     if data.train.dataset.augmented:
@@ -139,13 +139,14 @@ def on_device(data, batch, seed, epoch, place):
 
 
 def leave_out_bad_files(data, workers):
-    """Drops the pairs of which a file is bad, after reading all of them; says how many and which first."""
+    """Reads all pairs, drops those with a bad file, and reports how many and the first; UserError if all are bad."""
     found = list(in_parallel(partial(inspect_pair, num_classes=data.domain.num_classes), data.pairs, workers,
                              f'reading {data.domain.name} {data.split}'))
     problems = [problem for problems, _ in found for problem in problems[:1]]
     data.pairs = tuple(pair for pair, (problems, _) in zip(data.pairs, found) if not problems)
     if not data.pairs:
-        raise UserError(f'all {len(found)} {data.split} pairs of {data.domain.name} are bad, e.g. {problems[0].message}')
+        raise UserError(f'all {len(found)} {data.split} pairs of {data.domain.name} are bad, '
+                        f'e.g. {problems[0].message}')
     data.counts = sum(counts for problems, counts in found if not problems)
     if problems:
         print(printable(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. '
@@ -153,7 +154,10 @@ def leave_out_bad_files(data, workers):
 
 
 def train_loader(options, place, data, sizes):
-    """Loader over the training set `data`, one of sets of `sizes` images."""
+    """Loader over the training set `data`, one of several sets of `sizes` images.
+
+    UserError if --batch-size does not divide among the processes.
+    """
     if options.batch_size % place.world:
         fewer = options.batch_size // place.world * place.world
         raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes; use '
@@ -165,7 +169,7 @@ def train_loader(options, place, data, sizes):
 
 
 def val_loader(options, place, domain, required):
-    """Loader over the validation images; None, with a line, for an old domain whose data is not here."""
+    """Loader over the validation images; None, with a message, for an old domain whose data is missing."""
     try:
         data = dataset(options, domain, 'val')
     except UserError as error:
@@ -179,7 +183,7 @@ def val_loader(options, place, domain, required):
 
 
 def build_networks(options, domains):
-    """(student, teacher or None, lines about what was loaded, {old domain: its statistics}) for the step's Domain objects."""
+    """(student, teacher or None, lines about what was loaded, {old domain: its statistics}) for the step's Domains."""
     plan = plan_step(options)
     counts = [domain.num_classes for domain in domains]
     if options.state and not plan.from_previous and not os.path.lexists(options.state):
@@ -197,7 +201,7 @@ def build_networks(options, domains):
     student = load_network(checkpoint, options.method)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
-    # So that the new layers are the same, however many domains were built before.
+    # So that the new layers do not depend on how many domains were built before.
     torch.manual_seed(options.seed)
     source = options.domains.index(options.branch_from) if options.branch_from else -1
     added = student.add_domain(counts[-1], options.new_statistics, options.new_decoder, source)
@@ -208,26 +212,29 @@ def build_networks(options, domains):
 
 
 def note_size(options, checkpoint):
-    """Says so where the step trains at another size than the Checkpoint of --state was trained at."""
+    """Tells the user if the step trains at another size than the Checkpoint of --state."""
     size = stated_size(checkpoint.content)
     if size and size != (options.height, options.width):
         height, width = size
-        tell(f'this step trains at {options.width}x{options.height}, but {options.state} was trained at {width}x{height}; '
-             f'--height {height} --width {width} keeps that')
+        tell(f'this step trains at {options.width}x{options.height}, but {options.state} was trained at '
+             f'{width}x{height}; --height {height} --width {width} keeps that')
 
 
 def settle_network(options, checkpoint):
-    """Sets --network where it was not given to that of the Checkpoint of --state (or None); UserError if they differ."""
+    """Sets --network, if not given, to that of the Checkpoint of --state (or None); UserError if they differ."""
     known = checkpoint.found.network if checkpoint else ERFNET
     options.network = options.network or known
     if checkpoint and options.network != known:
-        raise UserError(f'{options.state} holds the network {known}, not {options.network}; leave out --network, or give '
-                        'another --state')
+        raise UserError(f'{options.state} holds the network {known}, not {options.network}; leave out --network, '
+                        'or give another --state')
     check_network(options)
 
 
 def first_network(options, domains, counts, checkpoint):
-    """(student, no teacher, lines about what was loaded) of a step that no other precedes; checkpoint: of --state, or None."""
+    """(student, None for the teacher, lines about what was loaded) for a step without a previous one.
+
+    checkpoint: that of --state, or None.
+    """
     student, lines = build_model(counts, options.method, options.network), 'random initial weights'
     if options.weights and (options.network != ERFNET or options.weights == IMAGENET):
         lines = start_from_weights(student, options.network, options.weights)
@@ -236,13 +243,14 @@ def first_network(options, domains, counts, checkpoint):
     if checkpoint:
         if checkpoint.found.num_classes:
             raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
-                            f'domain that --method {options.method} learns here: it starts from an encoder, or without --state')
+                            f'domain that --method {options.method} learns here: it starts from an encoder, or '
+                            'without --state')
         lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
     return student, None, lines
 
 
 def rebuild_networks(options, domains, network):
-    """The same networks, called `network`, to be filled from a checkpoint of this very run; --state is not read."""
+    """The networks of a resumed run, called `network`, to be filled from its checkpoint; --state is not read."""
     options.network = network
     counts = [domain.num_classes for domain in domains]
     check_network(options)
@@ -251,9 +259,9 @@ def rebuild_networks(options, domains, network):
 
 
 def with_trained(known, data, options, place):
-    """{domain: statistics of its images, see models.identify}: those of `known` and of the domains that are trained.
+    """{domain: statistics of its images, see models.identify}: `known`, and those of the domains that are trained.
 
-    Only the main process, which saves them, looks at the images.
+    Only the main process reads the images, because it alone saves the statistics.
     """
     found = {entry.domain.name: statistics_of([pair.image for pair in entry.train.dataset.pairs], options.num_workers,
                                               f'the look of {entry.domain.name}')
@@ -262,7 +270,7 @@ def with_trained(known, data, options, place):
 
 
 def synchronised(student, options, place):
-    """The student with batch statistics taken over all processes."""
+    """The student with batch statistics over all processes; UserError if that is not possible."""
     if options.distill_domains and options.old_bn != 'frozen':
         raise UserError(f'--sync-bn and --old-bn {options.old_bn} need every process to run the same old domains; '
                         'leave out --distill-domains')
@@ -276,23 +284,26 @@ def synchronised(student, options, place):
 
 
 def check_batches(student, data, options, replicas):
-    """UserError if a batch norm that trains would get one value per channel of an epoch's smallest batch.
+    """UserError if an epoch's smallest batch would give a training batch norm only one value per channel.
 
-    data: the DomainData that are trained. replicas: devices that share the batch of this process.
+    data: DomainData of the trained domains.
+    replicas: number of devices that share this process's batch.
     """
     height, width = options.height, options.width
     for domain in data:
         batch = domain.train.batch_sampler.fewest
         alone = 1 in map(len, torch.arange(batch).chunk(replicas))
         if alone and not options.sync_bn and not bears_one_image(student, domain.index, height, width):
-            larger = 'enlarge --height or --width, or ' if bears_one_image(student, domain.index, 16 * height, 16 * width) else ''
-            raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a batch '
-                            f'norm of {options.network} one value; {larger}choose a --batch-size of at least 2 per device '
-                            f'that does not leave one of {domain.train.batch_sampler.samples} images over')
+            larger = ('enlarge --height or --width, or '
+                      if bears_one_image(student, domain.index, 16 * height, 16 * width) else '')
+            raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a '
+                            f'batch norm of {options.network} one value; {larger}choose a --batch-size of at least 2 '
+                            'per device that does not leave one of '
+                            f'{domain.train.batch_sampler.samples} images over')
 
 
 def bears_one_image(student, domain, height, width):
-    """Whether the batch norms of a domain's view that train can do so on one image of that size; nothing is computed."""
+    """Whether the training batch norms of a domain's view work with one image of that size; computes nothing."""
     probe = copy.deepcopy(student.train().single(domain)).to('meta')
     try:
         with torch.no_grad():
@@ -311,9 +322,9 @@ def freeze(student, options):
 
 
 def parameter_groups(student, options):
-    """Optimiser groups: shared weights and trained branches; every parameter is in one or frozen."""
+    """Optimiser groups: shared weights and trained branches. Every parameter is in exactly one of them or frozen."""
     plan = plan_step(options)
-    # Of several domains at once each has as many batches; the shared weights learn from all of them.
+    # Domains that train together have equally many batches, and the shared weights learn from all of them.
     shared_lr = options.shared_lr if plan.from_previous else options.lr / len(plan.trained)
     branches = [p for domain in plan.trained for p in student.branch_parameters(domain)]
     groups = [{'name': 'shared', 'lr': shared_lr, 'params': student.shared_parameters()},
@@ -321,7 +332,8 @@ def parameter_groups(student, options):
     groups = [{**group, 'params': [p for p in group['params'] if p.requires_grad]} for group in groups]
     grouped = [id(p) for group in groups for p in group['params']]
     frozen = [id(p) for p in student.parameters() if not p.requires_grad]
-    assert sorted(grouped + frozen) == sorted(id(p) for p in student.parameters()), 'a parameter is in no group or in two'
+    assert sorted(grouped + frozen) == sorted(id(p) for p in student.parameters()), (
+        'a parameter is in no group or in two')
     return [group for group in groups if group['params']]
 
 
@@ -331,14 +343,14 @@ def build_terms(options):
 
 
 def build_step_loss(student, teacher, class_weights, terms, options, place):
-    """The StepLoss on its device, wrapped for several; class_weights: a (C,) tensor for each domain."""
+    """The StepLoss on its device, wrapped if there are several; class_weights: a (C,) tensor for each domain."""
     if teacher is not None:
         teacher.requires_grad_(False)
         teacher.frozen_modules = ()
     loss = StepLoss(student, teacher, class_weights, terms, teacher_mode=options.teacher_mode,
                     precision=options.precision, compiled=options.compile)
     loss.to(place.device, memory_format=memory_format(place.device, options.precision))
-    # Batches of other domains, and steps on other terms, leave weights without a gradient.
+    # A batch of one domain, or a step on one term, leaves other weights without a gradient.
     unused = len(plan_step(options).trained) > 1 or options.steps_per_batch > 1 and len(terms) > 1
     wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
@@ -349,7 +361,7 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
 
 
 def build_optimizer(student, options):
-    """Adam as published, and how its rates change, once an epoch (`training.schedules`)."""
+    """Adam as published, and its learning-rate schedule, which steps once an epoch (`training.schedules`)."""
     optimizer = torch.optim.Adam(parameter_groups(student, options), betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
                                  fused=next(student.parameters()).device.type in FUSED, capturable=options.cuda_graphs)
     factor = SCHEDULES[options.schedule]

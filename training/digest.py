@@ -1,4 +1,4 @@
-"""Digests of what a run learns from, kept in its checkpoints: what changed while it stood still is found and said."""
+"""Digests of the data that a run trains on, kept in its checkpoints to detect changes while it was stopped."""
 import hashlib
 import os
 
@@ -8,16 +8,16 @@ from mdil.datasets.judgement import content_digest
 from mdil.utils.errors import UserError
 from mdil.utils.workers import in_threads
 
-# What is compared -> how it is worded.
+# What is compared -> its name in messages.
 KINDS = {'pairs': 'which images and labels there are', 'images': 'sizes of image files', 'labels': 'content of labels',
          'values': 'meaning of label values', 'classes': 'class names', 'weights': 'class weights'}
 
 
 def digests(data):
-    """{kind of KINDS: {domain and split: digest}} of a list of DomainData.
+    """{kind in KINDS: {domain and split: digest}} of a list of DomainData.
 
-    Names count below the domain's folder, so that data may move; times do not. Labels are
-    read whole, images are not.
+    File names count relative to the domain's folder, so the data may be moved; file times do not count.
+    Labels are read in full; of images, only the size counts.
     """
     found = {kind: {} for kind in KINDS}
     for domain_data in data:
@@ -52,13 +52,13 @@ def digest_of(value):
 
 
 def plain_digests(value):
-    """Whether it is what `digests` returns."""
+    """Whether `value` has the form that `digests` returns."""
     return isinstance(value, dict) and all(
         isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in value.values())
 
 
 def check_unchanged(saved, now, folder):
-    """UserError if anything that both digests know has changed since the run in `folder` stopped."""
+    """UserError if anything in both digests has changed since the run in `folder` stopped."""
     changed = [f'{words} ({", ".join(places)})' for kind, words in KINDS.items()
                if (places := [place for place, digest in now[kind].items()
                               if saved.get(kind, {}).get(place, digest) != digest])]

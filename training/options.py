@@ -1,7 +1,7 @@
 """Options of train.py and named recipes.
 
-`parse_train` returns a namespace in native terms only: training.paper translates the
-paper's dialect, and nothing behind it knows two.
+`parse_train` returns a namespace of native options only. training.paper translates the paper's dialect, so
+no other code needs to know it.
 """
 import argparse
 import importlib.util
@@ -22,15 +22,15 @@ from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
 LAMBDA, TEMPERATURE = 0.1, 1.0
-# The options that `--recipe` stands for: a value, or a function of the method's row and the domains' names
-# that gives it. docs/methods.md says why the published loops' are others.
+# The options that `--recipe` sets: a value, or a function of the method's row and the domains' names.
+# docs/methods.md explains how the published loops differ.
 RECIPES = {
     'corrected': {
         'lambdac': LAMBDA, 'temperature': TEMPERATURE, 'old_bn': 'frozen', 'distillation': 'kl', 'teacher_mode': 'eval',
         'steps_per_batch': 1, 'frozen_encoder': 'eval', 'new_decoder': 'copied', 'new_statistics': 'copied',
         'imagenet_bn': 'loaded', 'label_padding': 'void', 'rounds': 'largest', 'num_epochs': 150, 'val_every': 1,
         'schedule': 'poly', 'published_metric': False},
-    # The published loop of two domains and that of three differ in the teacher's mode and in optimiser steps.
+    # The published loops for two and three domains differ in the teacher's mode and in optimiser steps.
     'released': {
         'lambdac': LAMBDA, 'temperature': TEMPERATURE, 'old_bn': 'released', 'distillation': 'released',
         'teacher_mode': lambda row, domains: 'train' if len(domains) > 2 else 'eval',
@@ -41,14 +41,15 @@ RECIPES = {
         'rounds': 'smallest', 'num_epochs': lambda row, domains: 200 if row.lonely and domains == ['IDD'] else 150,
         'val_every': lambda row, domains: 5 if row.joint else 10 if len(domains) > 2 else 1,
         'schedule': 'poly', 'published_metric': True}}
-# The fastest known way to a score, docs/record.md: what it does otherwise than the corrected one.
+# The fastest known way to a given score (docs/record.md), as differences from the corrected recipe.
 RECIPES['fast'] = {**RECIPES['corrected'], 'schedule': 'one-cycle', 'lr': 4e-3, 'no_dropout': True}
 
 
 def recipe_settings(recipe, domains, method=DEFAULT):
-    """{option: value} that a recipe stands for in a step of `method` that ends with the domains of these names."""
+    """{option: value} that a recipe sets for a step of `method` on the domains of these names, the last one new."""
     row = get_method(method)
-    return {option: value(row, list(domains)) if callable(value) else value for option, value in RECIPES[recipe].items()}
+    return {option: value(row, list(domains)) if callable(value) else value
+            for option, value in RECIPES[recipe].items()}
 
 
 def train_parser():
@@ -66,7 +67,7 @@ def train_parser():
 
 
 def step_options(parser):
-    """Adds what a step learns, from what, and where it is kept."""
+    """Adds options for what a step learns, what it starts from and where its results go."""
     group = parser.add_argument_group('what to train')
     group.add_argument('--domains', nargs='+', metavar='NAME', help='domains in order; the last is trained')
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
@@ -76,7 +77,8 @@ def step_options(parser):
                             f'(default: {ERFNET})')
     group.add_argument('--weights', metavar='none|imagenet|FILE',
                        help='initial weights of the encoder in the first step (default: none, random)')
-    group.add_argument('--state', metavar='FILE', help='checkpoint of the previous step, or an ImageNet encoder of ERFNet')
+    group.add_argument('--state', metavar='FILE',
+                       help='checkpoint of the previous step, or an ImageNet encoder of ERFNet')
     group.add_argument('--savedir', required=True, metavar='DIR', help='folder for checkpoints and metrics')
     group.add_argument('--model-name-suffix', default='', metavar='NAME', help='name of the run in its records')
     group.add_argument('--branch-from', metavar='NAME',
@@ -84,7 +86,7 @@ def step_options(parser):
 
 
 def input_options(parser):
-    """Adds where the data lies and how it is read."""
+    """Adds options for where the data is and how it is read."""
     group = data_options(parser)
     group.add_argument('--cache', metavar='DIR', help='cache of resized images and labels, filled at the first use')
     group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
@@ -94,11 +96,11 @@ def input_options(parser):
 
 
 def method_options(parser):
-    """Adds the recipe and each difference between the recipes."""
+    """Adds --recipe and the options in which recipes differ."""
     group = parser.add_argument_group('recipe', '--recipe sets the options that are not given')
     group.add_argument('--recipe', choices=tuple(RECIPES), default='corrected',
-                       help='corrected, released (the published loops, up to rounding), or fast (one-cycle at 4e-3 without '
-                            'dropout, for few epochs)')
+                       help='corrected, released (the published loops, up to rounding), or fast (one-cycle at 4e-3 '
+                            'without dropout, for few epochs)')
     group.add_argument('--lambdac', type=rate, metavar='WEIGHT',
                        help=f'weight of the distillation term (default: {LAMBDA})')
     group.add_argument('--temperature', type=rate, metavar='T',
@@ -126,7 +128,8 @@ def method_options(parser):
     group.add_argument('--imagenet-bn', choices=('loaded', 'dropped'),
                        help="whether the ImageNet encoder's batch norms are loaded")
     group.add_argument('--label-padding', choices=('void', 'released'),
-                       help='label of pixels that a shift uncovers: void, or class 0 on the right and below, as published')
+                       help='label of pixels that a shift uncovers: void, or class 0 on the right and below, '
+                            'as published')
     group.add_argument('--rounds', choices=('largest', 'smallest'),
                        help='multi-task epochs: as many batches of each domain as the largest or smallest has')
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
@@ -137,7 +140,7 @@ def method_options(parser):
 
 
 def training_options(parser):
-    """Adds how long and in what order a step learns, and how a run goes on."""
+    """Adds options for how long and in what order a step trains, and how a run resumes."""
     group = parser.add_argument_group('training')
     group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
@@ -156,9 +159,10 @@ def training_options(parser):
 
 
 def device_options(parser):
-    """Adds where a step is computed, and how fast."""
+    """Adds options for where and how fast a step is computed."""
     group = machine_options(parser)
-    group.add_argument('--compile', action='store_true', help='torch.compile networks and losses (for GPUs; slow start)')
+    group.add_argument('--compile', action='store_true',
+                       help='torch.compile networks and losses (for GPUs; slow start)')
     group.add_argument('--cuda-graphs', action='store_true',
                        help='on one GPU: record a batch and replay it as one launch, to spare the CPU')
     group.add_argument('--fast', action='store_true',
@@ -173,7 +177,7 @@ def device_options(parser):
 
 
 def display_options(parser):
-    """Adds where curves are shown."""
+    """Adds options for live curves and TensorBoard."""
     group = parser.add_argument_group('live curves (visdom)')
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='its address')
@@ -184,7 +188,7 @@ def display_options(parser):
 
 
 def parse_train(argv=None):
-    """Native options of train.py, complete and consistent; UserError where they are not."""
+    """The native options of train.py, complete and consistent; UserError if they cannot be."""
     options = train_parser().parse_args(argv)
     if options.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
@@ -210,12 +214,13 @@ def parse_train(argv=None):
             setattr(options, name, value)
     complete_method(options)
     if published:
-        tell(f"the paper's options mean --method {options.method} --domains {' '.join(options.domains)} --recipe {options.recipe}")
+        tell(f"the paper's options mean --method {options.method} --domains {' '.join(options.domains)} "
+             f"--recipe {options.recipe}")
     return options
 
 
 def check_declared(options):
-    """UserError for a domain before the last, which --state is to know, that is neither built in nor declared."""
+    """UserError if a domain that --state should know is neither built in nor declared."""
     for name in options.domains[:-1] if options.domains and options.state else ():
         if name.lower() not in domain_names() and name not in data_paths(options.data):
             raise UserError(f'--state {options.state} should know {name}, but its declaration is not here: pass '
@@ -223,12 +228,12 @@ def check_declared(options):
 
 
 def flag(name, value=None):
-    """An option as it is typed."""
+    """An option as the user types it."""
     return '--dropout' if (name, value) == ('no_dropout', False) else f'--{name.replace("_", "-")}'
 
 
 def check_uses(options):
-    """Refuses given options that other methods use and this one does not; before defaults are filled in."""
+    """Refuses given options that other methods use and this one does not. Runs before defaults are filled in."""
     used = METHODS[options.method].uses
     some_use = dict.fromkeys(name for row in METHODS.values() for name in row.uses)
     given = [name for name in some_use if name not in used and getattr(options, name, None) is not None]
@@ -240,7 +245,7 @@ def check_uses(options):
 
 
 def complete_method(options):
-    """Sets rates and dropout that were not given to the method's."""
+    """Sets rates and dropout that were not given to the method's defaults."""
     method = METHODS[options.method]
     later = method if len(options.domains) > 1 else Method
     options.lr = getattr(options, 'lr', later.lr)
@@ -250,7 +255,7 @@ def complete_method(options):
 
 
 def complete_weights(options):
-    """Sets --weights to None where there are none; refuses them after the first step, and next to --state."""
+    """Turns --weights none into None; refuses --weights after the first step, and together with --state."""
     if options.weights == 'none':
         options.weights = None
     if options.weights and len(options.domains) > 1 and not METHODS[options.method].joint:
@@ -260,16 +265,17 @@ def complete_weights(options):
 
 
 def check_network(options):
-    """Refuses what goes with ERFNet alone, once --network is known."""
+    """Refuses options that are for ERFNet only, once --network is known."""
     name = options.network
     if name != ERFNET and options.recipe == 'released':
-        raise UserError(f'--recipe released reproduces the published loops of {ERFNET}; leave it out for --network {name}')
+        raise UserError(f'--recipe released reproduces the published loops of {ERFNET}; leave it out for '
+                        f'--network {name}')
     if name != ERFNET and options.imagenet_bn == 'dropped':
         raise UserError(f'--imagenet-bn is for the ImageNet encoder of {ERFNET}; leave it out for --network {name}')
 
 
 def complete_fast(options):
-    """Replaces --fast by what it stands for."""
+    """Replaces --fast by the options it stands for."""
     if options.__dict__.pop('fast'):
         if options.precision == 'fp16':
             raise UserError('--fast stands for --precision bf16; give one of --fast and --precision fp16')
@@ -277,20 +283,21 @@ def complete_fast(options):
         if lack:
             tell(f'--fast computes in float32, because {lack}')
         options.precision, options.augment = 'fp32' if lack else 'bf16', 'device'
-        # DataParallel, which several GPUs get without torchrun, cannot be compiled.
+        # Without torchrun, several GPUs use DataParallel, which cannot be compiled.
         alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
         options.compile |= options.device != 'cpu' and torch.cuda.is_available() and alone
 
 
 def check_graphs(options):
-    """Refuses what cannot be recorded as a CUDA graph."""
-    for name, given in (('--precision fp16', options.precision == 'fp16'), ('--distill-domains', options.distill_domains)):
+    """Refuses options that a CUDA graph cannot record."""
+    for name, given in (('--precision fp16', options.precision == 'fp16'),
+                        ('--distill-domains', options.distill_domains)):
         if options.cuda_graphs and given:
             raise UserError(f'--cuda-graphs cannot be combined with {name}; leave out one of them')
 
 
 def check_domains(options):
-    """Refuses domains, method and state that contradict one another."""
+    """Refuses domains, method and state that contradict each other, and an impossible temperature."""
     names, method = options.domains, METHODS[options.method]
     if len(set(names)) < len(names):
         raise UserError(f'--domains {" ".join(names)} names a domain twice')

@@ -1,6 +1,6 @@
 """The paper's dialect: options of the published scripts, translated to the native ones.
 
-Nothing but training.options knows it.
+Only training.options uses this module.
 """
 from mdil.datasets.domains import domain_names, get_domain
 from mdil.utils.errors import UserError
@@ -10,7 +10,8 @@ JOINT = 'multi-task'
 # Options of the published scripts that have no counterpart here, and why.
 REFUSED = {
     '--cuda': '--device decides', '--model': '--method decides', '--steps-loss': 'the loss is shown as it changes',
-    '--steps-plot': 'curves get a point each epoch', '--epochs-save': 'the latest, the one before and the best are kept',
+    '--steps-plot': 'curves get a point each epoch',
+    '--epochs-save': 'the latest, the one before and the best are kept',
     '--iouTrain': 'training mIoU is not computed', '--iouVal': 'validation mIoU is always computed',
     '--visualize': '--port sends curves to visdom', '--model-old': '--state names the previous model',
     '--subset': 'eval.py --split names the split', '--dlr': 'the published code reads it nowhere; --lr is the rate'}
@@ -20,7 +21,8 @@ def paper_options(parser):
     """Adds the published scripts' options."""
     group = parser.add_argument_group("the paper's options", 'translated to the native ones above')
     many = {'nargs': '+', 'metavar': 'NAME'}
-    group.add_argument('--dataset', metavar='NAME', help='the domain to learn; with a multi-task list, a name for the run')
+    group.add_argument('--dataset', metavar='NAME',
+                       help='the domain to learn; with a multi-task list, a name for the run')
     group.add_argument('--dataset-new', '--dataset_new', metavar='NAME', help='the domain to learn')
     group.add_argument('--dataset-old', '--dataset_old', help='the earlier domains', **many)
     group.add_argument('--datasets', help='all domains, in order', **many)
@@ -36,16 +38,16 @@ def paper_options(parser):
 
 
 def translate_paper(options):
-    """Turns the paper's options into the native ones and removes them from `options`; whether any was given."""
+    """Replaces the paper's options in `options` by the native ones; returns whether any was given."""
     paper = {name: options.__dict__.pop(name) for name in (
         'dataset', 'dataset_new', 'dataset_old', 'datasets', 'num_classes', 'num_classes_old',
         'num_classes_new', 'current_task', 'nb_tasks', 'finetune', 'decoder', 'pretrainedEncoder')}
-    given = any(value is not None and value is not False for value in paper.values())      # task 0 is given
+    given = any(value is not None and value is not False for value in paper.values())      # task 0 counts as given
     method = options.method = paper_method(paper, options)
     if method == JOINT and paper['dataset']:
         options.model_name_suffix = '-'.join(filter(None, (paper.pop('dataset'), options.model_name_suffix)))
     if method == JOINT and paper['current_task'] == 0:
-        paper['current_task'] = None        # its default in that list
+        paper['current_task'] = None        # the default in the published multi-task list
     options.domains = paper_domains(paper, options.domains)
     if paper['pretrainedEncoder']:
         if options.state and options.state != paper['pretrainedEncoder']:
@@ -56,7 +58,7 @@ def translate_paper(options):
 
 
 def agree(what, values):
-    """The one value of {option: value} that are not None; UserError if they differ."""
+    """The one value in {option: value} that is not None, or None; UserError if there are different ones."""
     given = {option: value for option, value in values.items() if value is not None}
     if len({str(value) for value in given.values()}) > 1:
         raise UserError(f'{what} contradict: ' + ', '.join(f'{o} {show(v)}' for o, v in given.items()))
@@ -64,7 +66,7 @@ def agree(what, values):
 
 
 def canonical(names):
-    """Domain names of aliases; a name that is not built in stays."""
+    """Replaces aliases by domain names; a name that is not built in stays."""
     known = domain_names()
     return names and [known.get(name.lower(), name) for name in names]
 
@@ -87,14 +89,13 @@ def paper_domains(paper, domains):
 
 
 def paper_method(paper, options):
-    """The method: --method, else that of the published argument list of this shape; None where no shape tells.
+    """The method: --method, else that of the published script with such arguments; None if they do not tell.
 
-    - Lists of the paper's method have --num-classes-old in later steps.
-    - Fine-tuning lists name --dataset-old and --dataset-new; from step 3 on --datasets and
-      a new one or a task number, without --num-classes-old. Without --finetune they
-      train nothing but the new decoder. Only lists of the paper's method know --lambdac.
-    - The multi-task list names all --datasets; its --dataset is a name for the run.
-    - The single-task list has --decoder and one domain.
+    - The paper's method has --num-classes-old in later steps. It alone has --lambdac.
+    - Fine-tuning has --dataset-old and --dataset-new; from step 3 on, --datasets and a new domain or a
+      task number, without --num-classes-old. Without --finetune, only the new decoder trains.
+    - Multi-task has all --datasets; its --dataset is a name for the run.
+    - Single-task has --decoder and one domain.
     """
     if paper['finetune'] and options.method not in (None, 'fine-tune'):
         raise UserError(f'--finetune and --method {options.method} contradict')
@@ -114,7 +115,7 @@ def paper_method(paper, options):
 
 
 def check_counts(paper, options):
-    """Refuses the paper's class counts and task numbers that do not fit the domains."""
+    """Refuses class counts and task numbers of the paper's options that do not fit the domains."""
     if not options.domains:
         return
     paths = data_paths(options.data)

@@ -1,6 +1,7 @@
-"""What a step of a sequence trains and freezes: decided here, from the method's row and the options.
+"""What a step of a sequence trains and freezes, as the method's row and the options decide.
 
-`building.freeze` carries it out, with `MultiDomainNet.freeze`, which says what frozen means for batch norms and dropout.
+`building.freeze` applies the plan with `MultiDomainNet.freeze`, which defines frozen for batch norms and
+dropout.
 """
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,9 @@ from mdil.models import get_method
 class StepPlan:
     """What one step does.
 
-    trained: indices of the domains whose branches train. frozen: of the others.
-    from_previous: whether it goes on from the model of a previous step.
+    trained: indices of the domains whose branches train.
+    frozen: indices of the other domains.
+    from_previous: whether the step continues from the model of a previous one.
     shared_frozen: whether the shared weights are frozen.
     terms: the classes of its loss terms.
     """
@@ -24,12 +26,12 @@ class StepPlan:
 
     @property
     def needs_teacher(self):
-        """Whether the frozen model of the previous step is asked."""
+        """Whether a term uses the frozen model of the previous step."""
         return any(term.needs_teacher for term in self.terms)
 
 
 def plan_step(options):
-    """The StepPlan of complete options; `--shared-lr 0` freezes shared weights as a row does."""
+    """The StepPlan of complete options; `--shared-lr 0` freezes the shared weights, as a method's row can."""
     row, count = get_method(options.method), len(options.domains)
     trained = tuple(row.trained(range(count)))
     from_previous = len(trained) < count

@@ -14,7 +14,7 @@ from mdil.utils.files import write_atomically, write_json
 
 
 def make_folder(path):
-    """The folder at `path`, made if need be; UserError if it cannot be written to."""
+    """The folder at `path`, created if necessary; UserError if it cannot be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def make_folder(path):
 
 
 def git_revision():
-    """The revision of the code, '-dirty' appended if changed; None without git, or where the code is installed."""
+    """The revision of the code, with '-dirty' if changed; None without git, or if the code is installed."""
     root = Path(__file__).resolve().parents[1]
     if not (root / 'mdil').is_dir():        # installed: a repository around it is another project's
         return None
@@ -45,7 +45,7 @@ def environment(device):
 
 
 def write_options(folder, options, place, class_weights):
-    """opts.json: final options, class weights in use, versions, git revision."""
+    """Writes opts.json: final options, class weights in use, versions, git revision."""
     write_json(Path(folder) / 'opts.json', {
         'options': vars(options),
         'class_weights': {name: weights.tolist() for name, weights in zip(options.domains, class_weights)},
@@ -59,16 +59,18 @@ def append_metrics(folder, line):
         with open(path, 'a') as file:
             file.write(json.dumps(line) + '\n')
     except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}; --resume continues from the last checkpoint') from None
+        raise UserError(f'{path} cannot be written: {error.strerror}; --resume continues from the last '
+                        'checkpoint') from None
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl, [] if there is none; a last line cut short by a crash is left out."""
+    """The lines of metrics.jsonl, [] if there is none, without a last line that a crash cut short."""
     path, lines = Path(folder) / 'metrics.jsonl', []
     try:
         texts = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its epochs will be missing from the curves') from None
+        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its epochs will be missing from the '
+                        'curves') from None
     for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
@@ -76,15 +78,16 @@ def read_metrics(folder):
                 raise ValueError
         except (ValueError, TypeError, LookupError):
             if number < len(texts):
-                raise UserError(f'{path}: line {number} was not written by a run; move the file away, or fix it') from None
+                raise UserError(f'{path}: line {number} was not written by a run; move the file away, or fix '
+                                'it') from None
             del lines[number - 1:]
     return lines
 
 
 def best_and_last(lines, learnt):
-    """(line of the best validation of the domains `learnt`, line of the last one), of lines of metrics.jsonl.
+    """(line of the best validation of the domains `learnt`, line of the last one), from the lines of metrics.jsonl.
 
-    The best has the highest mean mIoU, as model_best.pth.tar. (None, None) where nothing was validated.
+    The best has the highest mean mIoU, like model_best.pth.tar. (None, None) if nothing was validated.
     """
     scored = [line for line in lines if learnt and all(name in line['val'] for name in learnt)]
     return (max(scored, key=lambda line: mean_miou(line, learnt)), scored[-1]) if scored else (None, None)
@@ -96,7 +99,7 @@ def mean_miou(line, learnt):
 
 
 def closing_line(folder, learnt):
-    """What a finished run in `folder` says last: its best epoch and its last one."""
+    """The last message of a finished run in `folder`: its best epoch and its last one."""
     best, last = best_and_last(read_metrics(folder), learnt)
     if best is None:
         return f'{folder}: finished, nothing was validated'
@@ -105,7 +108,7 @@ def closing_line(folder, learnt):
 
 
 def keep_metrics(folder, epoch):
-    """Cuts metrics.jsonl back to the epochs up to `epoch`, as a resumed run writes the later ones anew."""
+    """Cuts metrics.jsonl back to the epochs up to `epoch`; a resumed run writes the later ones again."""
     lines = [line for line in read_metrics(folder) if line['epoch'] <= epoch]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     write_atomically(Path(folder) / 'metrics.jsonl', lambda file: file.write(text.encode()))

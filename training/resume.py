@@ -1,4 +1,4 @@
-"""Going on where a run stopped: which file, whether it fits, and that nobody else is at it."""
+"""Resuming a run: which file to continue from, whether it fits, and that no other run uses the folder."""
 import contextlib
 import math
 import os
@@ -20,13 +20,14 @@ from mdil.utils.output import say
 from mdil.utils.parallel import tell
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
-# Options that change no result, or only where the data lies; a change of the second kind is reported.
-HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root', 'data',
-            'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
+# A resumed run may change these options. HARMLESS: no effect on results. SAID: results are no longer bit-equal,
+# which is reported.
+HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root',
+            'data', 'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
 
 
-# What a run's checkpoint holds besides what every checkpoint may: (test, what it has to be).
+# Further entries of a run's checkpoint: (test of the value, what it must be).
 PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'teacher': (lambda value: value is None or isinstance(value, dict), 'a dict or None'),
          'optimizer': (lambda value: isinstance(value, dict) and isinstance(value.get('state'), dict)
@@ -35,14 +36,14 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-LATER = {'digests': (plain_digests, 'a dict of digests')}       # files of earlier versions lack it, and checkpoint.LATER
-UNNAMED = {**RECIPES['corrected'], 'network': ERFNET}           # options as they were before they could be given
-# What an optimiser's groups hold in every version of torch, besides the rate.
+LATER = {'digests': (plain_digests, 'a dict of digests')}       # missing from earlier files, as is checkpoint.LATER
+UNNAMED = {**RECIPES['corrected'], 'network': ERFNET}           # what happened before these options existed
+# Settings of an optimiser's groups in every version of torch, except the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
 
 def find(folder, names):
-    """The content of the first readable checkpoint of `names` in `folder`, its name added as 'file'; None without any.
+    """The content of the first readable checkpoint of `names` in `folder`, plus its name as 'file'; None without any.
 
     A damaged file is reported, and the next name tried; UserError if all that exist are damaged.
     """
@@ -66,14 +67,14 @@ def find(folder, names):
 
 
 def check_places(folder, names):
-    """UserError if a file to be written is a directory, which no writing could replace."""
+    """UserError if a directory is in the place of a file that the run writes."""
     for name in names:
         if (folder / name).is_dir():
             raise UserError(f'{folder / name} is a directory; move it away, the run writes a file of that name')
 
 
 def check_run(content, path):
-    """UserError unless `content` is whole and agrees with itself, as what a run of train.py saved does."""
+    """UserError unless `content` is a complete and consistent checkpoint of a run of train.py."""
     wanted = {**PARTS, **checkpoint.KINDS}
     lacking = [name for name in wanted if not isinstance(content, dict) or name not in content]
     if lacking:
@@ -96,7 +97,7 @@ def check_run(content, path):
 
 
 def check_alike(saved, own, name):
-    """ValueError unless `saved` is nested as `own` is, with the same names, types and shapes."""
+    """ValueError unless `saved` has the same nesting, names, types and shapes as `own`."""
     if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
         if saved.shape != own.shape:
             raise ValueError(f'{name} has the shape {list(saved.shape)}, {list(own.shape)} is expected')
@@ -116,7 +117,7 @@ def check_alike(saved, own, name):
 
 
 def check_optimizer(saved, optimizer, complete):
-    """ValueError unless `saved` holds the settings of `optimizer` and Adam's moments of its parameters.
+    """ValueError unless `saved` holds the settings of `optimizer` and Adam's moments for its parameters.
 
     complete: whether every parameter must have moments.
     """
@@ -136,15 +137,15 @@ def check_optimizer(saved, optimizer, complete):
 
 
 def check_equal(saved, own, name):
-    """ValueError if a setting was another."""
+    """ValueError if a setting has changed."""
     if saved != own:
         raise ValueError(f'{name} was {saved}, is {own}')
 
 
 def checked_schedule(saved, schedule):
-    """The saved schedule's state for `schedule`; ValueError unless its rates are those of the saved epoch."""
+    """The saved state to load into `schedule`; ValueError unless its rates are those of the saved epoch."""
     own = schedule.state_dict()
-    # Versions of torch differ in what else there is.
+    # Versions of torch differ in the other entries.
     state = {name: value for name, value in saved['scheduler'].items() if name in own}
     check_alike(state, {name: own[name] for name in state}, 'scheduler')
     check_equal(state['base_lrs'], schedule.base_lrs, 'base rates')
@@ -157,9 +158,9 @@ def checked_schedule(saved, schedule):
 
 
 def check_scaler(saved, scaler):
-    """ValueError unless `saved` is a possible state of `scaler`."""
+    """ValueError unless `saved` is a valid state of `scaler`."""
     own = scaler.state_dict()
-    if not saved or not own:        # another --precision, which may be
+    if not saved or not own:        # --precision has changed, which is allowed
         return
     check_alike(saved, own, 'scaler')
     for name in own.keys() - {'scale', '_growth_tracker'}:
@@ -169,15 +170,15 @@ def check_scaler(saved, scaler):
 
 
 def differences(saved, options):
-    """(list of 'option: was A, is B' that forbid going on, list of those worth saying)."""
+    """(['--option was A, is B', ...] that forbid resuming, the same for those that are only reported)."""
     refused, said = [], []
     now = vars(options)
     for name in sorted(now.keys() | saved.keys()):
         before, value = saved.get(name), now.get(name)
         before = method_name(before) if name == 'method' else before
-        # An option that came with a later version, and does what was done before it.
+        # An option newer than the file, with a value that keeps the old behaviour.
         later = name not in saved and (not value or value == UNNAMED.get(name))
-        unsaid = name == 'network' and value is None        # it is the file's
+        unsaid = name == 'network' and value is None        # the file's network is kept
         if name in HARMLESS or before == value or later or unsaid:
             continue
         line = f'--{name.replace("_", "-")} was {before}, is {value}'
@@ -186,7 +187,7 @@ def differences(saved, options):
 
 
 def check_options(content, options):
-    """Refuses to go on with other options than the checkpoint's run had, unless they are harmless."""
+    """Refuses to resume with options that differ from the checkpoint's run, unless the difference is harmless."""
     refused, said = differences(content['options'], options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '
@@ -196,19 +197,19 @@ def check_options(content, options):
 
 
 def lock(folder):
-    """Holds `folder` for the run of this process; UserError if another one does."""
+    """Locks `folder` for the run of this process; UserError if another run holds it."""
     return locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir')
 
 
 class Stopped(SystemExit):
-    """Ends the run at once on a signal."""
+    """Ends the run immediately on a signal."""
 
 
 class Interrupt:
-    """Notes the signals that ask a run to stop, so that the batch is finished before the run saves and stops.
+    """Notes the signals that ask a run to stop: the current batch is finished, then the run saves and stops.
 
-    place: whose main process says that a signal has come. Python gives signals to the main
-    thread alone: in another one nothing is noted, and the program's own handlers stay.
+    place: its main process reports the signal. Python delivers signals to the main thread only; in another
+        thread nothing is noted, and the program's own handlers stay.
     """
 
     def __init__(self, place):
@@ -218,7 +219,7 @@ class Interrupt:
         in_main = threading.current_thread() is threading.main_thread()
         for number in STOPPING if in_main else ():
             kept = signal.getsignal(number)
-            # Ignored, it is to be: nohup does that to SIGHUP.
+            # An ignored SIGHUP stays ignored: nohup sets that.
             if number != signal.SIGHUP or kept != signal.SIG_IGN:
                 self.kept[number] = signal.signal(number, self.note)
         return self
@@ -241,7 +242,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Where no batch is under way: a signal raises Stopped."""
+        """While no batch is running: a signal raises Stopped immediately."""
         self.idle = True
         try:
             if self.asked:

@@ -1,4 +1,4 @@
-"""A training run: what it consists of, how far it is, how it is saved and goes on."""
+"""A training run: its parts, its progress, and how it is saved and resumed."""
 import os
 import time
 import warnings
@@ -23,12 +23,12 @@ WRITTEN = *RESULTS, 'opts.json', unchanged.NAME
 
 
 def results_in(folder):
-    """Names of the files in `folder` that a run's work lies in."""
+    """Names of the files in `folder` that hold results of a run and are not empty."""
     return [name for name in RESULTS if os.path.isfile(folder / name) and os.path.getsize(folder / name)]
 
 
 def check_kept(options):
-    """UserError if the run would take the place of a result, or write the file that --state names."""
+    """UserError if the run would replace a result, or write to the file that --state names."""
     folder, found = Path(options.savedir), results_in(Path(options.savedir))
     for name in WRITTEN:
         if options.state and same_file(folder / name, options.state):
@@ -46,9 +46,9 @@ def remove_results(folder):
 
 
 def like_their_weights(optimizer):
-    """Gives Adam's moments the memory layout of their weights, which its fused form takes for granted.
+    """Gives Adam's moments the memory layout of their weights, which fused Adam assumes.
 
-    A file may come from another device or precision, and so in another layout.
+    A file from another device or precision may have another layout.
     """
     for parameter, moments in optimizer.state.items():
         for name in ('exp_avg', 'exp_avg_sq'):
@@ -61,7 +61,7 @@ def seed_dropout(*numbers):
 
 
 class Batch(NamedTuple):
-    """A batch that was trained on: its losses on the device, and which pairs it was of."""
+    """A batch that was trained on: its losses on the device, the pairs of its data set, and its sample numbers."""
     losses: dict
     pairs: tuple
     samples: torch.Tensor
@@ -75,14 +75,17 @@ class Batch(NamedTuple):
 class Run:
     """Everything that a training step consists of.
 
-    epoch: epochs finished. batch: batches done of the epoch under way. totals: sums of
-    the loss parts over those batches. last: the Batch whose loss nobody has looked at yet. sound: whether the file at LATEST is worth keeping.
-    saved: the checkpoint to go on from, as `resume.find` gives it, or None.
+    epoch: epochs finished.
+    batch: batches finished in the current epoch.
+    totals: sums of the loss parts over those batches.
+    last: the Batch whose loss has not been checked yet.
+    sound: whether the file at LATEST is worth keeping.
+    saved: the checkpoint to resume from, as `resume.find` returns it, or None.
     """
 
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed, options.deterministic)
-        # What torch does on GPUs by itself, TF32 in convolutions, is not float32 to rounding.
+        # By default, torch's convolutions on GPUs use TF32, which is less accurate than float32.
         torch.backends.cudnn.allow_tf32 = options.recipe != 'released'
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
@@ -93,7 +96,8 @@ class Run:
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
-        build = partial(building.rebuild_networks, network=saved.get('network', ERFNET)) if saved else building.build_networks
+        build = (partial(building.rebuild_networks, network=saved.get('network', ERFNET)) if saved
+                 else building.build_networks)
         self.student, self.teacher, self.loaded, known = build(options, domains)
         known = saved.get('domain_statistics', {}) if saved else known
         self.domain_statistics = building.with_trained(known, self.data, options, place)
@@ -102,7 +106,8 @@ class Run:
         building.freeze(self.student, options)
         self.student.to(place.device)
         self.terms = building.build_terms(options)
-        self.step_loss = building.build_step_loss(self.student, self.teacher, [data.class_weights for data in self.data],
+        self.step_loss = building.build_step_loss(self.student, self.teacher,
+                                                  [data.class_weights for data in self.data],
                                                   self.terms, options, place)
         replicas = torch.cuda.device_count() if isinstance(self.step_loss, nn.DataParallel) else 1
         building.check_batches(self.student, self.trained, options, replicas)
@@ -118,7 +123,7 @@ class Run:
 
     @property
     def folder(self):
-        """--savedir."""
+        """The folder --savedir."""
         return Path(self.options.savedir)
 
     @property
@@ -128,11 +133,11 @@ class Run:
 
     @property
     def loss_names(self):
-        """Names of what a batch's losses are: the loss and its terms."""
+        """Names of a batch's losses: the loss and its terms."""
         return {'loss', *(term.name for term in self.terms)}
 
     def start_epoch(self):
-        """Sets order, augmentation and dropout of the epoch after the finished ones."""
+        """Sets sample order, augmentation and dropout for the epoch after the finished ones."""
         for data in self.trained:
             sampler = data.train.batch_sampler
             sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.trained)
@@ -142,7 +147,7 @@ class Run:
         self.step_loss.train()
 
     def add(self, losses, data, batch):
-        """Counts a batch of `data` with what `train_batch` gave; checks the one before, which a GPU has done by now."""
+        """Counts a batch of `data` with the losses from `train_batch`; checks the one before, which is done by now."""
         losses = {name: value.to(wide_type(value.device)) for name, value in losses.items()}
         self.check_last()
         self.totals = {name: self.totals.get(name, 0) + value for name, value in losses.items()}
@@ -152,8 +157,8 @@ class Run:
         """Waits for the last batch; UserError that names its files if its loss is not finite."""
         last, self.last = self.last, None
         if last and not torch.isfinite(last.losses['loss']):
-            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; no weight was touched '
-                            'and the last checkpoint is kept. Try a lower --lr or --precision fp32. Batch: '
+            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; no weight was '
+                            'touched and the last checkpoint is kept. Try a lower --lr or --precision fp32. Batch: '
                             + ', '.join(last.files))
 
     def end_epoch(self):
@@ -161,7 +166,7 @@ class Run:
         self.check_last()
         means = {name: value.item() / self.batch for name, value in self.totals.items()}
         self.epoch, self.batch = self.epoch + 1, 0
-        with warnings.catch_warnings():     # a run that was stopped in the validation takes no step before this
+        with warnings.catch_warnings():     # a run resumed in its validation takes no step before this
             warnings.filterwarnings('ignore', 'Detected call of `lr_scheduler.step')
             self.schedule.step()
         return means
@@ -174,13 +179,14 @@ class Run:
             'state_dict': self.student.state_dict(),
             'domains': [data.domain.entry for data in self.data], 'digests': self.digests,
             'domain_statistics': self.domain_statistics,
-            'method': self.options.method, 'network': self.options.network, 'best_acc': self.best, 'optimizer': self.optimizer.state_dict(),
-            'scheduler': self.schedule.state_dict(), 'scaler': self.scaler.state_dict(),
+            'method': self.options.method, 'network': self.options.network, 'best_acc': self.best,
+            'optimizer': self.optimizer.state_dict(), 'scheduler': self.schedule.state_dict(),
+            'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
             'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()}}
 
     def restore(self, state):
-        """Goes on from `state`, a dict that `state()` made with the same options."""
+        """Continues from `state`, a dict that `state()` made with the same options; UserError if it does not fit."""
         try:
             self.check_fit(state)
             self.student.load_state_dict(state['state_dict'])
@@ -202,17 +208,17 @@ class Run:
                             f'({" ".join(str(error).split())[:200]}); use another --savedir') from None
 
     def restore_random(self, random, epoch, batch):
-        """Sets torch's generators to the saved states, which are rank 0's; other ranks draw anew."""
+        """Sets torch's generators to the saved states, which are rank 0's; other ranks are seeded anew."""
         if self.place.main:
             torch.set_rng_state(random['torch'])
-            if self.place.device.type == 'cuda':        # there may have been more GPUs
+            if self.place.device.type == 'cuda':        # the saved run may have had more GPUs
                 torch.cuda.set_rng_state_all(random['cuda'][:torch.cuda.device_count()])
         else:
             seed_dropout(self.options.seed, epoch + 1, self.place.rank, batch)
 
     def check_fit(self, state):
-        """ValueError unless every part of `state` has the form of this run's own and a possible value."""
-        # fp16 leaves a batch's step out where the scaled gradients overflow.
+        """ValueError unless every part of `state` has the form of this run's own and valid values."""
+        # fp16 skips the step of a batch whose scaled gradients overflow.
         stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.trained))
         resume.check_optimizer(state['optimizer'], self.optimizer, complete=stepped)
         resume.check_scaler(state['scaler'], self.scaler)
@@ -229,7 +235,7 @@ class Run:
             raise ValueError(f'batch {state["batch"]} of {batches} in an epoch')
 
     def save(self, best=False):
-        """Writes the checkpoint, the one before it kept; with `best`, the best model too."""
+        """Writes the checkpoint and keeps the previous one; with `best`, also writes the best model."""
         self.check_last()
         if not self.place.main:
             return
@@ -238,13 +244,13 @@ class Run:
         if unsound:
             raise UserError(f'{unsound} is not finite after {self.epoch} epochs and {self.batch} batches; nothing was '
                             'saved, the last checkpoint is kept. Try a lower --lr or --precision fp32')
-        # A damaged file must not take the place of the copy that this run went on from.
+        # A damaged file must not replace the copy from which this run resumed.
         checkpoint.save(state, self.folder / LATEST, previous=self.folder / PREVIOUS if self.sound else None,
                         best=self.folder / BEST if best else None)
         self.written, self.sound = time.monotonic(), True
 
     def save_when_due(self):
-        """Writes a checkpoint within the epoch once --checkpoint-minutes have passed since the last."""
+        """Writes a checkpoint within the epoch if --checkpoint-minutes have passed since the last."""
         minutes = self.options.checkpoint_minutes
         if minutes is not None and time.monotonic() - self.written >= 60 * minutes:
             self.save()

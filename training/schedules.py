@@ -1,4 +1,4 @@
-"""How the rate changes from epoch to epoch: what it is multiplied by once `done` of `epochs` epochs are over."""
+"""Learning-rate schedules: the factor on the rate after `done` of `epochs` epochs."""
 
 
 def poly(done, epochs):
@@ -7,7 +7,7 @@ def poly(done, epochs):
 
 
 def one_cycle(done, epochs):
-    """Rises evenly over the first quarter of the epochs, then falls evenly (Smith and Topin, arXiv 1708.07120)."""
+    """Rises linearly over the first quarter of the epochs, then falls linearly (Smith and Topin, arXiv 1708.07120)."""
     rise = epochs // 4
     return (done + 1) / (rise + 1) if done < rise else (epochs - done) / (epochs - rise)
 
