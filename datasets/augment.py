@@ -1,7 +1,7 @@
-"""Augmentation: horizontal flip and a shift of up to 2 pixels either way, drawn as published.
+"""Augmentation: horizontal flip and a shift of up to 2 pixels in each direction, drawn as published.
 
-It works on uint8 tensors of any device and takes its random numbers from (seed, epoch,
-index), so neither the number of workers nor the device changes a result.
+It works on uint8 tensors on any device. Its random numbers depend only on (seed, epoch, index), so neither
+the number of workers nor the device changes a result.
 """
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ def draw(seed, epoch, index):
 def augment(image, label, drawn, void, padding='void'):
     """Flips and shifts image (3, H, W) and label (H, W), uint8; uncovered pixels are 0 and `void`.
 
-    padding: 'void'; or 'released', which labels the pixels that a shift to the left or up
-    uncovers, on the right and at the bottom, as class 0, as the published loops do.
+    padding: 'void', or 'released'. The latter labels what a shift to the left or up uncovers, on the right
+        and at the bottom, as class 0, as the published loops do.
     """
     return (moved(image, drawn, torch.full_like(image, 0)),
             moved(label, drawn, pad(torch.full_like(label, void), drawn, padding)))
@@ -38,8 +38,10 @@ def augment(image, label, drawn, void, padding='void'):
 def augment_batch(images, labels, draws, void, padding='void'):
     """Flips and shifts images (B, 3, H, W) and labels (B, H, W), uint8, on their device.
 
-    draws: B Draws. The result is that of `augment` sample by sample. Samples are copied
-    one by one into the batch, without index tensors, and nothing waits for the device.
+    draws: B Draws.
+
+    The result equals `augment` sample by sample. Samples are copied into the batch one by one, without
+    index tensors, so nothing waits for the device.
     """
     out_images, out_labels = torch.full_like(images, 0), torch.full_like(labels, void)
     for number, drawn in enumerate(draws):
@@ -49,7 +51,7 @@ def augment_batch(images, labels, draws, void, padding='void'):
 
 
 def pad(out, drawn, padding):
-    """Writes 0 where `padding` labels what is uncovered so into `out` (H, W), which is void; returns it."""
+    """Writes 0 into `out` (H, W), all void, where `padding` labels uncovered pixels as class 0; returns it."""
     if padding == 'released':
         height, width = out.shape
         out[height + min(drawn.down, 0):] = 0
@@ -58,7 +60,7 @@ def pad(out, drawn, padding):
 
 
 def moved(x, drawn, out):
-    """Writes x (..., H, W), flipped and then moved right and down as drawn, into `out`; returns it."""
+    """Writes x (..., H, W), flipped and then shifted right and down as drawn, into `out`; returns it."""
     height, width = x.shape[-2:]
     right, down = drawn.right, drawn.down
     rows, columns = height - abs(down), width - abs(right)

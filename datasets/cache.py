@@ -1,17 +1,16 @@
 """Cache of resized images and labels: decoded and resized once, then read from memory-mapped files.
 
-A cache folder holds, for every domain, split and size, one folder
+A cache folder holds one folder for every domain, split and size:
 
     <domain>-<split>-<height>x<width>-<digest>/images.npy    uint8 (N, 3, H, W)
                                                labels.npy    uint8 (N, H, W) class indices
                                                sources.json  {file: [size, time]}
 
-whose digest covers the names, sizes and times of the source files and how labels map to
-classes, so that any change of them leads to a new one. It replaces those of which a source
-file is another by now; caches of other selections of the data stay. It is built
-under a lock in a temporary folder next to it and renamed when complete: what bears its name is
-whole. The lock ends with the process that holds it, and the next build removes what a killed
-one has left.
+The digest covers the names, sizes and times of the source files and how labels map to classes, so any
+change of them leads to a new folder. A new cache replaces those whose source files have changed; caches of
+other selections of the data stay. A cache is built under a lock in a temporary folder next to it and
+renamed when complete, so a folder with its name is always complete. The lock ends with the process that
+holds it. The next build removes what a killed one has left.
 """
 import contextlib
 import copy
@@ -38,7 +37,7 @@ HEX = '[0-9a-f]' * 16
 
 
 class Stored:
-    """The resized pairs in a cache folder; picklable, every process maps the files for itself."""
+    """The resized pairs in a cache folder. Can be pickled; every process maps the files itself."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -48,7 +47,7 @@ class Stored:
             raise UserError(f'{folder}: missing or damaged ({error}); delete the rest and start again') from None
 
     def __getitem__(self, index):
-        """Image (3, H, W) and label (H, W), uint8, in memory of their own."""
+        """Image (3, H, W) and label (H, W), uint8, copied into memory."""
         return torch.from_numpy(np.array(self.images[index])), torch.from_numpy(np.array(self.labels[index]))
 
     def __reduce__(self):
@@ -56,11 +55,12 @@ class Stored:
 
 
 def cached(dataset, folder, workers=None):
-    """A copy of SegmentationDataset `dataset` that reads from the cache in `folder`, built if need be.
+    """A copy of SegmentationDataset `dataset` that reads from the cache in `folder`, which is built if necessary.
 
-    workers: threads that build it (default: one for each core). Processes may call this at
-    once; one builds, the others wait. UserError for a bad image or label, as without a
-    cache, and where the cache does not fit or cannot be written.
+    workers: threads that build it (default: one per core).
+
+    Several processes may call this at once: one builds, the others wait. UserError for a bad image or
+    label, as without a cache, and if the cache does not fit on the disk or cannot be written.
     """
     folder = Path(folder)
     try:
@@ -95,16 +95,16 @@ def stamp(path):
 
 
 def is_outdated(cache):
-    """Whether a source file of the cache folder has changed since; one that is gone may come back."""
+    """Whether a source file of the cache folder has changed since. A missing file does not count: it may come back."""
     try:
         sources = json.loads((cache / 'sources.json').read_text())
     except (OSError, ValueError):
-        return True         # of an earlier version, or damaged
+        return True         # from an earlier version, or damaged
     return any(os.path.exists(path) and stamp(path) != before for path, before in sources.items())
 
 
 def digest(dataset):
-    """16 hexadecimal digits that change with the source files, their order and what is made of them."""
+    """16 hexadecimal digits that change with the source files, their order and how their labels map to classes."""
     state = hashlib.sha256(f'{VERSION}'.encode())
     for pair in dataset.pairs:
         for path in (pair.image, pair.label):
@@ -125,7 +125,7 @@ def check_space(dataset, folder):
 
 
 def build(dataset, target, workers):
-    """Makes the cache folder `target`, complete or not at all."""
+    """Builds the cache folder `target` completely or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
         made = Path(temporary) / target.name
         made.mkdir()
@@ -143,7 +143,7 @@ def build(dataset, target, workers):
 
 @contextlib.contextmanager
 def array_file(path, shape):
-    """A new .npy file of uint8 values that are to be written in order; on the disk when closed."""
+    """A new .npy file for uint8 values that are written in order; it is on disk when closed."""
     with open(path, 'wb') as file:
         np.lib.format.write_array_header_1_0(file, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
         yield file
@@ -154,7 +154,7 @@ def array_file(path, shape):
 def load_all(dataset, workers):
     """Yields the resized pairs in order, with progress on standard error.
 
-    Threads serve, as decoding and resizing run without Python's lock.
+    Threads are enough, because decoding and resizing release Python's lock.
     """
     title = f'cache of {dataset.domain.name} {dataset.split}'
     made = in_threads(partial(load_pair, size=dataset.size), dataset.pairs, workers)

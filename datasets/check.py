@@ -2,11 +2,10 @@
 
     python -m mdil check --domains cityscapes BDD IDD --data-root data
 
-Every file of every pair is decoded. Images and labels without a partner are warnings
-(BDD100K's archives hold six of each) and left out in training; anything else is an error.
-What the labels' counts tell is noted: classes that occur in no training image, much void,
-images of which one split holds a copy of another's. One file in two splits is an error.
-The exit status is 0 if there is no error, else 2.
+Every file of every pair is decoded. Images and labels without a partner are warnings (BDD100K's archives
+hold six of each) and left out of training; anything else is an error. Notes point out classes that occur
+in no training image, a large share of void, and images of one split that are copies of another split's.
+The same file in two splits is an error. The exit status is 0 without errors, else 2.
 """
 import os
 import textwrap
@@ -39,10 +38,12 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a domain's split holds; `pixels` and `images` (C,) count each class, void last.
+    """What a split of a domain holds.
 
-    errors and warnings are Problems, remarks sentences about what was counted; `files`
-    the images of the pairs.
+    errors, warnings: Problems.
+    pixels, images: (C,), pixels of each class and images that contain it, void last.
+    remarks: sentences about what was counted.
+    files: the images of the pairs.
     """
     domain: str
     split: str
@@ -57,7 +58,7 @@ class Report:
 
 
 def attempt(problems, kind, file, function, *arguments):
-    """function(*arguments), or None after adding a Problem with the UserError that it raised."""
+    """function(*arguments); on a UserError, adds a Problem with its message and returns None."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -66,14 +67,14 @@ def attempt(problems, kind, file, function, *arguments):
 
 
 def check_end(path):
-    """Raises UserError if a PNG file lacks its end, or has damage elsewhere, that Pillow decodes nevertheless."""
+    """UserError if a PNG file is cut short, or damaged in a way that Pillow decodes all the same."""
     content = path.read_bytes()
     if content.startswith(PNG_START) and not whole_png(content):
         raise UserError(f'{path} cannot be read: a part is missing or does not match its checksum')
 
 
 def inspect_pair(pair, num_classes):
-    """Problems of `pair`, and pixels of each class, int64 (num_classes,), or None if the label is bad."""
+    """(Problems of `pair`, pixels of each class, int64 (num_classes,), or None if the label is bad)."""
     problems = []
     image = attempt(problems, 'unreadable image', pair.image, open_image, pair.image)
     label = attempt(problems, 'unreadable label', pair.label, open_label, pair)
@@ -90,7 +91,7 @@ def inspect_pair(pair, num_classes):
 
 
 def unpaired(found):
-    """Problems, in the sense of warnings, of the files of Split `found` that have no partner."""
+    """Problems, to be used as warnings, for the files of Split `found` that have no partner."""
     return [Problem(kind, str(path), f'{path} is left out')
             for kind, paths in (('image without a label', found.without_label),
                                 ('label without an image', found.without_image)) for path in paths]
@@ -122,19 +123,19 @@ def check_split(domain, root, split, workers):
 
 
 def compare_splits(reports):
-    """Adds to each report of one domain what its images have in common with those of the splits before."""
+    """Adds to each of a domain's reports what its images have in common with those of earlier splits."""
     for number, report in enumerate(reports):
         for other in reports[:number]:
             compare_files(other, report)
 
 
 def compare_files(other, report):
-    """Adds to `report` which of its images are those of `other`, or copies of them."""
+    """Adds to `report` which of its images are also images of `other`, or copies of them."""
     same = set(shared_files(other.files, report.files))
     if len(same) == len(report.files) > 0:
         report.errors.append(Problem(
-            'shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are those of {other.split}; '
-            'lists can divide a folder (docs/data.md, One folder of images)'))
+            'shared file', str(report.files[0]), f'all {len(same)} images of {report.split} are those of '
+            f'{other.split}; lists can divide a folder (docs/data.md, One folder of images)'))
         return
     copies = copied_files(other.files, report.files)
     report.errors += [Problem('shared file', str(path), f'{path} of {report.split} is {known} of {other.split}')
@@ -146,7 +147,7 @@ def compare_files(other, report):
 
 
 def class_table(report):
-    """Lines of 80 columns at most: class, pixels, percent of pixels, images it appears in."""
+    """Lines of at most 80 columns: class, pixels, percent of pixels, images it appears in."""
     total = max(1, report.pixels.sum())
     rows = [f'{name[:38]:<38} {pixels:>18,} {100 * pixels / total:>9.4f} {images:>9,}'
             for name, pixels, images in zip(report.classes, report.pixels, report.images)]
@@ -154,7 +155,7 @@ def class_table(report):
 
 
 def problem_lines(title, problems):
-    """Lines that count `problems` by kind and list the first of each."""
+    """Lines that count `problems` by kind and list the first ones of each."""
     lines = []
     for kind, count in Counter(problem.kind for problem in problems).items():
         messages = [problem.message for problem in problems if problem.kind == kind]
@@ -201,7 +202,7 @@ def check_parser():
 
 
 def main(arguments=None):
-    """Checks what the command line names; 0 if it is fit to train on, else UserError."""
+    """Checks what the command line names; returns 0 if it is fit to train on, else UserError."""
     options = check_parser().parse_args(arguments)
     paths, file = data_paths(options.data), output_file(options.json)
     if file:

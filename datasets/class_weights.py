@@ -1,8 +1,7 @@
 """Cross-entropy weights of a domain: 1 / ln(1.1 + class frequency).
 
-The formula is ENet's (Paszke et al., 2016, with c = 1.1 as ERFNet's training uses
-it); frequencies are over all pixels, void among them, and void's weight is reported
-but set to 0 in training.
+The formula is ENet's (Paszke et al., 2016), with c = 1.1 as in ERFNet's training. Frequencies are over all
+pixels, including void. Void's weight is reported, but set to 0 in training.
 
     python -m mdil class-weights --domains cityscapes BDD IDD --data-root data --json weights.json
 
@@ -37,9 +36,10 @@ def label_counts(pair, num_classes):
 def histogram(domain, root, split='train', workers=None, pairs=None):
     """Pixels of each class index, void last, over the split's labels at their own size: int64 (C,).
 
-    `workers` processes count (default: one per core, 8 at most). pairs: those to count
-    (default: all of the split). UserError names a label that cannot be read or has values
-    out of range.
+    workers: processes that count (default: one per core, at most 8).
+    pairs: those to count (default: all of the split).
+
+    UserError names a label that cannot be read or has values out of range.
     """
     pairs = find_split(domain, root, split).pairs if pairs is None else pairs
     count = partial(label_counts, num_classes=domain.num_classes)
@@ -53,16 +53,16 @@ def weights_of(counts):
 
 
 def needs_counts(domain, choice):
-    """Whether the weights that `choice` stands for are computed from the training labels."""
+    """Whether the weights for `choice` are computed from the training labels."""
     return choice == 'computed' or choice == 'published' and not domain.weights
 
 
 def training_weights(domain, root, choice='published', counts=None):
     """The (C,) float32 weights that training uses, void 0.
 
-    choice: 'published' (the paper's values; computed for a domain that has none),
-    'computed' from the training labels, 'none' for equal weights, or a JSON file
-    {domain name: [C weights]}. counts: the pixels of each class, where they are known.
+    choice: 'published' (the paper's values; computed for a domain that has none), 'computed' from the
+        training labels, 'none' for equal weights, or a JSON file {domain name: [C weights]}.
+    counts: the pixels of each class, if they are known.
     """
     if choice == 'none':
         weights = np.ones(domain.num_classes)
@@ -76,7 +76,7 @@ def training_weights(domain, root, choice='published', counts=None):
 
 
 def weights_from_file(domain, path):
-    """The weights of `domain` in a JSON file {domain name: [C weights]}."""
+    """The weights of `domain` in a JSON file {domain name: [C weights]}; UserError if they are missing or invalid."""
     try:
         weights = json.loads(Path(path).read_text())[domain.name]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -89,7 +89,7 @@ def weights_from_file(domain, path):
 
 
 def weights_table(domain, counts, computed):
-    """Lines of 80 columns at most: class, percent of pixels, computed and published weight."""
+    """Lines of at most 80 columns: class, percent of pixels, computed and published weight."""
     published = [f'{weight:.4f}' for weight in domain.weights] if domain.weights else ['-'] * domain.num_classes
     rows = [f'{name[:36]:<36} {percent:>9.4f} {weight:>10.4f} {known:>10}'
             for name, percent, weight, known in zip((*domain.classes, 'void (0 in training)'),
@@ -98,7 +98,7 @@ def weights_table(domain, counts, computed):
 
 
 def output_file(text):
-    """Path of a `--json` file, or None; UserError at once if its folder does not exist."""
+    """Path of a `--json` file, or None; immediate UserError if its folder does not exist."""
     path = Path(text) if text else None
     if path and not path.parent.is_dir():
         raise UserError(f'--json {path}: the folder {path.parent} does not exist; create it first')
@@ -118,7 +118,7 @@ def class_weights_parser():
 
 
 def main(arguments=None):
-    """Prints the weights that the command line asks for, and writes them; 0, or UserError."""
+    """Prints the weights that the command line asks for and writes them to --json; returns 0, or UserError."""
     options = class_weights_parser().parse_args(arguments)
     paths, file = data_paths(options.data), output_file(options.json)
     weights = {}

@@ -1,9 +1,9 @@
-"""The label space that all domains share, IDD's level 1, to compare figures of different class sets.
+"""The label space that all domains share, IDD's level 1, for comparing scores of different class sets.
 
-A class belongs to one of the common classes by its name: those of Cityscapes, BDD100K and IDD as
-in IDD's own label table, those of CamVid as below. A user's own domain takes part if its class
-names are among these. Void stays void; only Cityscapes' label ids tell more than its classes do
-(parking is drivable, a guard rail a roadside object), and truth keeps that.
+A class is assigned to a common class by its name: classes of Cityscapes, BDD100K and IDD as in IDD's own
+label table, those of CamVid as below. A user's own domain can take part if all its class names are among
+these. Void stays void. Only Cityscapes' label ids are finer than its classes (parking is drivable, a guard
+rail is a roadside object); the ground truth keeps that detail.
 """
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ LABEL_IDS = '_gtFine_labelIds.png'
 
 
 def places():
-    """{class name: index in CLASSES} of the classes of all built-in domains."""
+    """{class name: index in CLASSES} for the classes of all built-in domains."""
     found = {name: index for index, name in enumerate(CLASSES)}
     found.update(CAMVID)
     for row in label_table('idd'):
@@ -33,7 +33,7 @@ def places():
 def to_common(domain):
     """Index in CLASSES, or VOID, of every class index of `domain`, void included, as a list.
 
-    UserError for a domain with a class that has no place among them.
+    UserError for a domain with a class that belongs to no common class.
     """
     known = places()
     strange = [name for name in domain.classes if name not in known]
@@ -46,10 +46,10 @@ def to_common(domain):
 
 
 def with_finer_labels(domain):
-    """`domain` with labels that keep what the common classes tell apart in its void.
+    """`domain` with labels that keep common classes which are void in the domain itself.
 
-    The label of such a pixel is num_classes + its index in CLASSES, instead of void. Only
-    Cityscapes' label ids hold more than its classes; they are then read before train ids.
+    Such a pixel has the label num_classes + its index in CLASSES, instead of void. Only Cityscapes' label
+    ids are finer than its classes; they are then read in preference to train ids.
     """
     finer = {row['csId']: domain.num_classes + row['level1Id'] for row in label_table('idd') if row['level1Id'] < VOID}
     layouts = []

@@ -3,21 +3,21 @@
     python -m mdil create-labels idd --datadir data/IDD_Segmentation --id-type level3Id
     python -m mdil create-labels cityscapes --datadir data/cityscapes
 
-IDD: `<frame>_gtFine_polygons.json` becomes `<frame>_gtFine_label<id-type>s.png`, drawn as
-the data set's own converter draws it: objects in their order, deleted ones and those of
-fewer than three points left out, `cargroup` as `car` where the table has no such group,
-unknown names left out and reported. 8 bits hold 0 to 255: csId 355 (vehicle fallback)
-becomes 255, which is void, as Pillow saturates it in the converter.
+IDD: `<frame>_gtFine_polygons.json` becomes `<frame>_gtFine_label<id-type>s.png`, drawn as the data set's
+own converter draws it: objects in their order, without deleted ones and those with fewer than three points. A
+group that is not in the table is drawn as its members (`cargroup` as `car`). Unknown names are left out
+and reported. 8 bits hold 0 to 255: csId 355 (vehicle fallback) becomes 255, which is void, as Pillow
+saturates it in the converter.
 
-Cityscapes: `<frame>_gtFine_polygons.json`, or `<frame>_gtFine_labelIds.png` where there
-are no polygons, becomes `<frame>_gtFine_labelTrainIds.png`, equal to the package
-cityscapesscripts; what has a negative id (license plate) is not drawn.
+Cityscapes: `<frame>_gtFine_polygons.json`, or `<frame>_gtFine_labelIds.png` if there are no polygons,
+becomes `<frame>_gtFine_labelTrainIds.png`, equal to that of the package cityscapesscripts. Objects with a
+negative id (license plate) are not drawn.
 
-`--out DIR` leaves the data set as it is and writes to DIR/gtFine; a link DIR/leftImg8bit to its
-images is made, so that `--data cityscapes=DIR` has both.
+`--out DIR` leaves the data set unchanged and writes to DIR/gtFine. It also makes DIR/leftImg8bit a link to
+the images, so that `--data cityscapes=DIR` finds both.
 
-Images that are newer than their source and readable are kept, unless `--force`; so a run
-that was stopped goes on where it was.
+Label images that are readable and newer than their source are kept, unless `--force`, so a stopped run
+continues where it was.
 """
 import json
 import math
@@ -44,23 +44,23 @@ ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', '
 POLYGONS = '_gtFine_polygons.json'
 LABEL_IDS = '_gtFine_labelIds.png'
 IMAGES = 'leftImg8bit'
-COMPRESSION = 3         # zlib level: 1.5 times as fast as Pillow's default, files a quarter larger
-LARGEST = 2 ** 31       # coordinates from here on do not fit the integers that Pillow draws with
+COMPRESSION = 3         # zlib level: 1.5 times as fast as Pillow's default, files 25 % larger
+LARGEST = 2 ** 31       # coordinates this large do not fit the integers that Pillow draws with
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How annotations become label values: name -> value, None for names that are not drawn."""
+    """How annotations become label values: {name: value}, with None for names that are not drawn."""
     values: dict = field(hash=False)
     background: int
     least_points: int
-    sources: tuple      # file-name suffixes, the preferred first
+    sources: tuple      # file-name suffixes, preferred first
     suffix: str         # of the label images
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one source: 'made', 'kept' or 'broken', why, and the unknown names in it."""
+    """The result for one source: 'made', 'kept' or 'broken', the error, and the unknown names in it."""
     source: Path
     status: str
     error: str = ''
@@ -80,7 +80,7 @@ def cityscapes_encoding():
 
 
 def known_name(name, values):
-    """`name`, or `name` less the suffix 'group' (cargroup: car), whichever is in `values`; else None."""
+    """`name`, or `name` without its suffix 'group' (cargroup: car), whichever is in `values`; else None."""
     for candidate in (name, name.removesuffix('group')):
         if candidate in values:
             return candidate
@@ -90,7 +90,7 @@ def known_name(name, values):
 def read_annotation(path):
     """(width, height) and [(name, [(x, y), ...]), ...] of the objects that are not deleted.
 
-    Raises UserError if the file cannot be read or is no annotation.
+    UserError if the file cannot be read or is not an annotation.
     """
     try:
         spec = json.loads(path.read_bytes())
@@ -124,14 +124,17 @@ def draw_labels(size, objects, encoding):
 
 
 def train_id_image(path):
-    """The label image of train ids (mode L, void 255) of a Cityscapes image of label ids."""
+    """The label image with train ids (mode L, void 255) for a Cityscapes image of label ids."""
     pair = Pair(None, path, cityscapes_label_ids())
     classes = to_classes(np.asarray(open_label(pair)), pair)
     return Image.fromarray(np.where(classes == max(pair.values.values()), np.uint8(VOID_FILE_VALUE), classes))
 
 
 def make_label(source, encoding, force=False):
-    """Makes the label image of `source` (path, suffix, folder of the image) unless it is there; gives the Outcome."""
+    """Makes the label image of `source` unless it is up to date; returns the Outcome.
+
+    source: (path of the annotation, its suffix, folder for the label image).
+    """
     path, suffix, folder = source
     target = folder / (path.name[:-len(suffix)] + encoding.suffix)
     unknown = ()
@@ -150,7 +153,7 @@ def make_label(source, encoding, force=False):
 
 
 def up_to_date(target, source):
-    """Whether image `target` is newer than `source` and can be decoded."""
+    """Whether the image `target` is newer than `source` and can be decoded."""
     try:
         if target.stat().st_mtime_ns <= source.stat().st_mtime_ns:
             return False
@@ -162,7 +165,7 @@ def up_to_date(target, source):
 
 
 def find_sources(datadir, encoding, out=None):
-    """[(path, suffix, folder of the label image)] of the annotations under `datadir`/gtFine, one per frame.
+    """[(path, suffix, folder for the label image)] of the annotations under `datadir`/gtFine, one per frame.
 
     Label images go next to the annotations, or into the same folders below `out`.
     """
@@ -176,7 +179,7 @@ def find_sources(datadir, encoding, out=None):
 
 
 def prepare(datadir, out, dataset):
-    """Sees to it that label images can be written, and that the images lie next to them; UserError if that fails."""
+    """Makes sure that label images can be written and that the images are next to them; UserError if that fails."""
     if not out:
         if not os.access(Path(datadir) / 'gtFine', os.W_OK):
             raise UserError(f'{datadir}/gtFine cannot be written to; --out FOLDER takes the label images instead')
@@ -193,7 +196,7 @@ def prepare(datadir, out, dataset):
 
 
 def report(outcomes, encoding):
-    """Prints what was made, and what is unknown or broken; UserError if anything is broken."""
+    """Prints what was made and what is unknown or broken; UserError if anything is broken."""
     counts = Counter(outcome.status for outcome in outcomes)
     print(f'*{encoding.suffix}: {counts["made"]} made, {counts["kept"]} kept (up to date)')
     files = {}
@@ -226,7 +229,7 @@ def create_labels_parser():
 
 
 def main(arguments=None):
-    """Makes the label images that the command line asks for; 0, or UserError."""
+    """Makes the label images that the command line asks for; returns 0, or UserError."""
     parser = create_labels_parser()
     options = parser.parse_args(arguments)
     if options.dataset == 'cityscapes' and options.id_type:

@@ -1,4 +1,4 @@
-"""What a declaration of a domain consists of: where its files lie, what the label values mean, its classes."""
+"""The parts of a domain's declaration: where its files are, what label values mean, its classes."""
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -9,10 +9,10 @@ MASKS = ('.png', '.tif', '.tiff', '.bmp')
 
 @dataclass(frozen=True)
 class Labels:
-    """One way labels are stored: file-name suffix, and label value -> class index.
+    """One way to store labels: a file-name suffix and {label value: class index}.
 
-    values: maps values found in the file to class indices, void being the last; a value
-    not in it is an error. by_color: the values are colours, each the number 0xRRGGBB.
+    values: maps values in the file to class indices, void being the last. Any other value is an error.
+    by_color: whether the values are colours, each as the number 0xRRGGBB.
     """
     suffix: str
     values: dict = field(hash=False)
@@ -21,11 +21,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where images and labels of a split lie under the domain's folder.
+    """Where images and labels of a split are under the domain's folder.
 
-    Images and labels belong together when their paths below `images` and `labels`, less
-    the suffix, are equal; suffixes match whatever their case. Of several label suffixes
-    the first that exists counts. lists: {split: file that lists the pairs}, instead.
+    An image and a label belong together if their paths below `images` and `labels`, without suffix, are
+    equal. Suffixes match regardless of case. Of several label suffixes, the first that exists is used.
+
+    lists: {split: file that lists the pairs}, used instead of the folders.
     """
     images: str
     image_suffixes: tuple
@@ -36,7 +37,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Domain:
-    """A data set: `classes` excludes void, which is the index after the last class."""
+    """A data set. `classes` excludes void, whose index follows the last class."""
     name: str
     folder: str
     classes: tuple
@@ -63,11 +64,11 @@ class Domain:
 
     @property
     def entry(self):
-        """What a checkpoint says of it, in built-in types."""
+        """Its entry in a checkpoint, in built-in types."""
         return {'name': self.name, 'classes': self.num_classes, 'class_names': list(self.classes),
                 'colors': [list(color) for color in self.colors]}
 
 
 def train_ids(count, void=VOID_FILE_VALUE):
-    """Values 0 to count-1 are the classes, `void` is void."""
+    """{label value: class index}: values 0 to count - 1 are the classes, `void` is void."""
     return {**{value: value for value in range(count)}, void: count}

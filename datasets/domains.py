@@ -1,7 +1,6 @@
-"""Domains: what each data set is called, what its classes are and where its files lie.
+"""Domains: the names of each data set, its classes and where its files are.
 
-A domain is one declaration. `get_domain` finds one by name or alias, or reads a
-user's own from a JSON file.
+A domain is one declaration. `get_domain` finds one by name or alias, or reads a user's own from JSON.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from mdil.utils.errors import UserError
 
 
 def cityscapes_label_ids():
-    """Cityscapes label ids -> class index, void 19. Id -1 (license plate) is in no label image."""
+    """{Cityscapes label id: class index}, void 19. Id -1 (license plate) occurs in no label image."""
     return {row['id']: 19 if row['trainId'] == 255 else row['trainId']
             for row in label_table('cityscapes') if row['id'] >= 0}
 
@@ -35,7 +34,8 @@ def idd_classes(level, count, preferred=()):
 
 
 CS_CLASSES, CS_COLORS = cityscapes_classes()
-IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26, ('drivable fallback', 'non-drivable fallback', 'vehicle fallback'))
+IDD_CLASSES, IDD_COLORS = idd_classes('level3Id', 26,
+                                      ('drivable fallback', 'non-drivable fallback', 'vehicle fallback'))
 
 # The cross-entropy weights below are the published ones, 1 / ln(1.1 + class frequency).
 CS_WEIGHTS = (
@@ -95,13 +95,13 @@ DOMAINS = {domain.name: domain for domain in (
 
 
 def domain_names():
-    """Names and aliases, lower case -> the domain's name."""
+    """{name or alias, lower case: the domain's name}."""
     return {alias.lower(): domain.name for domain in DOMAINS.values()
             for alias in (domain.name, *domain.aliases)}
 
 
 def placed(known, paths):
-    """`paths` by the domains' names in place of aliases; UserError if two aliases have different paths."""
+    """`paths` with aliases replaced by domain names; UserError if two aliases have different paths."""
     found = {}
     for key, value in paths.items():
         path = found.setdefault(known.get(key.lower(), key), Path(value))
@@ -111,12 +111,13 @@ def placed(known, paths):
 
 
 def get_domain(name, paths=None):
-    """The domain called `name` (or an alias of it), placed where `paths` says.
+    """The domain called `name` (or an alias of it), with its files where `paths` says.
 
-    paths: {name: folder or JSON file} from `--data NAME=PATH`. A name that is not
-    built in is a user's own domain, declared by that JSON file or by `domain.json`
-    in that folder. A JSON file for a built-in one names lists of its pairs. Raises
-    UserError for a name that is neither.
+    paths: {name: folder or JSON file} from `--data NAME=PATH`. A name that is not built in is a user's own
+        domain, declared by that JSON file or by `domain.json` in that folder. A JSON file for a built-in
+        domain names lists of its pairs.
+
+    Raises UserError for a name that is neither built in nor in `paths`.
     """
     known = domain_names()
     paths = placed(known, paths or {})

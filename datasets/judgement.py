@@ -1,14 +1,14 @@
-"""What counted labels and files tell of a domain beyond damage: classes that never occur, void, shared files."""
+"""What label counts and files show about a domain, besides damage: classes that never occur, void, shared files."""
 import hashlib
 
 from mdil.datasets.declaration import VOID_FILE_VALUE
 from mdil.datasets.pairs import identity
 
-MOSTLY = 0.5        # share of void from which on it is reported
+MOSTLY = 0.5        # share of void from which it is reported
 
 
 def judge(domain, split, pixels):
-    """(what makes a split unfit, what is worth saying of it), lists of sentences; pixels (C,), void last."""
+    """(what makes a split unfit to train on, what is worth noting), lists of sentences; pixels (C,), void last."""
     absent = [name for name, count in zip(domain.classes, pixels) if not count] if split == 'train' else []
     void = pixels[-1] / max(1, sum(pixels))
     faults, remarks = [], []
@@ -27,14 +27,14 @@ def judge(domain, split, pixels):
 
 
 def is_mask(domain, pixels):
-    """Whether the labels of a domain of two classes hold nothing but the first and void, which is 255."""
+    """Whether the labels of a two-class domain hold nothing but the first class and void, which is 255."""
     values = domain.layouts[0].label_kinds[0].values
     return (len(pixels) == 3 and pixels[0] > 0 and pixels[1] == 0 and pixels[2] > 0
             and values.get(0) == 0 and values.get(VOID_FILE_VALUE) == 2)
 
 
 def mask_fault(domain, void):
-    """The sentence about labels of 0 and 255 alone."""
+    """The message about labels that hold only 0 and 255."""
     first, second = domain.classes
     return (f'class {second!r} occurs in no image: the labels hold 0 and 255 alone, and 255 is void '
             f'({100 * void:.0f} % of the pixels); for masks of 0 and 255 domain.json states "values": '
@@ -42,13 +42,13 @@ def mask_fault(domain, void):
 
 
 def shared_files(images, others):
-    """The paths of `others` that are files of `images` too, under whatever name."""
+    """The paths in `others` that are files in `images` too, under any name."""
     known = {identity(path) for path in images}
     return [path for path in others if identity(path) in known]
 
 
 def copied_files(images, others):
-    """[(path of `others`, path of `images` of the same content)]; only files of one size are read."""
+    """[(path in `others`, path in `images` with the same content)]; reads only files of equal size."""
     def size(path):
         return path.stat().st_size
     sizes = set(map(size, images)) & set(map(size, others))
@@ -58,5 +58,5 @@ def copied_files(images, others):
 
 
 def content_digest(path):
-    """A digest of what is in a file."""
+    """A digest of a file's content."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()

@@ -1,6 +1,6 @@
 """Label tables of Cityscapes and IDD: names, ids at every level, colours.
 
-The tables lie next to this file as CSV; `label_table` reads one.
+The tables are CSV files next to this one; `label_table` reads one.
 """
 import csv
 import functools

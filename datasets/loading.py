@@ -18,9 +18,12 @@ ORDER = 1       # distinguishes the order's random numbers from the augmentation
 class TrainBatches:
     """Batch sampler: a new order every epoch, drawn from (seed, epoch).
 
-    Yields lists of (epoch, number). `samples` may exceed `count` (default: equal): the
-    order is then several permutations one after another, and `number % count` is the
-    image. `batch_size` is that of all ranks together; each takes its share.
+    Yields lists of (epoch, number); the image is `number % count`.
+
+    samples: samples per epoch (default: `count`). If more than `count`, the order is several permutations
+        one after another.
+    batch_size: over all ranks; each rank takes its share.
+    limit: most batches per epoch.
     """
 
     def __init__(self, count, batch_size, seed, samples=None, limit=None, rank=0, world=1):
@@ -58,7 +61,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batch sampler: every image once, split over the ranks without padding."""
+    """Batch sampler: every image once, split over the ranks without padding. batch_size: per rank; limit: in all."""
 
     def __init__(self, count, batch_size, rank=0, world=1, limit=None):
         self.batch_size = batch_size * world
@@ -74,10 +77,10 @@ class EvalBatches:
 
 
 def check_shared_memory(dataset, batch_size, workers, folder='/dev/shm'):
-    """UserError if what loader processes may have waiting does not fit in the shared memory: they would hang."""
+    """UserError if the batches that loader processes may queue exceed the shared memory: they would hang."""
     height, width = dataset.size
     needed = (2 * workers + 2) * batch_size * 4 * height * width
-    with contextlib.suppress(FileNotFoundError):        # where there is none, they pass it another way
+    with contextlib.suppress(FileNotFoundError):        # without such a folder, they do not use it
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(f'{folder} has {free / 2 ** 20:.1f} MiB free, but {workers} loader processes need '
@@ -86,13 +89,14 @@ def check_shared_memory(dataset, batch_size, workers, folder='/dev/shm'):
 
 
 def make_loader(dataset, batches, workers, pin, collate=None):
-    """DataLoader over `batches`; workers live as long as the loader. collate: what makes a batch (None: torch's).
+    """DataLoader over `batches`; workers live as long as the loader. collate: makes a batch (None: as torch does).
 
-    It has a generator of its own: the default would draw from the global one, which
-    dropout uses, each time a loop over it starts.
+    It has a generator of its own. The default would draw from the global one, which dropout uses, at the
+    start of every loop.
     """
     if workers and isinstance(dataset, SegmentationDataset):
         check_shared_memory(dataset, batches.batch_size, workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       persistent_workers=workers > 0, generator=torch.Generator(), collate_fn=collate,
-                      multiprocessing_context=CONTEXT if workers else None, worker_init_fn=partial(become_loader, os.getpid()))
+                      multiprocessing_context=CONTEXT if workers else None,
+                      worker_init_fn=partial(become_loader, os.getpid()))

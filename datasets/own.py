@@ -1,8 +1,7 @@
 """Users' own domains: `domain.json`, read strictly.
 
-A mistake in it would not stop training but spoil it: a void value that is not the labels'
-turns a class into void, a repeated name loses a class of the table. So every entry is
-checked, and what does not fit is named in one sentence.
+A mistake in it would not stop training but spoil it: a wrong void value turns a class into void, a repeated
+name drops a class from the table. So every entry is checked, and one sentence says what is wrong.
 """
 import json
 import os
@@ -14,18 +13,18 @@ from mdil.utils.errors import UserError
 
 SPLITS = ('train', 'val', 'test')
 KEYS = ('classes', 'images', 'labels', 'image_suffix', 'label_suffix', 'void', 'values', 'by_color', 'weights', *SPLITS)
-MOST = 254          # classes: labels are bytes, one index is void, one marks errors
+MOST = 254          # most classes: labels are bytes, one index is void, one marks errors
 BLACK = 0
 
 
 class Wrong(ValueError):
-    """What is wrong with a domain.json, in words; `read_domain` adds which file."""
+    """What is wrong with a domain.json, in words; `read_domain` adds the file's name."""
 
 
 def read_domain(name, file, built_in=None):
-    """The domain `name` that the JSON file declares; UserError where it cannot be used.
+    """The domain `name` that the JSON file declares; UserError if it cannot be used.
 
-    built_in: the Domain of that name, to which the file then gives lists of pairs alone; None for a user's own.
+    built_in: the Domain of that name, for which the file may only give lists of pairs; else None.
     """
     try:
         spec = json.loads(file.read_text(encoding='utf-8-sig'), object_pairs_hook=without_repeats)
@@ -41,7 +40,7 @@ def read_domain(name, file, built_in=None):
 
 
 def without_repeats(pairs):
-    """The dict of a JSON object's pairs; Wrong if a key is there twice, of which JSON keeps the last in silence."""
+    """The dict of a JSON object's pairs; Wrong if a key is repeated (JSON silently keeps the last)."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
@@ -62,7 +61,7 @@ def declared(name, folder, spec):
 
 
 def with_lists(domain, folder, spec):
-    """A built-in Domain whose pairs are those that lists in `folder` name; spec: {"train": file, "val": file}."""
+    """A built-in Domain with pairs from lists in `folder`; spec: {"train": file, "val": file}."""
     if not isinstance(spec, dict) or not spec or not spec.keys() <= set(SPLITS):
         raise Wrong(f'{domain.name} is built in, so its entries are lists of pairs alone: {", ".join(SPLITS)}')
     lists = {split: folder / read_text(spec, split) for split in spec}
@@ -99,12 +98,12 @@ def check_name(name, number):
 
 
 def is_byte(value):
-    """Whether it is a whole number that 8 bits hold."""
+    """Whether `value` is a whole number that fits into 8 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
 
 
 def is_color(value):
-    """Whether it is [R, G, B]."""
+    """Whether `value` is [R, G, B]."""
     return isinstance(value, list) and len(value) == 3 and all(map(is_byte, value))
 
 
@@ -154,7 +153,7 @@ def read_layout(spec, folder, classes, colors):
 
 
 def names_files(value):
-    """Whether it is a text that files can be called by."""
+    """Whether `value` is a text that can name files."""
     try:
         return isinstance(value, str) and value != '' and b'\0' not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -169,7 +168,7 @@ def read_text(spec, key):
 
 
 def read_folder(spec, key):
-    """The folder under `key`, in which {split} is the one thing in braces."""
+    """The folder under `key`; it may contain {split}, but no other braces."""
     text = read_text(spec, key)
     if re.search('[{}]', text.replace('{split}', '')):
         raise Wrong(f'"{key}" is {text!r}; the only braces it may have are {{split}}')
@@ -187,7 +186,7 @@ def read_suffixes(spec, key, default):
 
 
 def label_values(spec, classes, _):
-    """{label value: class index} of labels that hold numbers."""
+    """{label value: class index} for labels that hold numbers."""
     void, count = spec.get('void', VOID_FILE_VALUE), len(classes)
     if void is not None and not is_byte(void):
         raise Wrong('void must be a whole number from 0 to 255, or null if no label value is void')
@@ -204,7 +203,7 @@ def label_values(spec, classes, _):
 
 
 def color_values(spec, classes, colors):
-    """{0xRRGGBB: class index} of labels that are colour images; black is void unless stated otherwise."""
+    """{0xRRGGBB: class index} for labels that are colour images; black is void unless stated otherwise."""
     found, count = {}, len(classes)
     for index, color in enumerate(colors):
         other = found.setdefault(color_number(color), index)
@@ -225,7 +224,7 @@ def color_values(spec, classes, colors):
 
 
 def parsed_byte(text):
-    """The number from 0 to 255 that `text` is; False for any other text."""
+    """The number from 0 to 255 in `text`; False for any other text."""
     return text.isdecimal() and len(text) <= 3 and is_byte(int(text)) and int(text)
 
 
@@ -237,7 +236,7 @@ def parsed_color(text):
 
 
 def mapped(values, classes, parse, what):
-    """{parsed key: class index} of "values", void's index for "void" and null; parse: gives False for a wrong key."""
+    """{parsed key: class index} from "values"; "void" and null mean void. parse: returns False for a wrong key."""
     if not isinstance(values, dict):
         raise Wrong('"values" must be an object {label value: class name}')
     found, indices = {}, {name: index for index, name in enumerate((*classes, 'void'))}

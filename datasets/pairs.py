@@ -11,7 +11,7 @@ from mdil.utils.files import same_file
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, its label and how the label's values (or colours, see Labels) map to classes."""
+    """An image, its label, and how the label's values (or colours, see Labels) map to classes."""
     image: Path
     label: Path
     values: dict
@@ -22,8 +22,8 @@ class Pair:
 class Split:
     """The pairs of a domain's split in the order of their names, or of their list.
 
-    without_label, without_image: files that have no partner. repeated: groups of images
-    of one name, such as a.png and a.jpg, of which the first is used.
+    without_label, without_image: files that have no partner.
+    repeated: groups of images with the same name, such as a.png and a.jpg; the first one is used.
     """
     pairs: tuple
     without_label: tuple = ()
@@ -32,16 +32,15 @@ class Split:
 
 
 def identity(path):
-    """What tells a file or folder from all others of this machine, whatever its name."""
+    """What identifies a file or folder on this machine, whatever its name."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def files_below(folder, without=None):
-    """Paths of the regular files below `folder` that are not hidden, nor in hidden folders or a folder `without` in it.
+    """Paths of the regular files below `folder`, without hidden files, hidden folders and the folder `without`.
 
-    Links are followed, and every real folder is visited once, under its own name where
-    it has one below `folder`.
+    Links are followed. Every real folder is visited once, under its own name if it has one below `folder`.
     """
     found, seen, folders, links = [], set(), [folder], []
     if without and os.path.isdir(without) and identity(without) != identity(folder):
@@ -59,19 +58,19 @@ def files_below(folder, without=None):
             path, link = Path(entry), entry.is_symlink()
             if entry.name.startswith('.'):
                 continue
-            # What a link leads to is asked of os.path: a link to itself is an error to the entry.
+            # os.path is asked about links, because the entry raises an error on a link to itself.
             if os.path.isdir(path) if link else entry.is_dir():
                 (links if link else folders).append(path)
-            elif os.path.isfile(path) if link else entry.is_file():     # no pipe, no device, no link to nothing
+            elif os.path.isfile(path) if link else entry.is_file():     # no pipe, device or broken link
                 found.append(path)
     return found
 
 
 def files_by_key(folder, suffixes):
-    """{path below `folder` less its suffix: [(path, suffix), ...]} of the files with one of `suffixes`.
+    """{path below `folder` without its suffix: [(path, suffix), ...]} of the files with one of `suffixes`.
 
-    Suffixes match whatever their case, the longest counts; the files of one key are in
-    the order of `suffixes`.
+    Suffixes match regardless of case; the longest match counts. The files of one key are in the order of
+    `suffixes`.
     """
     by_length = sorted(suffixes, key=len, reverse=True)
     found = {}
@@ -86,7 +85,7 @@ def files_by_key(folder, suffixes):
 
 
 def find_split(domain, root, split):
-    """The Split of `domain` under `root` (`--data-root`); UserError if it holds no pair."""
+    """The Split of `domain` under `root` (`--data-root`); UserError if it has no pairs."""
     base = Path(root) / domain.folder
     tried = []
     for layout in domain.layouts:
@@ -107,7 +106,7 @@ def folders_of(layout, base, split):
 
 
 def split_of_folders(layout, images_dir, labels_dir):
-    """The Split of the files in two folders, which may be without pairs."""
+    """The Split of the files in two folders; it may have no pairs."""
     kinds = {kind.suffix: kind for kind in layout.label_kinds}
     labels = files_by_key(labels_dir, tuple(kinds))
     known = {path for files in labels.values() for path, _ in files} if labels_dir == images_dir else ()
@@ -124,7 +123,7 @@ def split_of_folders(layout, images_dir, labels_dir):
 
 
 def listed_split(layout, base, split):
-    """The Split that a list of pairs names; UserError at a line that is none."""
+    """The Split in a list of pairs; UserError for an invalid line."""
     file = layout.lists[split]
     try:
         lines = file.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
@@ -145,16 +144,16 @@ def listed_split(layout, base, split):
 
 
 def pair_of(layout, image, label):
-    """The Pair of two paths; the label is of the kind whose suffix it has, else of the first."""
+    """The Pair of two paths; the label's suffix decides its kind (default: the first)."""
     kind = next((kind for kind in layout.label_kinds if label.name.lower().endswith(kind.suffix.lower())),
                 layout.label_kinds[0])
     return Pair(image, label, kind.values, kind.by_color)
 
 
 def listed_pair(layout, base, split, line, place):
-    """(image, label) that a line of a list names, below `base`, or by a name that both have.
+    """The paths (image, label) of a line in a list: each below `base`, or both by one name that they share.
 
-    Names may hold blanks: of several ways to cut the line the one whose files exist counts.
+    Names may contain blanks: of several ways to split the line, the one whose files exist is used.
     """
     blanks = re.finditer(r'\t' if '\t' in line else r'\s+', line)
     cuts = [(line[:blank.start()], line[blank.end():]) for blank in blanks]
@@ -177,13 +176,13 @@ def listed_pair(layout, base, split, line, place):
 
 
 def listed_file(base, name):
-    """The path of a name in a list: below `base`, with a slash in front too, unless there is such a file."""
+    """The path of a name in a list: below `base`, even with a leading slash, unless the absolute path is a file."""
     path = base / name
     return path if os.path.isfile(path) else base / name.lstrip('/')
 
 
 def nothing_found(domain, base, split, tried):
-    """Message for a split without a pair: what was found, and which names are wanted.
+    """Message for a split without pairs: what was found, and which names are expected.
 
     tried: [(Layout, its Split)].
     """
@@ -201,7 +200,7 @@ def nothing_found(domain, base, split, tried):
 
 
 def place_hint(domain):
-    """Which option says where a domain lies whose folders do not exist."""
+    """Which option says where a domain is, for one whose folders do not exist."""
     if Path(domain.folder).is_absolute():
         return f'; --data {domain.name}=PATH, or the domain.json there, says where they are'
     return f'; pass --data-root, or --data {domain.name}=FOLDER'
@@ -216,7 +215,7 @@ def holds(folder):
 
 
 def missing_labels(domain, base, split, layout, found):
-    """Message for images none of which has a label."""
+    """Message for images of which none has a label."""
     labels_dir = folders_of(layout, base, split)[1]
     suffixes = ' or '.join(f'*{kind.suffix}' for kind in layout.label_kinds)
     text = (f'none of the {len(found.without_label)} images of {domain.name}, e.g. {found.without_label[0].name}, '
@@ -230,7 +229,7 @@ def missing_labels(domain, base, split, layout, found):
 
 
 def report_unpaired(domain, split, found):
-    """One line on standard error about files without a partner, if there are any."""
+    """Reports files without a partner on standard error: a line for images, a line for labels."""
     for count, what, first in ((len(found.without_label), 'images without a label', found.without_label),
                                (len(found.without_image), 'labels without an image', found.without_image)):
         if count:

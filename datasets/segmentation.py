@@ -15,7 +15,7 @@ from mdil.datasets.pairs import Split, find_split, report_unpaired
 from mdil.utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
-FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'PPM')      # others may call foreign programs, as EPS does
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'PPM')      # others may run external programs, as EPS does
 PNG_START = b'\x89PNG\r\n\x1a\n'
 # Without these instructions torch's resize of uint8 images is slower than Pillow's.
 FAST = torch.backends.cpu.get_cpu_capability().startswith('AVX')
@@ -27,7 +27,7 @@ CHECK_HINT = '; python -m mdil check finds all such files'
 
 
 def lookup_table(values):
-    """uint8 (256,) table from a label file's values to class indices, BAD where there is none."""
+    """uint8 (256,) table from a label file's values to class indices, BAD for all other values."""
     table = np.full(256, BAD, dtype=np.uint8)
     for value, index in values.items():
         table[value] = index
@@ -35,11 +35,11 @@ def lookup_table(values):
 
 
 def decoded(path):
-    """The image at `path`, decoded; UserError if it cannot be, or if there are several."""
+    """The decoded image at `path`; UserError if that fails, or if the file holds several images."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             count = getattr(image, 'n_frames', 1)
-            if count > 1 and image.format != 'MPO':     # of a phone: the photo first, then what belongs to it
+            if count > 1 and image.format != 'MPO':     # from phones: the photo comes first, then extras
                 raise UserError(f'{path} holds {count} images, one is expected; save the right one as a separate file')
             image.load()
             return image
@@ -51,23 +51,23 @@ def decoded(path):
 
 
 def open_image(path):
-    """The image as RGB, at the file's own size, pixels as stored (an EXIF rotation is not applied).
+    """The image as RGB at its own size, with pixels as stored: an EXIF rotation is not applied.
 
-    Grey, palette, CMYK and images with alpha are converted; more than 8 bits per
-    channel is a UserError, as Pillow would clip them.
+    Grey, palette, CMYK and images with alpha are converted. More than 8 bits per channel is a UserError, as
+    Pillow would clip them.
     """
     return in_rgb(decoded(path), path)
 
 
 def in_rgb(image, name):
-    """A PIL image in RGB; UserError that begins with `name` if it has more than 8 bits per channel."""
+    """A PIL image in RGB; UserError, which begins with `name`, if it has more than 8 bits per channel."""
     if image.mode.startswith(('I', 'F')):
         raise UserError(f'{name}: mode {image.mode}, but 8 bits per channel are expected; convert it')
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def open_label(pair):
-    """The label image of `pair` at the file's own size: 8-bit single channel, or RGB where colours are classes."""
+    """The label image of `pair` at its own size: 8-bit single channel, or RGB if colours are classes."""
     label = decoded(pair.label)
     if label.format in ('JPEG', 'MPO'):
         raise UserError(f'{pair.label}: a label stored as JPEG, which changes label values; store labels as PNG')
@@ -80,7 +80,7 @@ def open_label(pair):
 
 
 def likely_cause(wrong, present, values):
-    """Why a label image with the label values `present` holds `wrong`, which the mapping `values` lacks."""
+    """The likely reason why label values `present` include `wrong` ones, which the mapping `values` lacks."""
     void = next((value for value, index in values.items() if index == max(values.values())), 'none')
     if list(wrong) == [len(values) - 1] and 0 not in present:
         return 'do the classes count from 1? "values" in domain.json can say so'
@@ -95,9 +95,9 @@ def likely_cause(wrong, present, values):
 
 
 def to_classes(label, pair):
-    """Label values (H, W) uint8 -> class indices; UserError naming the file if one is out of range.
+    """Class indices (H, W) uint8 of label values (H, W) uint8; UserError naming the file if one is out of range.
 
-    Where colours are the classes, label is (H, W, 3).
+    If colours are the classes, `label` is (H, W, 3).
     """
     if pair.by_color:
         return colors_to_classes(label, pair)
@@ -123,7 +123,7 @@ def colors_to_classes(label, pair):
 
 
 def whole_png(content):
-    """Whether bytes are a PNG file with all its chunks, the last included, each of which matches its checksum."""
+    """Whether bytes are a PNG file with all its chunks, including the last, and all match their checksums."""
     place = len(PNG_START)
     if not content.startswith(PNG_START):
         return False
@@ -141,10 +141,10 @@ def whole_png(content):
 
 @functools.cache
 def png_decoder():
-    """torchvision's decoder, None if it has none; importing torchvision takes as long as importing torch."""
+    """torchvision's decoder, None if it has none. Imported on demand: torchvision takes as long to import as torch."""
     try:
         from torchvision.io import decode_image
-    except ImportError:     # announced for a release after 0.29
+    except ImportError:     # its removal is announced for a release after 0.29
         return None
     return decode_image
 
@@ -152,9 +152,9 @@ def png_decoder():
 def decode_png(path, width_height):
     """uint8 (3, H, W) of the 8-bit RGB PNG of that size at `path`; None for any other file.
 
-    libpng gives the same pixels as Pillow, PNG being lossless, in less time. Behind
-    torchvision, it ends the process at damaged data: hence the checksums first. What is
-    refused is left to Pillow, whose errors are reported.
+    libpng gives the same pixels as Pillow, as PNG is lossless, but faster. Called by torchvision, it ends
+    the process on damaged data, so checksums are verified first. Files refused here are left to Pillow,
+    whose errors are reported.
     """
     try:
         with open(path, 'rb') as file:
@@ -171,9 +171,9 @@ def decode_png(path, width_height):
 def halves(width_height, size):
     """Whether torch's resize of an image to `size` (height, width) is fast and equal to Pillow's.
 
-    It is at exactly half the sides: the weights are then eighths, which both hold exactly,
-    and sevenths at the border, whose sums are never near a tie. (Elsewhere torch's shorter
-    weights change some pixels by 1, and Pillow shrinks upright images rows first.)
+    That is so at exactly half the sides: the weights are then eighths, which both represent exactly, and
+    sevenths at the border, whose sums are never near a tie. (At other sizes, torch's shorter weights change
+    some pixels by 1, and Pillow shrinks portrait images rows first.)
     """
     height, width = size
     return FAST and width_height == (2 * width, 2 * height) and width >= height
@@ -194,7 +194,7 @@ def load_image(pair, width_height, size):
 
 
 def rotation_hint(path):
-    """What to say of an image that its EXIF data turns, where sizes do not fit."""
+    """A hint for an image whose size does not fit: '' unless its EXIF data rotates it."""
     with Image.open(path, formats=FORMATS) as image:
         turned = image.getexif().get(ORIENTATION, 1) != 1
     return ' (the image has an EXIF rotation, which is not applied: store it turned)' if turned else ''
@@ -214,19 +214,22 @@ def load_pair(pair, size):
 class SegmentationDataset(Dataset):
     """A domain's split, resized to (height, width).
 
-    Indexed by (epoch, number); gives image (3, H, W) uint8, label (H, W) uint8 class
-    indices (void = domain.void), and number; the image is that of index number % len.
-    With `augmented`, flip and shift are drawn from (seed, epoch, number); without, that
-    is left to `augment_batch`, or not wanted. padding: as `augment` takes it. `stored`
-    holds the resized pairs where there is a cache (see datasets.cache), `counts` the pixels
-    of each class of the labels (C,) where they were counted. pairs: Pairs to take instead of
-    those of the split below `root`.
+    Indexed by (epoch, number). Returns image (3, H, W) uint8, label (H, W) uint8 class indices (void =
+    domain.void), and number; the image is the one at index number % len.
+
+    augmented: whether flip and shift, drawn from (seed, epoch, number), are applied here. If not,
+        `augment_batch` may do so later.
+    padding: as for `augment`.
+    pairs: Pairs to use instead of those of the split below `root`.
+
+    Attributes: `stored` holds the resized pairs if there is a cache (datasets.cache), `counts` the pixels
+    of each class in the labels (C,) if they were counted.
     """
 
     def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void', pairs=None):
         self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
         self.padding = padding
-        png_decoder()           # here, not in each of the processes that load
+        png_decoder()           # import it here, not in every loader process
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split) if pairs is None else Split(tuple(pairs))
         report_unpaired(domain, split, found)

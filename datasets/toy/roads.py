@@ -22,12 +22,12 @@ from mdil.utils.parser import Parser
 VERSION = 1     # raised whenever the same request gives other pictures
 SPLITS = ('train', 'val')
 FOLDERS = ('cityscapes', 'bdd100k', 'IDD_Segmentation')
-# Each country's label table and the column of it that its label images hold.
+# Each country's label table, and the column that its label images hold.
 COUNTRIES = {'germany': ('cityscapes', 'id'), 'usa': ('cityscapes', 'trainId'), 'india': ('idd', 'level3Id')}
 
 
 def label_image(objects, country, height, width):
-    """The label image, mode L, that the data set's own converter makes of the polygons."""
+    """The label image, mode L, that the data set's own converter makes from the polygons."""
     table, column = COUNTRIES[country]
     values = {row['name']: row[column] for row in label_table(table)}
     image = Image.new('L', (width, height), values['unlabeled'])
@@ -38,7 +38,7 @@ def label_image(objects, country, height, width):
 
 
 def scene_paths(country, split, index):
-    """Where a scene's image and label lie below the root."""
+    """Paths of a scene's image and label below the root."""
     if country == 'germany':
         city = ('toyburg', 'toyheim')[index % 2] if split == 'train' else 'toystadt'
         stem = f'{split}/{city}/{city}_000000_{index + 1:06d}'
@@ -53,7 +53,7 @@ def scene_paths(country, split, index):
 
 
 def save(path, content):
-    """Writes the bytes `content` in full or not at all."""
+    """Writes the bytes `content` completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
 
@@ -102,7 +102,7 @@ def is_written(root, request):
 def write_toy_roads(root, train=96, val=24, height=128, width=256, seed=0):
     """Writes `train` and `val` scenes of each country below `root`, unless they are there already.
 
-    Scene i is the same whatever the counts. ValueError if `root` holds other data or another request.
+    Scene i does not depend on the counts. ValueError if `root` holds other data or other toy roads.
     """
     root = Path(root)
     request = {'version': VERSION, 'train': train, 'val': val, 'height': height, 'width': width, 'seed': seed}

@@ -38,7 +38,7 @@ def sign(outline, inner, rim):
 
 
 def signal(x, y, housing, lit):
-    """The housing of a traffic light and its lamps, number `lit` of which is on."""
+    """The housing of a traffic light and its lamps, of which number `lit` is on."""
     colours = [(60, 240, 150), (255, 190, 40), (255, 50, 40)]
     return [('traffic light', housing, rect(x - .28, y, x + .28, y + 1.35))] + [
         ('traffic light', colours[i] if i == lit else (48, 44, 42), ring(x, y + .27 + .4 * i, .18)) for i in range(3)]
@@ -106,7 +106,7 @@ THINGS = {
                  ('bridge', (182, 174, 158), rect(-60, 6, 80, 9)), ('bridge', STEEL, rect(-60, 8.5, 80, 8.8))]]}
 
 # Vehicles are boxes: width, height, length, height above ground, distance from the rear, inset of the
-# top, colour, and marks on the faces in view: (face, u0, v0, u1, v1 as parts of its sides, colour).
+# top, colour, and marks on the visible faces: (face, u0, v0, u1, v1 as fractions of its sides, colour).
 LAMPS = [('end', .03, .5, .2, .8, 'lamp'), ('end', .8, .5, .97, .8, 'lamp')]
 BODY = LAMPS + [('end', .36, .25, .64, .48, WHITE), ('end', 0, 0, 1, .16, BLACK), ('side', 0, 0, 1, .12, BLACK)]
 GLASS = [('end', .07, .08, .93, .86, 'glass'), ('side', .07, .08, .47, .86, 'glass'),
@@ -140,7 +140,7 @@ VEHICLES = {
     'vehicle fallback': [(1.7, 1.3, 1.6, .5, 3.2, .2, 'paint', []), (2.1, .5, 3.2, .6, 0, 0, WOOD, LAMPS),
                          (2.2, 1.3, 3.2, 1.1, 0, .35, 'load', [])]}
 
-# A country's light (one of its moods a scene), materials, and how often its things occur.
+# Each country's light (one mood per scene), materials, and how often its things occur.
 LOOKS = {
     'germany': {
         'focal': (.60, .68), 'eye': (1.25, 1.4), 'hood': 1.0, 'haze': (196, 201, 204), 'reach': 170,
@@ -232,7 +232,7 @@ class Scene:
         self.pens = [ImageDraw.Draw(image) for image in (self.canvas, self.surface, self.light)]
 
     def pick(self, options):
-        """One of `options`; of a dict, a key drawn by its weight."""
+        """One of `options`; for a dict, a key drawn by its weight."""
         if isinstance(options, dict):
             shares = np.cumsum(list(options.values()))
             return list(options)[int(np.searchsorted(shares, self.rng.random() * shares[-1]))]
@@ -253,7 +253,7 @@ class Scene:
         self.pens[2].polygon(outline, fill=255)
 
     def project(self, points):
-        """Points in metres to pixels; nothing is nearer than one metre."""
+        """Projects points in metres to pixels; points nearer than one metre are moved to one metre."""
         pixels = []
         for x, y, z in points:
             z = max(z, 1.0)
@@ -274,7 +274,7 @@ class Scene:
                   + [(b + d, high, z) for z, d in zip(zs[::-1], shift[1])], colour, label)
 
     def shadow(self, x, z, width, length, dark=90):
-        """Darkens the ground; what is painted there later is in the light again."""
+        """Darkens the ground; whatever is painted there later is lit again."""
         spot = [(x + dx, 0, z + dz) for dx, dz in ring(0, 0, width / 2, length / 2)]
         self.pens[2].polygon(self.project(spot), fill=dark)
 
@@ -297,7 +297,7 @@ class Scene:
         return {name: quad for name, (quad, _) in quads.items()}
 
     def add(self, z, paint, *args):
-        """Queues `paint(scene, *args)`; `paint_queue` goes from far to near."""
+        """Queues `paint(scene, *args)`; `paint_queue` paints from far to near."""
         self.queue.append((z, paint, args))
 
     def paint_queue(self):
@@ -306,7 +306,7 @@ class Scene:
 
 
 def palette(scene, kind, oncoming=False):
-    """The colours that vary from one thing to the next."""
+    """The colours that vary between things of one kind."""
     look, pick = scene.look, scene.pick
     paint = look['paint'].get(kind, look['paint']['car'])
     return {'paint': tone(pick(paint), scene.rng.uniform(.85, 1.15)), 'load': pick(look['load']),
@@ -321,7 +321,7 @@ def palette(scene, kind, oncoming=False):
 
 
 def thing(scene, x, z, name):
-    """One of THINGS, upright and facing the camera; the living look either way."""
+    """One of THINGS, upright and facing the camera; people, animals and two-wheelers may be mirrored."""
     parts, colours = scene.pick(THINGS[name]), palette(scene, name)
     stretch, scale = -math.copysign(1, x), scene.rng.uniform(.95, 1.15)
     if parts[0][0] in ('person', 'animal', 'bicycle', 'motorcycle'):
@@ -350,7 +350,7 @@ def vehicle(scene, x, z, kind, oncoming=False):
 
 
 def tree(scene, x, z, trunk=True):
-    """A crown of blobs, lighter on the side of the sun, on a trunk (part of the class)."""
+    """A crown of blobs, lighter on the sunny side, on a trunk (part of the class)."""
     rng, leaf = scene.rng, scene.pick(scene.look['leaf'])
     spread = rng.uniform(1.5, 2.4) * scene.look['crown']
     middle = rng.uniform(3.6, 5.0) if trunk else .6
@@ -450,14 +450,14 @@ def traffic(scene, x, first, kinds, gap, oncoming=False):
 
 
 def lane_mark(scene, x, colour, length=3.0, gap=4.0):
-    """A broken line along x; with gap 0 a solid one."""
+    """A broken line along x, solid if gap is 0."""
     starts = np.arange(scene.rng.uniform(1, 6), 60, length + gap).tolist() if gap else [1]
     for z in starts:
         scene.strip(x - .08, x + .08, colour, near=z, far=z + length if gap else 70)
 
 
 def curb(scene, x):
-    """A raised kerb painted in two colours in turn."""
+    """A raised kerb painted in two alternating colours."""
     scene.strip(x, x + .5, (150, 140, 124), 'curb', low=.3, high=.3)
     scene.strip(x, x, scene.pick([YELLOW, WHITE]), 'curb', high=.3)
     for z in range(1, 40, 2):
@@ -465,7 +465,7 @@ def curb(scene, x):
 
 
 def backdrop(scene, ground, colour):
-    """Sky above, a far skyline at the horizon, `ground` below; the own car's bonnet in front, void."""
+    """Sky above, a distant skyline at the horizon, `ground` below; sometimes the camera car's bonnet in front."""
     w, h, y, rng = scene.width, scene.height, scene.horizon, scene.rng
     scene.polygon(rect(-1, -1, w, h), None, 'sky')
     far = scene.pick({'vegetation': .5, 'building': .5})
