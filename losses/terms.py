@@ -68,13 +68,13 @@ class LossTerm(nn.Module):
     def forward(self, step, images, labels, domain, part):
         """One part of the term: a 0-d tensor, the mean over the images, or a pair of 0-d tensors (total, mass).
 
-        Each device sees a slice of the batch. The term is the sum of their totals over the sum of their
-        masses, so that it is the term of the whole batch. The mass of a mean over images is the number of
-        images.
+        With several devices, each sees a slice of the batch. The term of the whole batch is the sum of
+        their totals over the sum of their masses. The mass of a mean over images is the number of images.
 
         step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
         images: (B, 3, H, W) floats in [0, 1].
         labels: (B, H, W) uint8 class indices of the domain with index `domain`.
+        part: one of those that `parts` returns.
 
         The code must not wait for the device (no `.item()`, no `if tensor`).
         """

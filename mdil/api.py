@@ -147,9 +147,9 @@ class Network:
         return self.of_each(images, self.predictor.guess)
 
     def chosen(self, domain):
-        """The `domain` to pass to the predictor. If the network knows only one domain, 'auto' means that one.
+        """The `domain` to pass to the predictor: for a network with one domain, 'auto' becomes that domain.
 
-        Otherwise 'auto' stays, and the predictor gets its identifier.
+        With several domains, 'auto' needs the predictor's identifier, which this creates on first use.
         """
         if domain == 'auto' and len(self.domains) == 1:
             return self.domains[0]

@@ -135,7 +135,7 @@ def check_classes(entry, path, paths):
     """UserError if the domain of a branch is declared here with other classes."""
     try:
         domain = get_domain(entry['name'], paths)
-    except UserError:       # a user's own domain, whose declaration is not at hand
+    except UserError:       # a user's own domain, whose declaration is not available
         return
     stated = entry.get('class_names', list(domain.classes))
     if entry['classes'] != domain.num_classes or stated != list(domain.classes):

@@ -206,7 +206,7 @@ def check_plain(content, size):
 
 
 def leaves(content):
-    """Yields (name, value) of every leaf of nested dicts, lists and tuples; Refused if no checkpoint looks so."""
+    """Yields (name, value) of every leaf of nested dicts, lists and tuples; Refused for what no checkpoint has."""
     level, count = [('', content)], 0
     for _ in range(DEEPEST):
         below = []

@@ -1,6 +1,6 @@
 """Identifies the domain of an image from the image alone, or finds that it resembles none of them.
 
-The appearance of an image is FEATURES numbers: colour, how much neighbouring pixels differ at four scales,
+The look of an image is FEATURES numbers: colour, how much neighbouring pixels differ at four scales,
 and noise. They do not depend on the network, so an old domain's statistics stay valid as the network learns
 on. For each domain, a checkpoint holds the mean and covariance of these numbers over training images, and a
 threshold: 7 kB and no image.
@@ -34,7 +34,7 @@ ENTRIES = {'count': (), 'mean': (FEATURES,), 'covariance': (FEATURES, FEATURES),
 
 
 def appearance(image):
-    """The appearance features of a PIL image in RGB: float64 (FEATURES,)."""
+    """The look of a PIL image in RGB: float64 (FEATURES,)."""
     red, green, blue = torch.from_numpy(np.array(image.resize(SIZE, Image.BILINEAR))).permute(2, 0, 1).float() / 255
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     channels = torch.stack([luma, blue - luma, red - luma])
@@ -105,10 +105,7 @@ def statistics(looks):
 
 
 def looks_of(paths, threads, title):
-    """The looks (N, FEATURES) of image files: the appearance of each, with progress on standard error.
-
-    UserError if a file cannot be read.
-    """
+    """The looks (N, FEATURES) of image files, with progress on standard error; UserError if one cannot be read."""
     found = in_threads(lambda path: appearance(open_image(path)), paths, threads)
     return torch.stack(list(tqdm(found, total=len(paths), desc=title, unit='image', leave=False, disable=None)))
 

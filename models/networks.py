@@ -20,7 +20,7 @@ from mdil.utils.errors import UserError
 
 DEFAULT = 'erfnet'
 MOMENTUM = 0.1
-TIMM = 'timm:'      # and the name of an encoder there
+TIMM = 'timm:'      # prefix of the names of timm's encoders
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of ImageNet's images, by channel
 ENCODER = ('no weights of ERFNet can be downloaded: trained_models/erfnet_encoder_pretrained.pth.tar of '
            'github.com/Eromera/erfnet_pytorch is its ImageNet encoder; pass that file')
@@ -132,7 +132,7 @@ def needed_timm():
 
 
 def from_torchvision(name, output_layers, about):
-    """The Network of a segmentation network of torchvision."""
+    """The Network of a torchvision segmentation network."""
     backbone = name.partition('_')[2]
 
     def build(num_classes, adapter):

@@ -1,7 +1,7 @@
-"""What a step of a sequence trains and freezes, as the method's row and the options decide.
+"""What a step of a sequence trains and freezes, derived from the method's row and the options.
 
-`building.freeze` applies the plan with `MultiDomainNet.freeze`, which defines frozen for batch norms and
-dropout.
+`building.freeze` applies the plan with `MultiDomainNet.freeze`, which defines what frozen means for batch
+norms and dropout.
 """
 from dataclasses import dataclass, replace
 

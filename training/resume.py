@@ -43,7 +43,7 @@ SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
 
 def find(folder, names):
-    """The content of the first readable checkpoint of `names` in `folder`, plus its name as 'file'; None without any.
+    """The content of the first readable checkpoint of `names` in `folder`, with its name added as 'file', or None.
 
     A damaged file is reported, and the next name tried; UserError if all that exist are damaged.
     """
@@ -229,7 +229,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        """The handler: a second SIGINT stops at once."""
+        """The signal handler. A second SIGINT stops the run immediately."""
         if not self.asked and self.place.main:
             again = '; Ctrl-C again stops at once' if number == signal.SIGINT else ''
             say(f'{signal.Signals(number).name}: stopping as soon as the run is saved{again}')

@@ -56,7 +56,7 @@ def like_their_weights(optimizer):
 
 
 def seed_dropout(*numbers):
-    """Seeds torch's generators by several numbers."""
+    """Seeds torch's generators with a hash of several numbers."""
     torch.manual_seed(hash(numbers) % 2 ** 63)
 
 

@@ -1,6 +1,6 @@
 """Drawn street scenes of three countries.
 
-A scene is a street in metres, seen through a pinhole camera and painted back to front; its
+A scene is a street modelled in metres, seen through a pinhole camera and painted back to front; its
 outlines give both the picture and the labels. The countries differ in light, colours, road
 edge and traffic, and in which classes exist at all, so that a network trained on one fails
 on the next.
