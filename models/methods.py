@@ -72,6 +72,8 @@ METHODS = {
                          uses=('rounds', 'no_dropout')),
     'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
                                    domain_bn=True, joint=True, uses=('rounds', 'no_dropout')),
+    'multi-task-adapters': Method("multi-task with the paper's network: adapters, batch norms and a decoder per domain",
+                                  adapter='parallel', domain_bn=True, joint=True, uses=('rounds', 'no_dropout')),
     'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
     'single-task-adapters': Method("the paper's network for one domain: what the method gains without any other domain",
                                    adapter='parallel', domain_bn=True, lonely=True, uses=('no_dropout',)),
