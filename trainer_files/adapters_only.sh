@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# DOMAINS one after another, shared weights frozen after the first: nothing to forget, and cheap.
+# Learns DOMAINS one after another with the shared weights frozen after the first: no forgetting, and cheap.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }

@@ -1,30 +1,30 @@
-# Shared by the scripts of this folder: settings from the environment, sequences of steps.
-# Sourced, not run.
+# Shared by the scripts in this folder: settings from the environment, and functions that run sequences of
+# steps. Source this file; do not run it.
 set -euo pipefail
-set -f          # settings are words, not patterns of file names
+set -f          # no globbing: settings are words, not file name patterns
 
 DATA=${DATA:-data}                              # --data-root
-PATHS=${PATHS:-}                                # --data of each: NAME=PATH ..., such as domains of your own
+PATHS=${PATHS:-}                                # --data items: NAME=PATH ..., such as your own domains
 OUT=${OUT:-runs}                                # results go to $OUT/<name>/
-DOMAINS=${DOMAINS:-cityscapes BDD IDD}          # in the order learnt
-EPOCHS=${EPOCHS:-}                              # one number, or one for each domain; else train.py's
-BATCH=${BATCH:-}                                # over all GPUs; else 6, or the next number that they share
+DOMAINS=${DOMAINS:-cityscapes BDD IDD}          # in the order to learn them
+EPOCHS=${EPOCHS:-}                              # one number, or one for each domain; default: train.py's
+BATCH=${BATCH:-}                                # over all GPUs; default: 6, or the next multiple of their number
 HEIGHT=${HEIGHT:-512}
-WIDTH=${WIDTH:-}                                # else twice the height
+WIDTH=${WIDTH:-}                                # default: twice the height
 SEED=${SEED:-0}
-GPUS=${GPUS:-1}                                 # of each machine; more than 1: torchrun
-NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}       # machines
-HOST=${HOST:-}                                  # the first of several machines, where there is no SLURM
+GPUS=${GPUS:-1}                                 # per machine; torchrun if more than 1
+NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}       # number of machines
+HOST=${HOST:-}                                  # the first of several machines; not needed under SLURM
 NODE=${NODE:-${SLURM_NODEID:-0}}                # this machine's number; number 0 evaluates
 WORKERS=${WORKERS:-4}
-EVALUATE=${EVALUATE:-every}                     # after every step, or after the last
+EVALUATE=${EVALUATE:-every}                     # every: after every step; last: after the last only
 ENCODER=${ENCODER:-}                            # ImageNet encoder of ERFNet for the first step
 NETWORK=${NETWORK:-}                            # --network of train.py
-WEIGHTS=${WEIGHTS:-}                            # its --weights for the first step: imagenet, or a file
+WEIGHTS=${WEIGHTS:-}                            # --weights of train.py for the first step: imagenet, or a file
 RECIPE=${RECIPE:-}                              # --recipe of train.py
-SELECT=${SELECT:-best}                          # epoch that is evaluated and gone on from: best or last
-METRIC=${METRIC:-}                              # plain or published mIoU of eval.py; else by the recipe
-TRAIN_ARGS=${TRAIN_ARGS:-}                      # further options of train.py
+SELECT=${SELECT:-best}                          # epoch to evaluate and to continue from: best or last
+METRIC=${METRIC:-}                              # plain or published mIoU of eval.py; default: depends on the recipe
+TRAIN_ARGS=${TRAIN_ARGS:-}                      # more options of train.py
 DRY_RUN=${DRY_RUN:-}
 
 # Prints the settings, as --help does.
@@ -68,10 +68,10 @@ read_arguments() {
     [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
 }
 
-# Ends with a line that says what is wrong.
+# Prints the error $1 and exits.
 refuse() { echo "error: $1" >&2; exit 2; }
 
-# Refuses settings that are none of their words.
+# Refuses settings with values that are not allowed; sets the array first.
 check_words() {
     local method known
     [ -n "${DOMAINS// /}" ] || refuse "DOMAINS is empty: name the domains to learn, in order"
@@ -79,11 +79,11 @@ check_words() {
     [ -n "$OUT" ] || refuse "OUT is empty: name the folder that results go to"
     DATA=${DATA/#\~\//$HOME/} OUT=${OUT/#\~\//$HOME/} ENCODER=${ENCODER/#\~\//$HOME/} WEIGHTS=${WEIGHTS/#\~\//$HOME/}
     [ -z "$ENCODER" ] || [ -z "$WEIGHTS" ] || refuse "ENCODER and WEIGHTS both say what the first step starts from; give one"
-    first=(${ENCODER:+--state "$ENCODER"} ${WEIGHTS:+--weights "$WEIGHTS"})     # of train.py in the first step
+    first=(${ENCODER:+--state "$ENCODER"} ${WEIGHTS:+--weights "$WEIGHTS"})     # options of train.py, first step only
     case $RECIPE in ''|corrected|released|fast) ;; *) refuse "--recipe $RECIPE is not corrected, released or fast" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
     case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
-    # The rows of the table of methods: those in it, and those that other files add.
+    # The names in the table of methods, and those that other files add to it.
     known="ours $(find models losses -name '*.py' -exec sed -n \
         "s/^    '\([a-z0-9-]*\)': Method(.*/\1/p; s/^METHODS\['\([^']*\)'\] = .*/\1/p" {} + | tr '\n' ' ')"
     for method in ${METHODS:-}; do
@@ -93,7 +93,8 @@ check_words() {
     case $METRIC in ''|plain|published) ;; *) refuse "METRIC=$METRIC is not plain or published" ;; esac
 }
 
-# Refuses settings that are no numbers, before any arithmetic, which would run what they say; sets WIDTH.
+# Refuses settings that are not numbers. This comes before any arithmetic, because bash would execute code in
+# them. Sets WIDTH.
 check_numbers() {
     local name word epochs domains least
     read -ra epochs <<< "$EPOCHS"
@@ -123,13 +124,13 @@ is_count() {
     [ "$1" -ge "$2" ]
 }
 
-# Splits the setting $1 into the array $2 as a shell would: quotes keep spaces; nothing is expanded or run.
+# Splits the setting $1 into the array $2 as a shell would, respecting quotes, but expands and runs nothing.
 split_setting() {
     xargs -r printf '' <<< "${!1}" 2> /dev/null || refuse "$1=${!1}: a quote is not closed"
     mapfile -t "$2" < <(xargs -r printf '%s\n' <<< "${!1}")
 }
 
-# Sets the array data: where train.py, eval.py and the tools find the data.
+# Sets the array data: the options that tell train.py, eval.py and the tools where the data is.
 set_data() {
     local places place path
     data=(--data-root "$DATA")
@@ -141,7 +142,7 @@ set_data() {
     done
 }
 
-# Sets BATCH unless it is given; every process takes an equal share.
+# Sets BATCH unless it is given; refuses one that does not divide equally among the processes.
 choose_batch() {
     local processes=$((10#$GPUS * 10#$NODES)) below
     if [ -z "$BATCH" ]; then
@@ -154,9 +155,9 @@ choose_batch() {
     fi
 }
 
-# Prints a command and, unless it is a dry run, runs it. A signal (SLURM's early warning,
-# Ctrl-C, kill) is passed on; train.py then finishes its batch, saves and ends, and so does
-# the script with status 75. Under SLURM the job is put back into the queue.
+# Prints a command and, unless it is a dry run, runs it. Passes a signal (SLURM's early warning,
+# Ctrl-C, kill) on to it; train.py then finishes its batch, saves and exits, and the script exits with
+# status 75. Under SLURM, the job is requeued.
 run() {
     printf '+'; printf ' %q' "$@"; printf '\n'
     [ -z "$DRY_RUN" ] || return 0
@@ -175,7 +176,7 @@ run() {
     [ "$status" -eq 0 ] || exit "$status"
 }
 
-# Ends after a signal; the script itself, not one of the branches that it runs at once, puts the job back.
+# Exits after a signal; requeues a SLURM job, but only from the script itself, not from a parallel branch.
 interrupted() {
     if [ -z "${BRANCH:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
         echo "== interrupted; back into the queue"
@@ -186,8 +187,9 @@ interrupted() {
 
 pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }
 
-# Sets the array launcher: what starts train.py, on GPUS of NODES for the step in $1. The machines meet at HOST, by
-# default the first of a SLURM job. Its script runs on that one alone unless srun started it: then srun starts the others.
+# Sets the array launcher: the command that starts train.py on all GPUS of all NODES, for the step in $1. The
+# machines connect to HOST, by default the first machine of the SLURM job. A SLURM batch script runs on that machine
+# only, so the launcher starts the others with srun; if srun started this script, it already runs on all of them.
 set_launcher() {
     local host=$HOST id=mdil-${1//\//-}
     launcher=("$PYTHON")
@@ -198,12 +200,12 @@ set_launcher() {
         host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
         [ -n "${SLURM_STEP_ID:-}" ] || launcher=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 "${launcher[@]}")
     fi
-    # A machine waits up to two hours for the others, which may evaluate.
+    # A machine waits up to two hours for the others, which may still be evaluating.
     launcher+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$host" --rdzv_id "$id"
                --rdzv_conf join_timeout=7200,read_timeout=7200)
 }
 
-# One step: run_train SAVEDIR EPOCHS ARGUMENTS...; without EPOCHS, as many as train.py does.
+# Trains one step: run_train SAVEDIR EPOCHS ARGUMENTS...; if EPOCHS is empty, train.py's default applies.
 run_train() {
     local savedir=$1 epochs=$2
     shift 2
@@ -213,12 +215,12 @@ run_train() {
         ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
 }
 
-# The file of a step that counts: state_of SAVEDIR.
+# The checkpoint of a step that SELECT chooses: state_of SAVEDIR.
 state_of() {
     if [ "$SELECT" = last ]; then echo "$1/checkpoint.pth.tar"; else echo "$1/model_best.pth.tar"; fi
 }
 
-# Sets the metric of what is trained with the arguments "$@": METRIC, or that of the recipe.
+# Sets the array metric for networks trained with the arguments "$@": METRIC's, or by default the recipe's.
 set_metric() {
     metric=()
     case "${METRIC:-by recipe} $* ${RECIPE:+--recipe $RECIPE} $TRAIN_ARGS " in
@@ -227,7 +229,7 @@ set_metric() {
     esac
 }
 
-# Epochs of step $1: the only number of EPOCHS, or the step's own.
+# Epochs of step $1: the only number in EPOCHS, or the step's own.
 epochs_of() {
     local all
     [ -n "$EPOCHS" ] || return 0
@@ -235,7 +237,7 @@ epochs_of() {
     echo "${all[$((${#all[@]} == 1 ? 0 : $1 - 1))]}"
 }
 
-# A method's whole sequence over DOMAINS into $OUT/$1, evaluated as EVALUATE says:
+# Learns DOMAINS one after another, with results in $OUT/NAME, and evaluates as EVALUATE says:
 # learn_sequence NAME ARGUMENTS-OF-TRAIN...
 learn_sequence() {
     local name=$1 step=0 domain savedir states=() learnt=() start=()

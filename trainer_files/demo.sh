@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The method in one go, on roads that the project draws itself: learns three domains one
-# after another with the method and by plain fine-tuning, and shows what each forgets.
+# A demo on synthetic roads that the project draws itself: learns three domains one after another
+# with the method and with plain fine-tuning, and shows what each forgets.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 export DATA=${DATA:-runs/demo/data} OUT=${OUT:-runs/demo} HEIGHT=${HEIGHT:-64} WORKERS=${WORKERS:-0}
-# Few epochs: small batches and a higher rate than the published 5e-4 make up for some of it.
+# Small batches and a higher learning rate than the published 5e-4 partly make up for the few epochs.
 export EPOCHS=${EPOCHS:-9 4 3} BATCH=${BATCH:-3} EVALUATE=${EVALUATE:-last}
 export TRAIN_ARGS=${TRAIN_ARGS:---lr 2e-3 --class-weights computed --val-every 2}
 source trainer_files/common.sh

@@ -6,8 +6,8 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# The first of DOMAINS, then all later ones at once, each from the first, and joined. The same
-# network, bit by bit, as steps one after another with --branch-from and the first domain.
+# Learns the first of DOMAINS, then all later ones in parallel, each from the first, and joins them. The
+# result is bit-identical to learning them one after another with --branch-from and the first domain.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
@@ -24,7 +24,7 @@ set_metric "${method[@]}"
 run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${first[@]+"${first[@]}"} "${method[@]}"
 base=$(state_of "$base_folder")
 
-# Trains the domain of step $1 from the base, on its own GPU, and extracts its branch.
+# Trains the domain of step $1 from the base, on one GPU, and extracts its branch.
 learn_branch() {
     local domain=${domains[$1 - 1]} folder=$out/step$1-${domains[$1 - 1]}
     [ "$GPUS" -le 1 ] || export CUDA_VISIBLE_DEVICES=$((($1 - 2) % 10#$GPUS))
@@ -33,7 +33,7 @@ learn_branch() {
     run "$PYTHON" -m mdil branches extract "$(state_of "$folder")" --domain "$domain" --out "$folder/$domain.branch" --overwrite
 }
 
-# Where the output of step $1 goes.
+# The file that gets the output of step $1.
 log_of() {
     if [ -n "$DRY_RUN" ]; then echo /dev/stdout; else echo "$out/step$1-${domains[$1 - 1]}/log.txt"; fi
 }

@@ -37,8 +37,8 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     fi
 fi
 echo "== installing $requirements into .venv (torch is large: several GB the first time)"
-# visdom 0.2, the last for Python 3.10 and 3.11, is published as source that needs pkg_resources while it is
-# built and that newer setuptools lack.
+# visdom 0.2, the last version for Python 3.10 and 3.11, comes as source; building it needs pkg_resources, which
+# newer setuptools no longer have.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<81' wheel
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r "$requirements"
 touch "$stamp"

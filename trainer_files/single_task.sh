@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A network of its own for each of DOMAINS: what Delta_m% compares with.
+# Trains a separate network for each of DOMAINS: the baseline of Delta_m%.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }

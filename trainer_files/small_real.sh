@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# cityscapes, camvid, idd-lite one after another on small real data, by the method and by
-# fine-tuning:
+# Learns cityscapes, camvid and idd-lite one after another on small real data, with the method and
+# with fine-tuning:
 #   bash trainer_files/small_real.sh DATA [NAME=value ...]
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The fastest known way to a stated mIoU of one domain, from random weights, on two processor
-# cores. docs/record.md lists how it came about. SEED=1, 2, ... repeats it with other seeds.
+# The fastest known way to a stated mIoU on one domain, from random weights, on two processor
+# cores. docs/record.md lists its history. SEED=1, 2, ... repeats it with other seeds.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
