@@ -1,12 +1,12 @@
-"""How far the mIoU that predict.py --advise expects is from the true one, on known domains and on left-out ones.
+"""How far the mIoU that predict.py --advise expects is from the true mIoU, on known and on left-out domains.
 
-    python -m benchmarks.advise --states WITHOUT_IDD WITHOUT_CAMVID ALL --data-root DATA \
+    python -m benchmarks.advise --states WITHOUT_IDD WITHOUT_CAMVID ALL --data-root DATA \\
         --domains cityscapes camvid idd-lite --out advise.json
 
-Each checkpoint is asked about the validation images of every domain, whether it learnt it or not.
-Label sets differ, so expected and true mIoU are those of the classes that all domains share (IDD
-level 1). The branch is calibrated on every second of its own validation images, and asked about
-the others.
+Each checkpoint is tested on the validation images of every domain, learnt or not. Because label sets
+differ, expected and true mIoU are those of the classes that all domains share (IDD level 1). The
+branch is calibrated on every second image of its own validation set, starting with the first; the
+tested images are every second one, starting with the second.
 """
 import torch
 from tqdm import tqdm
@@ -41,18 +41,22 @@ def parse(argv=None):
 
 @torch.inference_mode()
 def parts_of(model, index, branch, domain, dataset, first, place):
-    """[(Counts, confusion matrix)] in the common classes, of every second image from `first` on, PART at a time."""
+    """[(Counts, confusion matrix)] in the common classes, for parts of PART images: every second one from `first` on.
+
+    index, branch: the branch that segments; domain: that of the images.
+    """
     parts, numbers = [], range(first, len(dataset), 2)
     to_truth = torch.tensor(common.to_common(domain))
     for start in tqdm(range(0, len(numbers), PART), desc=f'{branch.name} on {domain.name}', leave=False, disable=None):
         images, labels = map(torch.stack, zip(*(dataset.load(number) for number in numbers[start:start + PART])))
-        counts, answers = counts_of(logits_of(model, index, images, place, 'fp32'), common.to_common(branch)[:-1], CLASSES)
+        counts, answers = counts_of(logits_of(model, index, images, place, 'fp32'), common.to_common(branch)[:-1],
+                                    CLASSES)
         parts.append((counts, metrics.confusion(answers.cpu(), to_truth[labels.long()], CLASSES + 1)))
     return parts
 
 
 def ask(state, options, place):
-    """{domain asked about: what is expected and what is true} of one checkpoint."""
+    """(names of the checkpoint's domains, {tested domain: expected and true mIoU, and more})."""
     options.domains, asked = None, [get_domain(name, data_paths(options.data)) for name in options.domains]
     checkpoint, model, domains = load_network_and_domains(state, options, place)
     options.domains = [domain.name for domain in asked]

@@ -1,14 +1,14 @@
-"""Kills training runs at random moments, resumes them, and compares their end with a run left alone.
+"""Kills training runs at random moments, resumes them, and compares the results with an uninterrupted run.
 
     python -m benchmarks.crash [--kills 50 --seed 0 --json FILE]
 
-trains on toy roads, a checkpoint after every batch. SIGKILL falls at the start of a run, at any
-moment, and, most often, while a checkpoint is being written; the run is resumed at once, until it is
-at its end and the next one begins. After every kill all files that were there must be there, whole
-and not older; at every end all tensors, the optimiser's moments, the best model and metrics.jsonl
-(but for its images per second) must be those of the run left alone, to the last bit. Then the files
-of a stopped run are damaged in one way after the other, and disks made full or read-only. Exit status
-1 if anything was lost or differs.
+The runs train on toy roads and write a checkpoint after every batch. SIGKILL comes at the start of a
+run, at any moment or, most often, while a checkpoint is being written. The run is resumed at once;
+when it finishes, the next one begins. After every kill, all files that existed before must still exist,
+complete and no older. At the end of every run, all tensors, the optimiser's moments, the best model and
+metrics.jsonl (except images per second) must equal those of the uninterrupted run bit for bit. Then the
+files of a stopped run are damaged in various ways, and disks are made full or read-only. Exit status 1
+if anything was lost or differs.
 """
 import collections
 import os
@@ -42,14 +42,14 @@ IMAGES, EPOCHS, BATCH = 12, 3, 2
 PER_EPOCH = IMAGES // BATCH
 OPTIONS = ['--domains', 'cityscapes', '--height', '32', '--width', '64', '--batch-size', str(BATCH), '--num-epochs',
            str(EPOCHS), '--class-weights', 'none', '--device', 'cpu', '--checkpoint-minutes', '0', '--resume']
-STOP = 8        # batches after which the run whose files are damaged is stopped
-WAIT = 1800     # seconds that one life of a run may take at most
+STOP = 8        # batches after which to stop the run whose files are then damaged
+WAIT = 1800     # maximum seconds for one process of a run
 WHERE = 'start', 'any moment', 'writing'
 SHARES = 1, 3, 6
 
 
 def live(progress, *arguments):
-    """One life of a run, in a process of its own: train.py, a byte added to `progress` after every batch."""
+    """Runs train.py, and appends a byte to the file `progress` after every batch; called in a process of its own."""
     real, file = train.train_batch, os.open(progress, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def noted(*batch):
@@ -62,7 +62,7 @@ def live(progress, *arguments):
 
 @dataclass
 class Place:
-    """A run's --savedir; `root` holds the data and the file in which the run notes its batches."""
+    """A run with its --savedir, `folder`; `root` holds the data and the file that counts the run's batches."""
     root: Path
     folder: Path
 
@@ -72,11 +72,11 @@ class Place:
 
     @property
     def batches(self):
-        """Batches finished in all lives together."""
+        """Batches finished in all processes of the run together."""
         return self.progress.stat().st_size if self.progress.exists() else 0
 
     def start(self, *more, limit=None):
-        """A process that goes on with the run; files that it writes have at most `limit` bytes."""
+        """Starts a process that continues the run; `limit`: maximum bytes of a file that it writes."""
         code = 'import sys; from mdil.benchmarks.crash import live; live(*sys.argv[1:])'
         limiting = limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
         return subprocess.Popen([sys.executable, '-c', code, str(self.progress), '--data-root', str(self.root / 'data'),
@@ -85,7 +85,7 @@ class Place:
                                 env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
 
     def finish(self, *more, limit=None):
-        """Goes on to the end: (exit status, what it said on stderr)."""
+        """Continues the run to its end; returns (exit status, text on standard error)."""
         process = self.start(*more, limit=limit)
         _, said = process.communicate(timeout=WAIT)
         return process.returncode, said.strip()
@@ -98,7 +98,11 @@ class Place:
 
 @dataclass
 class Tally:
-    """What the kills did. where: how many fell where. batches: done in all lives; repeated: more than once."""
+    """Results of the kills.
+
+    where: {moment: kills}; resumed: successful resumptions; batches: trained by all processes together;
+    repeated: those trained again after a kill; lost, differing: what went wrong, in words.
+    """
     where: collections.Counter = field(default_factory=collections.Counter)
     kills: int = 0
     resumed: int = 0
@@ -110,7 +114,7 @@ class Tally:
 
 
 def position(folder):
-    """(epochs finished, batches done in all) according to the latest checkpoint, 0 if there is none."""
+    """(finished epochs, finished batches of the whole run) in the latest checkpoint; zeros if there is none."""
     if not (folder / LATEST).exists():
         return 0, 0
     content = checkpoint.read(folder / LATEST)
@@ -118,12 +122,12 @@ def position(folder):
 
 
 def half_written(folder):
-    """Files that a run was writing when it was killed."""
+    """Temporary files that a run was writing when it was killed."""
     return list(folder.glob('.*.tmp'))
 
 
 def kill(process, place, where, chance):
-    """Kills the process at a moment drawn from `chance`; returns whether it was before its end."""
+    """Kills the process at a moment drawn from `chance`; returns whether that was before it ended by itself."""
     begun, before, batches = time.monotonic(), place.batches, chance.randrange(4)
     delay = chance.uniform(0, {'start': 5, 'any moment': 0.5, 'writing': 0.05}[where])
     reached = {'start': lambda: True, 'any moment': lambda: place.batches >= before + batches,
@@ -141,7 +145,7 @@ def kill(process, place, where, chance):
 
 
 def lost_files(folder, known, least):
-    """What is gone, damaged or older, in words. known: names seen before; least: position seen before."""
+    """What is missing, damaged or older, in words. known: file names seen before; least: batches finished before."""
     lost = []
     for name in known | {LATEST} if (folder / LATEST).exists() else known:
         try:
@@ -159,11 +163,11 @@ def lost_files(folder, known, least):
 
 
 def killed_run(place, kills, chance, tally, bar):
-    """A run killed until there are `kills` of all runs together, or it is at its end; then undisturbed to the end."""
+    """One run, killed and resumed until it ends or all runs together had `kills` kills; then it runs to its end."""
     known, least, killed = set(), 0, False
     while tally.kills < kills and not tally.lost:
         before = place.batches
-        # Loader processes outlive a killed run by seconds: they must not keep it from being resumed.
+        # Every second process has a loader worker, which outlives the kill by seconds and must not block resuming.
         process = place.start('--num-workers', str(tally.kills % 2))
         survived = not kill(process, place, chance.choices(WHERE, SHARES)[0], chance)
         if survived and process.returncode:
@@ -186,7 +190,7 @@ def killed_run(place, kills, chance, tally, bar):
 
 
 def difference(a, b, name=''):
-    """Where two values differ first, in words; None if they are equal to the last bit."""
+    """Where two values first differ, in words; None if they are bit-identical."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return None if a.dtype == b.dtype and torch.equal(a, b) else name
     if isinstance(a, dict) and isinstance(b, dict):
@@ -204,7 +208,7 @@ def first(found):
 
 
 def result(folder):
-    """What a run is compared by: latest and best checkpoint, metrics.jsonl without times."""
+    """The parts of a run to compare: latest and best checkpoint without options, metrics.jsonl without speeds."""
     files = {name: {key: value for key, value in checkpoint.read(folder / name).items() if key != 'options'}
              for name in (LATEST, BEST)}
     lines = read_metrics(folder)
@@ -214,7 +218,7 @@ def result(folder):
 
 
 def kill_many(root, options, straight):
-    """Runs killed `options.kills` times in all: the Tally."""
+    """Kills runs `options.kills` times in all and compares each with `straight`; returns the Tally."""
     chance, tally = random.Random(options.seed), Tally()
     with tqdm(total=options.kills, unit='kill', leave=False, disable=None) as bar:
         while tally.kills < options.kills and not tally.lost:
@@ -230,7 +234,7 @@ def kill_many(root, options, straight):
 
 
 def cut(name, part, place):
-    """Cuts a file to a part of its length."""
+    """Truncates a file to the fraction `part` of its length."""
     data = (place.folder / name).read_bytes()
     (place.folder / name).write_bytes(data[:int(part * len(data))])
 
@@ -257,7 +261,7 @@ def remove(place):
 
 
 def leave_half(place):
-    """What a run killed while writing leaves behind."""
+    """Leaves a half-written temporary file, as a run killed while writing does."""
     (place.folder / f'.{LATEST}.4711.tmp').write_bytes((place.folder / LATEST).read_bytes()[:1000])
 
 
@@ -270,7 +274,7 @@ def nothing(place):
     """Leaves the files as they are."""
 
 
-# (what happened to the files of a stopped run, how, options of the resumed one, whether it goes on).
+# (damage to the files of a stopped run, function that does it, options of the resumed run, whether it continues).
 DAMAGE = [
     ('nothing', nothing, (), True), ('latest cut in half', partial(cut, LATEST, 0.5), (), True),
     ('latest empty', partial(cut, LATEST, 0), (), True), ('one bit of latest flipped', partial(flip, LATEST), (), True),
@@ -282,7 +286,7 @@ DAMAGE = [
 
 
 def verdict(place, straight, status, said, goes_on=True):
-    """(outcome in words, whether it is as it must be) of a run that ended."""
+    """(outcome in words, whether it is as expected) of a run that ended; goes_on: whether it should have continued."""
     if not goes_on:
         return said, status == 2 and said.startswith('error: ') and '\n' not in said
     if status:
@@ -296,7 +300,7 @@ def verdict(place, straight, status, said, goes_on=True):
 
 
 def damaged(stopped, straight):
-    """Yields (name, outcome, good) of every damage to the files of the Place `stopped`."""
+    """Yields (name, outcome, good) for every kind of damage to the files of the Place `stopped`."""
     for name, harm, more, goes_on in DAMAGE:
         place = stopped.copy('damaged')
         harm(place)
@@ -305,7 +309,7 @@ def damaged(stopped, straight):
 
 
 def file_size_limit(stopped, straight):
-    """(name, outcome, good): no checkpoint can be written for a while; the run goes on later."""
+    """(name, outcome, good) of a run that cannot write a checkpoint for a while, and continues later."""
     place = stopped.copy('limited')
     least, files = position(place.folder)[1], {LATEST, PREVIOUS, BEST}
     status, said = place.finish(limit=(place.folder / LATEST).stat().st_size // 2)
@@ -318,14 +322,14 @@ def file_size_limit(stopped, straight):
 
 
 def mount(folder, *options):
-    """Mounts, or changes, a file system in memory; returns why not, or ''."""
+    """Mounts or remounts a tmpfs; returns the reason if that fails, else ''."""
     done = subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join(options), 'tmpfs', str(folder)],
                           capture_output=True, text=True)
     return done.stderr.strip()
 
 
 def full_disk(root, straight):
-    """Yields (name, outcome, good) of a small file system that fills up, and is then read-only, and then grows."""
+    """Yields (name, outcome, good) for a small file system that fills up, then becomes read-only, then grows."""
     place = Place(root, root / 'disk' / 'run')
     place.folder.parent.mkdir()
     reason = mount(place.folder.parent, 'size=60m')
@@ -346,14 +350,14 @@ def full_disk(root, straight):
 
 
 def below_a_file(root, straight):
-    """(name, outcome, good) of a --savedir that cannot be, whoever asks."""
+    """(name, outcome, good) of a --savedir that cannot exist, whatever the user's rights."""
     (root / 'file').write_text('')
     place = Place(root, root / 'file' / 'run')
     return '--savedir below a file', *verdict(place, straight, *place.finish(), goes_on=False)
 
 
 def stopped_run(root):
-    """A Place where a run was stopped by SIGTERM after STOP batches or a few more."""
+    """A Place whose run was stopped by SIGTERM after STOP batches or a few more."""
     place = Place(root, root / 'stopped')
     process = place.start()
     while process.poll() is None and place.batches < STOP:
@@ -364,7 +368,7 @@ def stopped_run(root):
 
 
 def trials(root, straight):
-    """Yields (name, outcome, good) of everything but kills."""
+    """Yields (name, outcome, good) of every trial other than kills."""
     stopped = stopped_run(root)
     yield from damaged(stopped, straight)
     yield file_size_limit(stopped, straight)
@@ -373,7 +377,7 @@ def trials(root, straight):
 
 
 def report(tally, tried):
-    """The tables of the terminal."""
+    """The results as text for the terminal."""
     rows = [['kills', tally.kills], *([f'  {where}', count] for where, count in sorted(tally.where.items())),
             ['resumed', tally.resumed], ['runs', tally.runs], ['batches', tally.batches],
             ['  of them repeated', tally.repeated], ['files lost', len(tally.lost)],
@@ -402,8 +406,9 @@ def main(arguments=None):
     print(report(tally, tried))
     if options.json:
         write_json(options.json, {
-            'options': {'kills': options.kills, 'seed': options.seed}, 'versions': environment(torch.device('cpu')), 'train': OPTIONS,
-            'kills': vars(tally), 'trials': [{'name': n, 'outcome': o, 'good': g} for n, o, g in tried]})
+            'options': {'kills': options.kills, 'seed': options.seed}, 'versions': environment(torch.device('cpu')),
+            'train': OPTIONS, 'kills': vars(tally),
+            'trials': [{'name': n, 'outcome': o, 'good': g} for n, o, g in tried]})
     return int(bool(tally.lost or tally.differing) or not all(good for _, _, good in tried))
 
 

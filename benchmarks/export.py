@@ -1,11 +1,12 @@
-"""What `python -m mdil export` writes, run on the CPU: images/s and mIoU of each format, in one process, in turn.
+"""Speed and mIoU of networks exported by `python -m mdil export`, on the CPU: all formats in turn in one process.
 
-    python -m benchmarks.export CHECKPOINT --domain camvid --data-root DATA [--threads 1 2 --rounds 7 --compile --json FILE]
+    python -m benchmarks.export CHECKPOINT --domain camvid --data-root DATA \\
+        [--threads 1 2 --rounds 7 --compile --json FILE]
 
-Eager float32 is the network as predict.py runs it. The 8-bit file is calibrated on training
-images, the mIoU is that of the validation images, resized as train.py validates. All sides get
-the same float images and the same number of threads. With one thread, time is the processor's,
-so that other programs do not count.
+Eager float32 is the network as predict.py runs it. The 8-bit file is calibrated on training images.
+The mIoU is measured on the validation images, resized as train.py validates. All sides get the same
+float images and the same number of threads. With one thread, processor time is measured, so that
+other programs do not count.
 """
 import importlib.metadata
 import statistics
@@ -37,15 +38,17 @@ FILES = {'onnxruntime': ('x.onnx', 'onnx'), 'OpenVINO float32': ('x.xml', 'openv
          'OpenVINO int8': ('x8.xml', 'openvino')}
 PACKAGES = 'onnx', 'onnxruntime', 'openvino', 'nncf'
 BATCHES = 1, 6
-# Names of instructions that multiply 8-bit numbers: of x86, and of Arm.
+# Feature flags of instructions that multiply 8-bit numbers: three for x86, two for Arm.
 INT8 = 'avx_vnni', 'avx512_vnni', 'amx_int8', 'asimddp', 'i8mm'
 
 
 def parse(argv=None):
-    parser = Parser(prog='python -m benchmarks.export', description='Images/s and mIoU of exported networks on the CPU.')
+    parser = Parser(prog='python -m benchmarks.export',
+                    description='Images/s and mIoU of exported networks on the CPU.')
     parser.add_argument('state', metavar='CHECKPOINT', help='a checkpoint of train.py')
     parser.add_argument('--domain', required=True, metavar='NAME', help='the domain whose network is measured')
-    parser.add_argument('--threads', nargs='+', type=positive, default=[1, 2], help='that each side computes with, in turn')
+    parser.add_argument('--threads', nargs='+', type=positive, default=[1, 2],
+                        help='that each side computes with, in turn')
     parser.add_argument('--rounds', type=positive, default=7, help='turns of each side')
     parser.add_argument('--seconds', type=rate, default=1.0, help='that a turn takes at least')
     parser.add_argument('--compile', action='store_true', help='torch.compile, too; it takes minutes')
@@ -59,7 +62,7 @@ def parse(argv=None):
 
 
 def network_of(options):
-    """(the domain's network in eval mode, its Domain, (height, width) that it was trained at)."""
+    """(the domain's network in eval mode, its Domain, its training size (height, width))."""
     checkpoint, model, domains = load_network_and_domains(options.state, options, PLACE)
     predictor = Predictor(model, domains, trained_size(checkpoint.content), PLACE)
     index = predictor.index(options.domain)
@@ -67,9 +70,10 @@ def network_of(options):
 
 
 def write_files(options, domain, folder):
-    """Writes FILES below `folder`, by the command that users give."""
+    """Writes FILES to `folder` with the command that users call."""
     images = folder / 'calibrate.txt'
-    images.write_text(''.join(f'{pair.image.absolute()}\n' for pair in find_split(domain, options.data_root, 'train').pairs))
+    images.write_text(''.join(f'{pair.image.absolute()}\n'
+                              for pair in find_split(domain, options.data_root, 'train').pairs))
     for side, (name, kind) in FILES.items():
         more = ['--int8', '--calibrate', str(images)] if 'int8' in side else []
         data = [word for item in options.data for word in ('--data', item)]
@@ -77,7 +81,7 @@ def write_files(options, domain, folder):
 
 
 class Eager(torch.nn.Module):
-    """A network of PyTorch, called as an Exported."""
+    """A PyTorch network with the interface of an Exported."""
 
     def __init__(self, network):
         super().__init__()
@@ -89,7 +93,7 @@ class Eager(torch.nn.Module):
 
 
 def sides_of(network, folder, options):
-    """{name: what takes images (B, 3, H, W) and gives logits}, with torch's number of threads."""
+    """{name: callable that maps images (B, 3, H, W) to logits}; all use torch's number of threads."""
     sides = {EAGER: Eager(network)}
     if options.compile:
         sides['torch.compile'] = Eager(torch.compile(network, dynamic=False))
@@ -97,7 +101,7 @@ def sides_of(network, folder, options):
 
 
 def images_per_second(side, images, seconds):
-    """Of whole batches of `images` that take `seconds` at least."""
+    """Images per second over whole batches of `images` that take at least `seconds`."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     count, start = 0, clock()
     while not count or clock() - start < seconds:
@@ -107,12 +111,12 @@ def images_per_second(side, images, seconds):
 
 
 def speeds(sides, size, options):
-    """{side: {batch: images/s of the rounds}}."""
+    """{side: {batch size: [images/s in each round]}}."""
     found = {name: {batch: [] for batch in BATCHES} for name in sides}
     random = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         images = torch.rand(batch, 3, *size, generator=random)
-        for side in sides.values():     # sets up its memory, and compiles
+        for side in sides.values():     # warm-up: memory, compiling
             side(images)
         for _ in tqdm(range(options.rounds), desc=f'batch {batch}', leave=False, disable=None):
             for name, side in sides.items():
@@ -121,14 +125,14 @@ def speeds(sides, size, options):
 
 
 def miou(side, domain, size, options):
-    """mIoU in percent on the validation images."""
+    """mIoU in percent of a side on the validation images."""
     data = SegmentationDataset(domain, options.data_root, 'val', size)
     loader = make_loader(data, EvalBatches(len(data), BATCHES[-1]), 0, pin=False)
     return evaluate(side, 0, loader, plain_weights(domain), PLACE, name=domain.name).miou()
 
 
 def measure(network, domain, size, options):
-    """({threads: what `speeds` gives}, {side: mIoU})."""
+    """({threads: result of `speeds`}, {side: mIoU})."""
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         write_files(options, domain, Path(folder))
@@ -140,7 +144,7 @@ def measure(network, domain, size, options):
 
 
 def rows_of(rates, mious):
-    """Table rows of what `measure` gives."""
+    """(header, rows) of a table of the result of `measure`."""
     rows = []
     for threads, sides in rates.items():
         for name, batches in sides.items():

@@ -1,4 +1,4 @@
-"""What the hardware must do at least: FLOPs and bytes of a piece of work, counted without data."""
+"""The minimum work for the hardware: FLOPs and bytes of a computation, counted without data."""
 from collections import defaultdict
 from pathlib import Path
 
@@ -6,19 +6,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# Where an operation's map is found that has the size of what it gives forward, and its weights.
+# Operation: (argument with the size of the forward output, None for the result; argument with the weights, or None).
 COUNTED = {'convolution': (None, 1), 'convolution_backward': (0, 2), 'native_batch_norm': (None, None),
            'native_batch_norm_backward': (0, None)}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what convolutions and batch norms cost, by kind: {kind: [FLOPs, bytes]}.
+    """Counts the cost of convolutions and batch norms in `counts`: {kind: [FLOPs, bytes]}.
 
-    Forward, a convolution reads its input and writes its output. Backward, it reads the
-    upstream gradient, the input if its weights learn, and writes the input's gradient.
-    A batch norm that trains reads its input once more and writes its output; backward it
-    reads gradient and input and writes the input's gradient. All else is taken as fused
-    into these; weights and sums are free, and so are maps of at most `cache` bytes.
+    Forward, a convolution reads its input and writes its output. Backward, it reads the upstream
+    gradient and, if its weights are trained, the input, and writes the input's gradient. A batch norm in
+    training reads its input once more and writes its output; backward it reads gradient and input
+    and writes the input's gradient. Everything else is assumed to be fused into these operations.
+    Weights, sums and maps of at most `cache` bytes cost nothing.
     """
 
     def __init__(self, cache):
@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
 
 
 def size(tensor):
-    """Bytes of a tensor; 0 of None."""
+    """Bytes of a tensor; 0 for None."""
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
@@ -52,7 +52,7 @@ def read(name, args):
 
 
 def kind(name, args, result):
-    """'3x1, 64 channels, 256x128' and the like, the same forward and backward; sizes are W x H."""
+    """A name such as '3x1, 64 channels, 256x128' (W x H), the same for forward and backward."""
     upstream, weight = COUNTED[name]
     shape = (result if upstream is None else args[upstream]).shape
     kernel = 'batch norm' if weight is None else 'x'.join(map(str, args[weight].shape[2:]))
@@ -60,7 +60,7 @@ def kind(name, args, result):
 
 
 def cache_size(device):
-    """Bytes of the last cache before a device's memory; 0 where it cannot be told."""
+    """Bytes of a device's last-level cache; 0 if unknown."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'))
@@ -68,7 +68,7 @@ def cache_size(device):
 
 
 def traffic(work, cache=0):
-    """{kind: [FLOPs, bytes]} of calling `work`, which runs networks on the device 'meta'."""
+    """{kind: [FLOPs, bytes]} of a call of `work`, which runs networks on the device 'meta'."""
     with Traffic(cache) as counted:
         work()
     return dict(counted.counts)

@@ -3,9 +3,9 @@
     bash benchmarks/gpu.sh [DIR]            all parts, within 8 minutes; --rehearse: small, on the CPU
     python -m benchmarks.gpu PART --out DIR
 
-Parts, the most valuable first: smoke, speed, loading, repeat, compiled, sequence; table prints what
-is known. Each is a process with a box of time. Every figure is appended to DIR/gpu.jsonl as soon as it is
-known, so that a run that is broken off leaves what it had.
+The parts, most valuable first: smoke, speed, loading, repeat, compiled, sequence; `table` prints the
+results so far. The script runs each part as a process with a time limit. Every result is appended to
+DIR/gpu.jsonl at once, so an aborted run keeps what it had.
 """
 import contextlib
 import gc
@@ -40,11 +40,11 @@ from mdil.utils.parallel import Place, session
 from mdil.utils.parser import Parser
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
-RUNNING_OUT = 0.01      # share of the card's memory that is left for the trial of having too little
+RUNNING_OUT = 0.01      # share of the GPU's memory that the out-of-memory trial may use
 
 
 class Report:
-    """Appends a line of JSON to DIR/gpu.jsonl for everything that is found."""
+    """Appends a line of JSON to DIR/gpu.jsonl for every result."""
 
     def __init__(self, folder, part):
         self.path, self.part = Path(folder) / 'gpu.jsonl', part
@@ -56,7 +56,7 @@ class Report:
         print(f'{self.part}, {name}: {figures}', flush=True)
 
     def attempt(self, name, work, *arguments):
-        """Calls `work(*arguments)`; records the dict that it returns and the seconds it took, or how it failed."""
+        """Calls `work(*arguments)`; records the dict that it returns, or how it failed, and the seconds it took."""
         start = time.perf_counter()
         try:
             figures = work(*arguments)
@@ -69,16 +69,16 @@ class Report:
 
 
 def release():
-    """Gives back what the last measurement held."""
+    """Frees the memory of the last measurement."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-# Smoke: every method in every precision, graphs, going on, agreement with the CPU, running out of memory.
+# Smoke: every method in every precision, CUDA graphs, resuming, agreement with the CPU, running out of memory.
 
 class Smoke:
-    """Trains on toy roads by `train.main`, in this process, two batches a run."""
+    """Trains on toy roads with `train.main`, in this process, two batches per run unless told otherwise."""
 
     def __init__(self, folder, device):
         self.folder, self.device = Path(folder), device
@@ -87,14 +87,14 @@ class Smoke:
     def train(self, name, *arguments):
         """(folder, losses of the last epoch) of a run."""
         out = self.folder / name.replace(' ', '-')
-        train.main(['--data-root', str(self.folder / 'toy'), '--savedir', str(out), '--height', '64', '--num-epochs', '1',
-                    '--limit-batches', '2', '--batch-size', '4', '--num-workers', '0', '--device', self.device,
+        train.main(['--data-root', str(self.folder / 'toy'), '--savedir', str(out), '--height', '64', '--num-epochs',
+                    '1', '--limit-batches', '2', '--batch-size', '4', '--num-workers', '0', '--device', self.device,
                     *map(str, arguments)])
         line = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-1])
         return out, {name: round(value, 5) for name, value in line['train'].items()}
 
     def first(self, method):
-        """The checkpoint of step 1 of the method's network."""
+        """The checkpoint of step 1 for the method's network, trained on first use."""
         row = METHODS[method]
         folder = self.folder / f'first-{row.adapter}-{row.domain_bn}'
         if not folder.exists():
@@ -102,7 +102,7 @@ class Smoke:
         return folder / 'checkpoint.pth.tar'
 
     def second(self, method, *more):
-        """Losses of the method's second step, or of all that it has."""
+        """Losses of the method's second step, or of its only step if it has one (single-task and joint methods)."""
         row, name, domains = METHODS[method], ' '.join([method, *more]), ['cityscapes', 'BDD']
         if row.lonely or row.joint:
             return self.train(name, '--method', method, '--domains', *domains[:1 if row.lonely else 2], *more)[1]
@@ -115,10 +115,11 @@ class Smoke:
                           '--domains', 'cityscapes', 'BDD', 'IDD')[1]
 
     def resume(self, *more):
-        """Largest difference between the weights of a run that went on and those of one left alone."""
+        """Largest difference between the weights of a resumed and of an uninterrupted run."""
         states = []
         for name in ('whole', 'broken'):
-            arguments = [f'{name} {len(more)}', '--domains', 'cityscapes', '--num-epochs', '2', '--deterministic', *more]
+            arguments = [f'{name} {len(more)}', '--domains', 'cityscapes', '--num-epochs', '2', '--deterministic',
+                         *more]
             out, _ = self.train(*arguments)
             if name == 'broken':
                 (out / 'checkpoint.previous.pth.tar').replace(out / 'checkpoint.pth.tar')
@@ -129,7 +130,7 @@ class Smoke:
                                           for key in states[0])}
 
     def out_of_memory(self):
-        """What a user reads who has too little memory."""
+        """The line that a user reads if the GPU has too little memory."""
         torch.cuda.set_per_process_memory_fraction(RUNNING_OUT)
         try:
             self.train('too large', '--domains', 'cityscapes', '--height', '512', '--batch-size', '8')
@@ -141,7 +142,7 @@ class Smoke:
 
 
 def agreement(device, dtype, tf32=False):
-    """How far losses, gradients and answers of the same weights and batch are from the CPU's, in step 3."""
+    """How far losses, gradients and predictions of step 3 are from the CPU's, with the same weights and batch."""
     torch.manual_seed(0)
     images, labels = random_batch(2, 64)
     loss = speed.make_step_loss(speed.OURS, 3, settings(3), 'cpu').to(dtype)
@@ -152,7 +153,8 @@ def agreement(device, dtype, tf32=False):
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
-    found = {where: outcome(loss.to(where), images.to(where, dtype) / 255, labels.to(where)) for where in ('cpu', device)}
+    found = {where: outcome(loss.to(where), images.to(where, dtype) / 255, labels.to(where))
+             for where in ('cpu', device)}
     torch.backends.cudnn.allow_tf32 = before
     (losses, gradients, logits), (other_losses, other_gradients, other_logits) = found['cpu'], found[device]
     length = sum(gradient.square().sum() for gradient in gradients).sqrt()
@@ -163,7 +165,7 @@ def agreement(device, dtype, tf32=False):
 
 
 def outcome(loss, images, labels):
-    """(losses, gradients, logits) of a batch, in float64 on the CPU."""
+    """(losses, gradients, logits) of a batch; gradients and logits as float64 on the CPU."""
     loss.train().zero_grad()
     parts = [loss(images, labels, 2, *part) for part in (('ce',), ('kd', 0), ('kd', 1))]
     terms = [mean_over_batch(part, Place(images.device))[0] for part in parts]
@@ -196,7 +198,7 @@ def smoke(report, options):
             report.attempt('out of memory', runs.out_of_memory)
 
 
-# Speed: the published loop and ours, in turn.
+# Speed: the published loop and ours, measured in turn.
 
 @dataclass(frozen=True)
 class Way:
@@ -210,7 +212,7 @@ class Way:
 
     @property
     def on_cpu(self):
-        """Whether a rehearsal has it, too."""
+        """Whether a rehearsal on the CPU includes it."""
         return not (self.compile or self.graphs or self.precision == 'bf16')
 
 
@@ -221,12 +223,13 @@ WAYS = [Way('published', 'fp32', published=True), Way('published, no TF32', 'fp3
 
 
 def settings(domains, precision='fp32', compiled=False):
-    """Options of train.py that ours runs with, as far as building asks for them."""
-    return speed.settings(speed.OURS, domains, SimpleNamespace(precision=precision, compile=compiled, cuda_graphs=False, distill_domains=None))
+    """Options of train.py for our side, as far as building the networks needs them."""
+    return speed.settings(speed.OURS, domains, SimpleNamespace(precision=precision, compile=compiled,
+                                                               cuda_graphs=False, distill_domains=None))
 
 
 def random_batch(size, height, pin=False):
-    """Images (B, 3, H, 2H) and labels (B, H, 2H), uint8, as a loader gives them."""
+    """Images (B, 3, H, 2H) and labels (B, H, 2H), uint8, as a loader returns them."""
     random = torch.Generator().manual_seed(0)
     batch = (torch.randint(0, 256, (size, 3, height, 2 * height), dtype=torch.uint8, generator=random),
              torch.randint(0, speed.CLASSES, (size, height, 2 * height), dtype=torch.uint8, generator=random))
@@ -234,14 +237,14 @@ def random_batch(size, height, pin=False):
 
 
 def work_of(way, what, place):
-    """What does a batch of `what`, `count` times, in one way: work(images, labels, count)."""
+    """A callable work(images, labels, count) that does a batch of `what` `count` times in one way."""
     chosen = SimpleNamespace(precision=way.precision, compile=way.compile, cuda_graphs=way.graphs, distill_domains=None)
     return speed.side_of(speed.PUBLISHED if way.published else speed.OURS, what, chosen, place)
 
 
 @contextlib.contextmanager
 def arithmetic(way):
-    """TF32 convolutions as the way has them."""
+    """Switches TF32 convolutions on or off as the way says."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, way.tf32
     try:
         yield
@@ -250,7 +253,7 @@ def arithmetic(way):
 
 
 def timed(work, batch, count, place):
-    """Images per second of `count` batches; the device is waited for at the end alone."""
+    """Images per second over `count` batches; waits for the device only before and after them."""
     speed.wait(place)
     start = time.perf_counter()
     work(*batch, count)
@@ -259,7 +262,7 @@ def timed(work, batch, count, place):
 
 
 def warmed_up(way, what, place, batch):
-    """(function of a batch, figures of its start): GiB at most, seconds that the first batches took."""
+    """(`work_of` the way, {'start_seconds': of the first batches, 'peak_gib': GPU memory, on a GPU})."""
     start = time.perf_counter()
     release()
     before = torch.cuda.memory_allocated() if place.device.type == 'cuda' else 0
@@ -276,7 +279,7 @@ def warmed_up(way, what, place, batch):
 
 
 def compare(report, what, ways, place, batch, options):
-    """Times the ways in turn, round by round; records each with its ratios to the first."""
+    """Times the ways in turn, round by round; records each with its ratios to the first way."""
     works, figures, rates = {}, {}, {}
     for way in ways:
         try:
@@ -295,12 +298,12 @@ def compare(report, what, ways, place, batch, options):
 
 
 def spread(values, digits):
-    """[median, least, greatest]."""
+    """[median, minimum, maximum]."""
     return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
 
 
 def measure_speed(report, options, compiled=False):
-    """Images per second of all ways but the compiled ones, or of those."""
+    """Images per second of the first way and of those that are compiled or, without `compiled`, that are not."""
     with session(options.device) as place:
         cuda = place.device.type == 'cuda'
         report.add('environment', **environment(place.device), command=sys.argv[1:], **card())
@@ -308,8 +311,8 @@ def measure_speed(report, options, compiled=False):
             top = speed.ceilings(place, torch.bfloat16)
             report.add('ceilings, bf16', flops=top[0], bytes_per_second=top[1])
             for what in options.what:
-                floor = speed.floors(what, SimpleNamespace(**vars(options), precision='bf16', distill_domains=None), top,
-                                     speed.cache_size(place.device))
+                floor = speed.floors(what, SimpleNamespace(**vars(options), precision='bf16', distill_domains=None),
+                                     top, speed.cache_size(place.device))
                 report.add(f'{what}: floor', images_per_second=[round(1 / floor['seconds'], 1)])
         batch = random_batch(options.batch_size, options.height, pin=cuda)
         ways = [way for way in WAYS if way == WAYS[0] or way.compile == compiled and (cuda or way.on_cpu)]
@@ -319,7 +322,7 @@ def measure_speed(report, options, compiled=False):
 
 
 def card():
-    """Driver and name of the card, {} without one."""
+    """Name, driver and memory of the GPU; {} without one."""
     query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
     try:
         return {'card': subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()}
@@ -327,18 +330,20 @@ def card():
         return {}
 
 
-# Loading: whether the card waits for its images.
+# Loading: whether the GPU waits for its images.
 
 def loading(report, options):
-    """Share of the time that step 1, at its fastest, waits for images out of the cache, augmented on the device."""
+    """Share of the time that step 1, at its fastest, waits for images from the cache, augmented on the device."""
     with tempfile.TemporaryDirectory() as folder, session(options.device) as place:
         for index in range(2 if options.rehearse else 4):
             speed.write_pair(Path(folder), speed.SOURCES[0], index)
-        data = SegmentationDataset(speed.SOURCES[0].domain, folder, 'train', (options.height, options.width), augmented=False)
+        data = SegmentationDataset(speed.SOURCES[0].domain, folder, 'train', (options.height, options.width),
+                                   augmented=False)
         data.pairs = tuple(data.pairs) * (1 if options.rehearse else 24)
         stored, cuda = cached(data, folder), place.device.type == 'cuda'
         feed = SimpleNamespace(domain=data.domain, train=SimpleNamespace(dataset=stored))
-        work, batch = work_of(WAYS[5 if cuda else 2], 'step 1', place), random_batch(options.batch_size, options.height, cuda)
+        work, batch = work_of(WAYS[5 if cuda else 2], 'step 1', place), random_batch(options.batch_size,
+                                                                                     options.height, cuda)
         for workers in options.workers[:1] if options.rehearse else options.workers:
             loader = make_loader(stored, TrainBatches(len(stored), options.batch_size, seed=0), workers, cuda)
             shares = []
@@ -347,7 +352,7 @@ def loading(report, options):
                 for loaded in loader:
                     work(*building.on_device(feed, loaded, 0, epoch, place))
                 speed.wait(place)
-                if epoch:       # the first starts the workers
+                if epoch:       # the first epoch also starts the workers
                     shares.append(1 - len(stored) / (time.perf_counter() - start) / rate)
             report.add(f'{workers} workers', waiting=spread(shares, 3))
 
@@ -355,7 +360,7 @@ def loading(report, options):
 # Repeatability.
 
 def repeat(report, options):
-    """Whether --deterministic gives the same bits twice, and what it costs, in step 2."""
+    """Whether --deterministic gives bit-identical results twice in step 2, and what it costs."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     with session(options.device) as place:
         batch = random_batch(options.batch_size, options.height, pin=place.device.type == 'cuda')
@@ -364,8 +369,9 @@ def repeat(report, options):
                 torch.use_deterministic_algorithms(deterministic, warn_only=True)
                 torch.backends.cudnn.benchmark = not deterministic
                 (first, rate), (second, other) = (five_batches(precision, place, batch) for _ in range(2))
-                report.add(f'{precision}{", deterministic" if deterministic else ""}', same_bits=torch.equal(first, second),
-                           apart=(first - second).abs().max().item(), images_per_second=spread([rate, other], 1))
+                report.add(f'{precision}{", deterministic" if deterministic else ""}',
+                           same_bits=torch.equal(first, second), apart=(first - second).abs().max().item(),
+                           images_per_second=spread([rate, other], 1))
         torch.use_deterministic_algorithms(False)
 
 
@@ -379,10 +385,10 @@ def five_batches(precision, place, batch):
     return parameters, timed(run, batch, 5, place)
 
 
-# The small real sequence, where its data is at hand.
+# The small real sequence, if its data is available.
 
 def sequence(report, options):
-    """mIoU after each step of cityscapes, camvid, idd-lite at 512x256, seed 0, 9,000 images a step."""
+    """mIoU after each step of cityscapes, camvid, idd-lite at 512x256, seed 0, about 9,000 images per step."""
     if not options.real or not Path(options.real).is_dir():
         report.add('left out', reason='no --real DIR with the small real data')
         return
@@ -394,24 +400,27 @@ def sequence(report, options):
             for step, name in enumerate(domains, 1):
                 out, start = Path(folder) / f'{method}-{step}', time.perf_counter()
                 train.main(['--domains', *list(domains)[:step], '--method', method, '--data-root', options.real,
-                            '--savedir', str(out), '--height', str(size), '--num-epochs', str(max(1, images // domains[name])),
+                            '--savedir', str(out), '--height', str(size),
+                            '--num-epochs', str(max(1, images // domains[name])),
                             '--val-every', '1000', '--cache', str(Path(folder) / 'cache'), '--device', options.device,
                             '--num-workers', '4' if options.device == 'cuda' else '0',
                             *(['--precision', 'bf16', '--augment', 'device', '--cuda-graphs']
                               if options.device == 'cuda' else ['--limit-batches', '2']), *state])
                 state = ['--state', str(out / 'checkpoint.pth.tar')]
                 line = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-1])
-                report.add(f'{method}, step {step}', miou={key: round(value['miou'], 2) for key, value in line['val'].items()},
+                report.add(f'{method}, step {step}',
+                           miou={key: round(value['miou'], 2) for key, value in line['val'].items()},
                            seconds=round(time.perf_counter() - start, 1))
 
 
 def table(report, options):
-    """Prints what DIR/gpu.jsonl holds: failures first, then speeds."""
+    """Prints the results in DIR/gpu.jsonl: failures first, then speeds, loading and the sequence."""
     lines = [json.loads(text) for text in report.path.read_text().splitlines()]
     failed = [[line['part'], line['name'], line['failed']] for line in lines if 'failed' in line]
     print(plain(['part', 'failed', 'how'], failed) if failed else 'nothing failed')
     rows = [[line['name'], *[' '.join(map(str, line.get(key, ['']))) for key in ('images_per_second', 'ratio')],
-             line.get('peak_gib', ''), line.get('start_seconds', '')] for line in lines if line['part'] in ('speed', 'compiled', 'repeat') and 'images_per_second' in line]
+             line.get('peak_gib', ''), line.get('start_seconds', '')]
+            for line in lines if line['part'] in ('speed', 'compiled', 'repeat') and 'images_per_second' in line]
     print(plain(['what', 'images/s: median, least, greatest', 'times published', 'GiB', 'start, s'],
                 [[str(cell) for cell in row] for row in rows]))
     for line in lines:

@@ -1,13 +1,13 @@
-"""How often the domain of an image is told rightly from it, and how often one that was never learnt is noticed.
+"""How often the domain of an image is detected correctly, and how often a domain that was never learnt is noticed.
 
     python -m benchmarks.identify --data-root DATA --domains cityscapes camvid idd-lite --out identify.json
     python -m benchmarks.identify --data-root DATA --domains cityscapes camvid idd-lite --alike --out alike.json
-    python -m benchmarks.identify ... --state CKPT      # the network whose layers are compared; without, a random one
+    python -m benchmarks.identify ... --state CKPT      # the network whose layers are compared (default: random)
 
-Statistics and thresholds come from the training images alone, the figures from the validation
-images. Each domain is left out once: `unknown` is the percentage of its images that the
-statistics of the others call unknown. `--alike` stores all images as JPEG files of one size
-first, so that nothing is told by file formats.
+Statistics and thresholds come from the training images only, the results from the validation images.
+Each domain is left out once: `unknown` is the percentage of its images that the statistics of the
+others call unknown. `--alike` first stores all images as JPEG files of the same size, so that file
+formats cannot give the domain away.
 """
 import io
 import time
@@ -28,15 +28,17 @@ from mdil.utils.files import check_new, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, natural, positive
 
 ALIKE, QUALITY = (320, 160), 60     # width, height and JPEG quality of --alike
-SIZES = (128, 64), (512, 256), (1024, 512)       # at which the network's cost is measured
-INPUT = (128, 64)                   # width, height that the network sees
-LAYERS = {'layer 1': 1, 'layers 1, 2': 2, 'layer 8': 8, 'layer 16': 16}       # of the encoder; 8: at 1/8, 16: the last
+SIZES = (128, 64), (512, 256), (1024, 512)       # width, height at which to measure the network's cost
+INPUT = (128, 64)                   # width, height of the network's input
+# Layers of the encoder: 8 is at 1/8 of the resolution, 16 is the last.
+LAYERS = {'layer 1': 1, 'layers 1, 2': 2, 'layer 8': 8, 'layer 16': 16}
 
 
 def parse(argv=None):
     parser = Parser(prog='python -m benchmarks.identify', description='How well the domain is told from an image.')
     parser.add_argument('--domains', nargs='+', required=True, metavar='NAME', help='domains that are told apart')
-    parser.add_argument('--state', metavar='CKPT', help='network whose layers and branches are compared (default: random)')
+    parser.add_argument('--state', metavar='CKPT',
+                        help='network whose layers and branches are compared (default: random)')
     parser.add_argument('--look-alone', action='store_true', help='leave out the layers and branches of the network')
     parser.add_argument('--alike', action='store_true', help='store all images alike first')
     parser.add_argument('--frames', type=positive, default=10, help='images of a sequence')
@@ -48,7 +50,7 @@ def parse(argv=None):
 
 
 def stored_alike(image):
-    """The image as a small JPEG file gives it back."""
+    """The image after it was resized to ALIKE and stored as JPEG."""
     file = io.BytesIO()
     image.resize(ALIKE, Image.BILINEAR).save(file, 'JPEG', quality=QUALITY)
     return Image.open(file).convert('RGB')
@@ -63,13 +65,13 @@ def network(options, domains):
 
 
 def tensor(image):
-    """(1, 3, H, W) in [0, 1] of an image at the network's size."""
+    """The image as input of the network: (1, 3, H, W) in [0, 1]."""
     pixels = torch.frombuffer(bytearray(image.resize(INPUT, Image.BILINEAR).tobytes()), dtype=torch.uint8)
     return pixels.view(1, INPUT[1], INPUT[0], 3).permute(0, 3, 1, 2).float() / 255
 
 
 def layer_statistics(model, image):
-    """{name of LAYERS: mean and deviation of every channel, float64} of the first domain's encoder."""
+    """{name in LAYERS: mean and standard deviation of every channel, float64} in the first domain's encoder."""
     encoder, x, found, parts = model.single(0).encoder, tensor(image), {}, []
     for number, layer in enumerate([encoder.initial_block, *encoder.layers], 1):
         x = layer(x)
@@ -81,13 +83,13 @@ def layer_statistics(model, image):
 
 
 def branch_scores(model, image):
-    """{'batch norms', 'confidence': (domains,)}: how well each branch fits an image, the best highest."""
+    """{'batch norms', 'confidence': (domains,)}: two scores of how well each branch fits an image; higher is better."""
     found = [branch_score(model.single(number), tensor(image)) for number in range(len(model.num_classes))]
     return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
 
 
 def branch_score(view, x):
-    """The two scores of one branch, 0-d."""
+    """The two scores of one branch for an input x, 0-d tensors."""
     distances = []
     hooks = [norm.register_forward_pre_hook(lambda norm, args: distances.append(divergence(norm, args[0])))
              for norm in (view.encoder.initial_block.bn, view.encoder.layers[0].bn, view.encoder.layers[6].bn)]
@@ -98,7 +100,7 @@ def branch_score(view, x):
 
 
 def divergence(norm, x):
-    """KL divergence between the channels of x (1, C, H, W) and a batch norm's running statistics, as Gaussians."""
+    """KL divergence, summed over channels, of x (1, C, H, W) from a batch norm's running statistics, as Gaussians."""
     mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3)) + norm.eps
     known = norm.running_var + norm.eps
     return (0.5 * (torch.log(known / var) + (var + (mean - norm.running_mean).square()) / known - 1)).sum()
@@ -106,7 +108,7 @@ def divergence(norm, x):
 
 @torch.inference_mode()
 def observe(domain, split, model, options):
-    """({kind of look: (N, d)}, {kind: branch scores (N, domains)}, CPU ms of a look) of a domain's split."""
+    """({kind of features: (N, d)}, {kind: branch scores (N, domains)}, CPU ms per look) of a domain's split."""
     looks, scores, seconds = [], [], 0.0
     for pair in tqdm(find_split(domain, options.data_root, split).pairs, desc=f'{domain.name} {split}', disable=None):
         image = stored_alike(open_image(pair.image)) if options.alike else open_image(pair.image)
@@ -122,7 +124,7 @@ def observe(domain, split, model, options):
 
 @torch.inference_mode()
 def network_cost(model):
-    """{size: CPU ms of one image through one branch}, decoder included."""
+    """{size: CPU ms for one image through the network with one branch, decoder included}."""
     costs = {}
     for width, height in SIZES:
         x = torch.rand(1, 3, height, width)
@@ -135,17 +137,17 @@ def network_cost(model):
 
 
 def percent(mask):
-    """Percentage of a boolean tensor that is true."""
+    """Percentage of true elements in a boolean tensor."""
     return 100 * mask.double().mean().item()
 
 
 def windows(looks, length):
-    """Looks (N, d) cut into sequences of `length` images; a shorter rest is left out, but for the only one."""
+    """Looks (N, d) cut into sequences of `length` images; a shorter rest is dropped, unless it is all there is."""
     return [part for part in looks.split(length) if len(part) == min(length, len(looks))]
 
 
 def told(train, val, names, frames):
-    """Figures of one kind of look: {domain: (N, d)} of training and validation images."""
+    """Results for one kind of features; train, val: {domain: (N, d)}."""
     known = {name: statistics(train[name]) for name in names}
     everyone, result = Identifier([known[name] for name in names]), {'matrix': {}, 'false_alarms': {}, 'unknown': {}}
     sequences = {'right': {}, 'false_alarms': {}, 'unknown': {}}
@@ -170,20 +172,20 @@ def accuracy(matrix):
 
 
 def chosen(scores, names):
-    """Figures of branch scores {domain: (N, domains)}, the highest chosen."""
+    """Results of choosing the branch with the highest score; scores: {domain: (N, domains)}."""
     matrix = {name: {other: int((scores[name].argmax(dim=1) == index).sum()) for index, other in enumerate(names)}
               for name in names}
     return {**accuracy(matrix), 'matrix': matrix}
 
 
 def measure(options):
-    """What --out holds."""
+    """The results that --out gets."""
     domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
     names, model = [domain.name for domain in domains], network(options, domains)
     train = {domain.name: observe(domain, 'train', model, options)[0] for domain in domains}
     val = {domain.name: observe(domain, 'val', model, options) for domain in domains}
-    kinds = {kind: told({name: train[name][kind] for name in names}, {name: val[name][0][kind] for name in names}, names,
-                        options.frames) for kind in train[names[0]]}
+    kinds = {kind: told({name: train[name][kind] for name in names}, {name: val[name][0][kind] for name in names},
+                        names, options.frames) for kind in train[names[0]]}
     for kind in val[names[0]][1]:
         kinds[kind] = chosen({name: val[name][1][kind] for name in names}, names)
     return {'images': {name: {'train': len(train[name]['look']), 'val': len(val[name][0]['look'])} for name in names},
@@ -200,7 +202,8 @@ def main(argv=None):
     write_json(options.out, results)
     for kind, found in results['kinds'].items():
         unknown = ', '.join(f'{name} {value:.0f}' for name, value in found.get('unknown', {}).items())
-        print(f'{kind}: {found["accuracy"]:.1f} % right' + (f'; called unknown when left out, %: {unknown}' if unknown else ''))
+        print(f'{kind}: {found["accuracy"]:.1f} % right'
+              + (f'; called unknown when left out, %: {unknown}' if unknown else ''))
 
 
 if __name__ == '__main__':

@@ -1,12 +1,11 @@
-"""Images per second of processor time: the published way of loading, ours without and with a cache.
+"""Loading in images per second of processor time: the published way, and ours without and with a cache.
 
     python -m benchmarks.loading [--height 512 --images 24 --rounds 7 --seconds 1 --json FILE]
 
-draws its own images in the sizes of three data sets, then takes the routes in turn, round by
-round. Every route ends in batches of flipped and shifted samples: 'float' as the published way
-makes them, float images and int64 labels; 'uint8' as a GPU takes them, which converts them
-itself; 'raw' with flip and shift left to the GPU too. Files are in memory when they are read:
-what a disk costs is not in the figures.
+Draws its own images in the sizes of three data sets, then measures the routes in turn, round by round.
+Every route ends in batches: 'float' are float images and int64 labels, as published; 'uint8' leaves
+the conversion to the GPU; 'raw' leaves flip and shift to the GPU too. All files are in the operating
+system's cache when they are read, so the results do not include the disk.
 """
 import random
 import statistics
@@ -38,12 +37,12 @@ from mdil.utils.precision import to_float
 
 BATCH = 6
 PUBLISHED = '(a) published, float'
-MEMORY = {'RssAnon': 'own', 'RssFile': 'mapped files'}      # of /proc/self/status
+MEMORY = {'RssAnon': 'own', 'RssFile': 'mapped files'}      # names in /proc/self/status
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files to load: their name, size, JPEG quality (0: PNG), and what part of --height they are resized to."""
+    """Files to load: name, size, JPEG quality (0: PNG); they are resized to the height --height / shrink."""
     name: str
     width: int
     height: int
@@ -52,7 +51,7 @@ class Source:
 
     @property
     def domain(self):
-        """The domain whose layout and label values the files have."""
+        """The domain whose folder layout and label values the files use."""
         return DOMAINS['BDD' if self.quality else 'cityscapes']
 
 
@@ -61,7 +60,7 @@ SOURCES = [Source('2048x1024 PNG', 2048, 1024, 0, 1), Source('1280x720 JPEG', 12
 
 
 def write_pair(root, source, index):
-    """Writes image and label `index` of `source`: a small toy road enlarged, with the noise of a sensor."""
+    """Writes image and label number `index` of `source`: a small toy road, enlarged, with sensor noise."""
     drawn, objects = draw_scene('usa', index, 192, 384)
     size = source.width, source.height
     image = np.asarray(Image.fromarray(drawn).resize(size, Image.BICUBIC), dtype=np.float32)
@@ -77,7 +76,7 @@ def write_pair(root, source, index):
 
 
 def published(pair, size):
-    """One sample the published way: float image (3, H, W) and int64 label (1, H, W)."""
+    """One sample loaded the published way: float image (3, H, W) and int64 label (1, H, W); size: (height, width)."""
     width_height = size[::-1]
     image, label = Image.open(pair.image).convert('RGB'), Image.open(pair.label).convert('P')
     image, label = image.resize(width_height, Image.BILINEAR), label.resize(width_height, Image.NEAREST)
@@ -95,24 +94,24 @@ def published(pair, size):
 
 
 def published_batches(pairs, size):
-    """Yields the pairs the published way, in batches."""
+    """Yields batches loaded the published way."""
     for start in range(0, len(pairs), BATCH):
         yield default_collate([published(pair, size) for pair in pairs[start:start + BATCH]])
 
 
 def our_batches(dataset):
-    """Yields uint8 batches of `dataset` as training loads them, in this process."""
+    """Yields uint8 batches of `dataset`, loaded as in training but in this process."""
     yield from make_loader(dataset, TrainBatches(len(dataset), BATCH, seed=0), workers=0, pin=False)
 
 
 def float_batches(dataset):
-    """Yields batches of `dataset` converted as the published way does."""
+    """Yields batches of `dataset` as float images and int64 labels."""
     for images, labels, _ in our_batches(dataset):
         yield to_float(images), labels.long()
 
 
 def routes(source, root, size, cache):
-    """{name: function that yields the batches of an epoch} of everything that is compared."""
+    """{name: function that yields the batches of an epoch} of the compared routes."""
     augmented, raw = (SegmentationDataset(source.domain, root, 'train', size, augmented)
                       for augmented in (True, False))
     stored, stored_raw = (cached(dataset, cache) for dataset in (augmented, raw))
@@ -125,7 +124,7 @@ def routes(source, root, size, cache):
 
 
 def rate(epoch, seconds):
-    """Images per second of this process's time, over whole epochs that take at least `seconds`."""
+    """Images per second of this process's CPU time, over whole epochs that take at least `seconds`."""
     images, start = 0, time.process_time()
     while not images or time.process_time() - start < seconds:
         images += sum(len(batch[0]) for batch in epoch())
@@ -133,7 +132,7 @@ def rate(epoch, seconds):
 
 
 def measure(source, options, bar):
-    """Result of one source: {route: rates of the rounds}, sizes of files and cache, memory in use after it."""
+    """Results of one source: {route: rates of the rounds}, bytes per pair in files and cache, memory at the end."""
     with tempfile.TemporaryDirectory() as folder:
         root, cache = Path(folder) / 'data', Path(folder) / 'cache'
         for index in range(options.images):
@@ -143,7 +142,7 @@ def measure(source, options, bar):
         for round_number in range(options.rounds + 1):
             for name, epoch in compared.items():
                 found = rate(epoch, options.seconds if round_number else 0)
-                if round_number:        # the first goes to warm up
+                if round_number:        # the first round is a warm-up
                     rates[name].append(found)
                 bar.update()
         return {'rates': dict(rates), 'size': size, 'file_bytes': bytes_below(root) / options.images,
@@ -151,18 +150,18 @@ def measure(source, options, bar):
 
 
 def bytes_below(folder):
-    """Bytes of all files below `folder`."""
+    """Total bytes of the files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
 
 
 def memory():
-    """MiB that this process holds: its own, and those of mapped files, which processes share."""
+    """MiB in use by this process: its own, and mapped files, which processes share."""
     lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     return {name: int(lines[key].split()[0]) / 1024 for key, name in MEMORY.items()}
 
 
 def report(source, result):
-    """Lines about one source: images/s, their spread and their ratio to the published way."""
+    """Text about one source: images/s, their range and their ratio to the published way."""
     rows = []
     for name, rates in result['rates'].items():
         ratios = [ours / theirs for ours, theirs in zip(rates, result['rates'][PUBLISHED])]

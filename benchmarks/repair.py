@@ -1,12 +1,12 @@
-"""How much of what the published loops lose comes back by `python -m mdil repair`, over orders and seeds.
+"""How much of what the published loops forget `python -m mdil repair` restores, over orders and seeds.
 
     python -m benchmarks.repair --data-root DATA --out runs/repair --epochs cityscapes=40 camvid=6 idd-lite=3 \\
         --height 64 --precision bf16 --val-every 50 --json FILE --markdown FILE
 
-The sequences are the row `released` of `python -m benchmarks.forgetting`: every step is a run
-of train.py in OUT, and runs that are finished are not run again. The network of the last step
-is repaired from the files of all steps and evaluated on every domain: as it is, with the old
-statistics put back, and with the old branches put back.
+The sequences are the row `released` of `python -m benchmarks.forgetting`: every step is a run of
+train.py in OUT, and finished runs are not repeated. The network of the last step is repaired from the
+files of all steps and evaluated on every domain: unrepaired, with the old statistics restored, and
+with the old branches restored.
 """
 import signal
 
@@ -26,8 +26,9 @@ ROW = 'released'
 
 
 def parse(argv=None):
-    """Options, complete and checked."""
-    parser = Parser(prog='python -m benchmarks.repair', description='What repair gives back of what the published loops lose.')
+    """The options, completed and checked."""
+    parser = Parser(prog='python -m benchmarks.repair',
+                    description='What repair gives back of what the published loops lose.')
     group = parser.add_argument_group('what is repaired')
     group.add_argument('--orders', nargs='+', default=list(forgetting.ORDERS), metavar='"NAME NAME ..."',
                        help='orders of domains (default: "{}" and "{}")'.format(*forgetting.ORDERS))
@@ -52,7 +53,10 @@ def parse(argv=None):
 
 
 def measured(steps, evaluator, options):
-    """{domain: {'learnt', 'before', each of WHAT: mIoU}} of the steps of a sequence."""
+    """{domain: {'learnt', 'before', and each of WHAT: mIoU}} of a sequence of steps.
+
+    learnt: right after the domain's own step; before: after the last step, unrepaired.
+    """
     known = [scores(step, evaluator, options) for step in steps]
     found = {name: {'learnt': known[number][name]['miou'], 'before': known[-1][name]['miou']}
              for number, name in enumerate(known[-1])}
@@ -65,13 +69,16 @@ def measured(steps, evaluator, options):
 
 
 def returned(entry, what):
-    """Percent of what a domain lost that came back; None where nothing was lost."""
+    """Percent of a domain's loss that `what` restores; None if nothing was lost."""
     lost = entry['learnt'] - entry['before']
     return 100 * (entry[what] - entry['before']) / lost if lost > 0 else None
 
 
 def order_table(order, seeds):
-    """mIoU of each domain of an order when learnt, after the last step, and repaired; seeds: what `measured` gives."""
+    """Table of an order: mIoU of each domain when learnt, after the last step, and repaired.
+
+    seeds: {seed: result of `measured`}.
+    """
     rows = []
     for name in order:
         entries = [found[name] for found in seeds.values()]
@@ -84,7 +91,7 @@ def order_table(order, seeds):
 
 
 def report(found, evaluator, options):
-    """Prints the tables and writes the files; found: {order: {seed: what `measured` gives}}."""
+    """Prints the tables and writes the files; found: {order: {seed: result of `measured`}}."""
     shown = [order_table(order, seeds) for order, seeds in found.items()]
     versions = records.environment(evaluator.place.device)
     epochs = ', '.join(f'{name} {count}'.strip() for name, count in options.epochs.items())

@@ -1,8 +1,8 @@
-"""The scores of every step in three columns, which part what it lost into statistics and weights.
+"""Scores of every step in three columns, which attribute forgetting to batch-norm statistics or to weights.
 
-trained: as the step left the network. estimated: each domain with nothing but the running statistics
-of its batch norms taken anew, from its own training images. kept: each domain with nothing but those
-of its own step, shared norms included, and the weights of today. No file is changed.
+trained: the network as the step left it. estimated: each domain with the running statistics of its batch
+norms re-estimated from its own training images, all else unchanged. kept: each domain with the running
+statistics that its own step left, shared norms included, and the current weights. No file is changed.
 
 `options` are those of `python -m benchmarks.forgetting`.
 """
@@ -25,7 +25,7 @@ TRAINED, ESTIMATED, KEPT = COLUMNS = 'trained', 'estimated', 'kept'
 
 
 def make_evaluator(options, place):
-    """The Evaluator of all steps."""
+    """The Evaluator for all steps."""
     arguments = [*data_arguments(options), '--state', '-', '--num-workers', options.num_workers]
     for name in ('height', 'width', 'batch_size', 'precision', 'limit_batches'):
         if getattr(options, name) is not None:
@@ -34,7 +34,7 @@ def make_evaluator(options, place):
 
 
 def training_loader(options, name, seed, place):
-    """Training images of a domain, not augmented, in batches as the first epoch has them."""
+    """A loader of a domain's training images, not augmented, in the batches of the first epoch."""
     data = training_images(options, name)
     batches = TrainBatches(len(data), options.batch_size, seed, limit=options.limit_batches)
     return make_loader(cached(data, options.cache) if options.cache else data, batches, options.num_workers,
@@ -42,9 +42,10 @@ def training_loader(options, name, seed, place):
 
 
 def score(step, column, number, load, evaluator, options):
-    """Entry of the domain of index `number` after a step, in a column; None where it is that of the column `trained`.
+    """The entry of domain `number` after a step, in a column; None if it equals that of the column `trained`.
 
-    load: gives (network, its Domain objects) of the step. The other columns replace every statistic that the domain uses.
+    load: returns (network, its Domain objects) of the step. One network serves all domains, because the
+    columns other than `trained` replace every statistic that the domain uses.
     """
     name, own = step.domains[number], own_step(step, step.domains[number])
     if column == KEPT and own == step:
@@ -60,14 +61,14 @@ def score(step, column, number, load, evaluator, options):
 
 
 def scores(step, evaluator, options, column=TRAINED):
-    """{domain: {'miou', 'accuracy', 'iou'}} after a step, from its file where that was made the same way."""
+    """{domain: {'miou', 'accuracy', 'iou'}} after a step; its file is reused if its protocol is the same."""
     path = step.folder(options) / f'scores-{column}-{options.which}.json'
     protocol = {name: getattr(evaluator.options, name) for name in PROTOCOL}
     if path.exists():
         known = json.loads(path.read_text())
         if known['protocol'] == protocol:
             return known['domains']
-    load = functools.cache(lambda: evaluator.load(checkpoint_of(step, options)))        # once, if at all
+    load = functools.cache(lambda: evaluator.load(checkpoint_of(step, options)))        # at most once
     entries = {name: score(step, column, number, load, evaluator, options) for number, name in enumerate(step.domains)}
     entries = tables.without_nan({name: entry or scores(step, evaluator, options)[name]
                                   for name, entry in entries.items()})
@@ -76,21 +77,22 @@ def scores(step, evaluator, options, column=TRAINED):
 
 
 def evaluated(plans, evaluator, options):
-    """{(order, row name, seed): {column: [{domain: mIoU}] after each step}} of the sequences that are finished."""
+    """{(order, row name, seed): {column: [{domain: mIoU} after each step]}} of the finished sequences."""
     complete = {key: steps for key, steps in plans.items() if all(finished(step, options) for step in steps)}
     return {key: {column: sequence(row_of(key[1]), steps, column, evaluator, options) for column in COLUMNS}
             for key, steps in tqdm(complete.items(), unit='sequence', disable=None)}
 
 
 def sequence(row, steps, column, evaluator, options):
-    """[{domain: mIoU}] after each step of a row, in a column."""
-    found = [{name: entry['miou'] for name, entry in scores(step, evaluator, options, column).items()} for step in steps]
+    """[{domain: mIoU} after each step] of a row, in a column."""
+    found = [{name: entry['miou'] for name, entry in scores(step, evaluator, options, column).items()}
+             for step in steps]
     if METHODS[row.method].lonely:
         found = [{name: value for step in found for name, value in step.items()}]
     return own_networks(found) if row.copies else found
 
 
 def own_networks(steps):
-    """[{domain: mIoU}] after each step where every domain's is that of the step that learnt it."""
+    """[{domain: mIoU} after each step] with every domain's mIoU taken from the step that learnt it."""
     learnt = metrics.learnt_at(steps)
     return [{name: learnt[name] for name in step} for step in steps]

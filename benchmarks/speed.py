@@ -1,13 +1,13 @@
 """Speed of training and evaluation: the published loops and ours, in one process, in turn.
 
     python -m benchmarks.speed [--height 512 --batch-size 6 --rounds 7 --seconds 2 --json FILE]
-    python -m benchmarks.speed --floor                  what bytes and FLOPs allow
+    python -m benchmarks.speed --floor                  upper bounds set by FLOPs and bytes
     python -m benchmarks.speed --growth FIGURE          cost against the number of old domains, 1 to 8
 
-(a) is the published way: recipe `released`, float32, eager, contiguous, the teacher's output
-fetched to the CPU and sent back, the device's cache emptied after each batch, evaluation by
-one-hot maps. (b) is ours in bf16, compiled with --compile. Both get the same uint8 images and
-labels from the CPU. 20 classes each; step N knows N - 1 old domains.
+`published` is the published way: recipe `released`, float32, eager, contiguous layout, the teacher's
+output copied to the CPU and back, the device's cache emptied after each batch, and evaluation with
+one-hot maps. `ours` runs in bf16 if the device is fast in it, and compiled with --compile. Both get the
+same uint8 images and labels from the CPU. Every domain has 20 classes; step N has N - 1 old domains.
 """
 import contextlib
 import copy
@@ -55,7 +55,11 @@ PUBLISHED, OURS, REPEATABLE = 'published', 'ours', 'ours, --deterministic'
 
 
 def published_batch(run, images, labels):
-    """A batch the published way: plain formulas, terms in one graph or a step on each, the teacher's output over the CPU."""
+    """Trains on a batch the published way; returns its loss.
+
+    Plain formulas, the teacher's output sent through the CPU, and one optimiser step on the sum of the
+    terms or one on each, as the recipe says.
+    """
     loss_of, total = run.step_loss, 0.0
     for part in run.published_steps:
         run.optimizer.zero_grad()
@@ -74,7 +78,7 @@ def published_batch(run, images, labels):
 
 @contextlib.contextmanager
 def unfolded():
-    """Batch norms applied to what convolutions give, as published."""
+    """Within this context, batch norms are not folded into convolutions but applied to their outputs, as published."""
     folded = erfnet.conv_bn
     erfnet.conv_bn = lambda bn, conv, x, *more: bn(sum((c(y) for c, y in more), conv(x)))
     try:
@@ -84,16 +88,17 @@ def unfolded():
 
 
 def settings(side, domains, options):
-    """Options of train.py that a side runs with, as far as building asks for them."""
+    """Options of train.py for a side, as far as building the networks needs them."""
     recipe, fast = ('released', False) if side == PUBLISHED else ('corrected', True)
     return SimpleNamespace(
         method='mdil', domains=[f'domain{n}' for n in range(domains)], lr=5e-4, shared_lr=5e-6,
         no_dropout=False, precision=options.precision if fast else 'fp32', compile=fast and options.compile,
-        cuda_graphs=fast and options.cuda_graphs, distill_domains=options.distill_domains if fast else None, **recipe_settings(recipe, range(domains)))
+        cuda_graphs=fast and options.cuda_graphs, distill_domains=options.distill_domains if fast else None,
+        **recipe_settings(recipe, range(domains)))
 
 
 def networks(domains, chosen):
-    """(student, teacher or None) of step `domains`."""
+    """(student, teacher or None) of step number `domains`."""
     torch.manual_seed(0)
     if domains == 1:
         student, teacher = build_model([CLASSES]), None
@@ -121,13 +126,14 @@ def layout_of(side, device, precision):
 
 
 class Training:
-    """One side's training of step `domains`; a call takes one batch, `count` times."""
+    """One side's training in step number `domains`; a call trains on the same batch `count` times."""
 
     def __init__(self, side, domains, options, place):
         self.options = chosen = settings(side, domains, options)
         self.side, self.place, self.domain = side, place, domains - 1
         self.step_loss = make_step_loss(side, domains, chosen, place.device).train()
-        self.student, self.teacher, self.terms = self.step_loss.student, self.step_loss.teacher, list(self.step_loss.terms.values())
+        self.student, self.teacher, self.terms = (self.step_loss.student, self.step_loss.teacher,
+                                                  list(self.step_loss.terms.values()))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=False)
         self.published_steps = ('ce', 'kd') if chosen.steps_per_batch == 2 else ('both',)
         self.optimizer, _ = building.build_optimizer(self.student, chosen)
@@ -152,7 +158,7 @@ class Training:
 
 
 class Evaluation:
-    """One side's evaluation of a network of one domain; a call takes one batch, `count` times."""
+    """One side's evaluation of a single-domain network; a call evaluates the same batch `count` times."""
 
     def __init__(self, side, options, place):
         self.side, self.place, self.options = side, replace(place, graphs=options.cuda_graphs), options
@@ -176,7 +182,7 @@ class Evaluation:
 
 
 def published_evaluation(network, images, labels, weights):
-    """Loss and mean IoU of a batch by one-hot maps, as the published scripts count."""
+    """(loss, mean IoU) of a batch, computed with one-hot maps as in the published scripts."""
     logits = network(images.float() / 255, 0)
     loss = F.cross_entropy(logits, labels.long(), weights)
     answers, truth = (torch.zeros_like(logits).scatter_(1, index[:, None], 1)
@@ -190,22 +196,22 @@ def published_evaluation(network, images, labels, weights):
 
 
 def side_of(side, what, options, place):
-    """The Training or Evaluation that `what` names."""
+    """The Training or Evaluation of a side for `what`, one of WHAT or a later step."""
     if what == 'evaluation':
         return Evaluation(side, options, place)
     return Training(side, int(what.split()[1]), options, place)
 
 
 def wait(place):
-    """Until the device has done all it was given."""
+    """Waits until the device has finished its work."""
     if place.device.type == 'cuda':
         torch.cuda.synchronize(place.device)
 
 
 def turn(run, batch, seconds, place):
-    """Images per second of whole batches that take at least `seconds`.
+    """Images per second over whole batches that take at least `seconds`.
 
-    On a GPU an untimed one comes first, as the published side empties the cache.
+    On a GPU, one untimed batch comes first, because the published side has emptied the cache.
     """
     if place.device.type == 'cuda':
         run(*batch)
@@ -219,7 +225,7 @@ def turn(run, batch, seconds, place):
 
 
 class Peak:
-    """Bytes that the device (or, on the CPU, the process) held at most within the context, above `before`."""
+    """Context whose `bytes` is the peak memory of the GPU (on the CPU: of the process) above that at its start."""
 
     def __init__(self, place):
         self.device, self.cuda = place.device, place.device.type == 'cuda'
@@ -235,8 +241,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            ctypes.CDLL(None).malloc_trim(0)                    # freed memory goes back first
-            Path('/proc/self/clear_refs').write_text('5')       # the high-water mark starts anew
+            ctypes.CDLL(None).malloc_trim(0)                    # returns freed memory first
+            Path('/proc/self/clear_refs').write_text('5')       # resets the high-water mark
             self.before = self.resident('VmRSS')
         return self
 
@@ -246,7 +252,7 @@ class Peak:
 
 
 def peak_of(side, what, options, place, batch):
-    """GiB that one side's batch takes at most, its networks and optimiser included, measured alone."""
+    """Peak memory in GiB of a batch on one side, including networks and optimiser, measured alone."""
     with Peak(place) as peak:
         run = side_of(side, what, options, place)
         run(*batch)
@@ -256,12 +262,12 @@ def peak_of(side, what, options, place, batch):
 
 
 def compare(what, options, place, batch):
-    """{side: figures} of one kind of work, the sides in turn, round by round; ratios are to the published side."""
+    """{side: results} for one kind of work; the sides take turns in every round; ratios are to the published side."""
     sides = [PUBLISHED, OURS] + ([REPEATABLE] if options.deterministic and what != 'evaluation' else [])
     peaks = {side: peak_of(side, what, options, place, batch) for side in sides}
     runs = {side: side_of(side, what, options, place) for side in sides}
     for run in runs.values():
-        run(*batch)         # warm-up: algorithms chosen, programs compiled
+        run(*batch)         # warm-up: chooses algorithms, compiles
         run(*batch)
     rates = {side: [] for side in runs}
     for _ in tqdm(range(options.rounds), desc=what, leave=False, disable=None):
@@ -272,7 +278,7 @@ def compare(what, options, place, batch):
 
 
 def ceilings(place, dtype):
-    """(FLOP/s of a large matrix product of `dtype`, bytes/s of a large copy, read and written) of the device."""
+    """(FLOP/s of a large matrix product in `dtype`, bytes/s read and written by a large copy) on the device."""
     device = place.device
     size = 8192 if device.type == 'cuda' else 2048
     a = torch.randn(size, size, device=device).to(dtype)
@@ -284,7 +290,7 @@ def ceilings(place, dtype):
 
 
 def best_time(work, place, rounds=10):
-    """Seconds of the fastest of several calls."""
+    """Seconds of the fastest of `rounds` calls."""
     times = []
     for _ in range(rounds):
         wait(place)
@@ -296,19 +302,22 @@ def best_time(work, place, rounds=10):
 
 
 def floors(what, options, top, cache=0):
-    """What one image costs at least: {'gflop', 'gb', 'seconds'} at the ceilings `top`, with a cache of that many bytes."""
+    """Minimum cost of one image: {'gflop', 'gb', 'seconds'}.
+
+    top: what `ceilings` returns; cache: bytes of the device's cache.
+    """
     return together(costs_of(what, options, cache), options, top)
 
 
 def together(costs, options, top):
-    """`floors` of the costs of a batch."""
+    """The result of `floors` from the costs of a batch."""
     batch, counts = options.batch_size, costs.values()
     return {'gflop': sum(c[0] for c in counts) / batch / 1e9, 'gb': sum(c[1] for c in counts) / batch / 1e9,
             'seconds': sum(max(flops / top[0], moved / top[1]) for flops, moved in counts) / batch}
 
 
 def costs_of(what, options, cache):
-    """{kind of operation: [FLOPs, bytes]} of a batch of our way, in the options' precision."""
+    """{kind of operation: [FLOPs, bytes]} of a batch on our side, in the options' precision."""
     dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16}[options.precision]
     images = torch.empty(options.batch_size, 3, options.height, options.width, dtype=dtype, device='meta')
     if what == 'evaluation':
@@ -316,7 +325,8 @@ def costs_of(what, options, cache):
         with torch.no_grad():
             return traffic(lambda: network(images, 0), cache)
     domains = int(what.split()[1])
-    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, cuda_graphs=False, distill_domains=None))
+    chosen = settings(OURS, domains, SimpleNamespace(precision='fp32', compile=False, cuda_graphs=False,
+                                                     distill_domains=None))
     loss = make_step_loss(OURS, domains, chosen, 'meta').to(dtype).train()
     labels = torch.empty(options.batch_size, options.height, options.width, dtype=torch.uint8, device='meta')
     old = range(min(domains - 1, options.distill_domains or domains - 1))
@@ -325,7 +335,7 @@ def costs_of(what, options, cache):
 
 
 def show_floor(options, top, cache):
-    """Prints FLOPs and bytes per image, kind by kind, and what they allow."""
+    """Prints FLOPs and bytes per image for each kind of operation, and the speed that they allow."""
     for what in options.what:
         rows, costs = [], costs_of(what, options, cache)
         for name, (flops, moved) in costs.items():
@@ -339,7 +349,7 @@ def show_floor(options, top, cache):
 
 
 def starving(options, place):
-    """{side: share of the time that step 1 waits for its data}, loaded from full-size PNGs each side's way."""
+    """{side: share of the time that step 1 waits for its data}; each side loads full-size PNGs in its own way."""
     size, shares = (options.height, options.width), {}
     with tempfile.TemporaryDirectory() as folder:
         for index in range(2 * options.batch_size):
@@ -347,8 +357,8 @@ def starving(options, place):
         data = SegmentationDataset(SOURCES[0].domain, folder, 'train', size, augmented=False)
         batches = TrainBatches(len(data), options.batch_size, seed=0)
         loaders = {PUBLISHED: DataLoader(Published(data.pairs, size), options.batch_size, shuffle=True, drop_last=True,
-                                         num_workers=options.num_workers, persistent_workers=True, multiprocessing_context=CONTEXT,
-                                         pin_memory=place.device.type == 'cuda'),
+                                         num_workers=options.num_workers, persistent_workers=True,
+                                         multiprocessing_context=CONTEXT, pin_memory=place.device.type == 'cuda'),
                    OURS: make_loader(cached(data, folder), batches, options.num_workers, place.device.type == 'cuda')}
         for side, loader in loaders.items():
             shares[side] = waiting_share(side, loader, Training(side, 1, options, place), data, options, place)
@@ -370,7 +380,7 @@ class Published(torch.utils.data.Dataset):
 
 
 def waiting_share(side, loader, training, data, options, place):
-    """Share of the time of some epochs, the first left out, that passes before a batch is there."""
+    """Share of the time spent waiting for batches, over some epochs without the first."""
     waited = worked = 0.0
     for epoch in range(5):
         before = time.perf_counter()
@@ -396,7 +406,7 @@ def growth(options, place, batch):
     for old in tqdm(range(1, 9), desc='old domains', disable=None):
         entry = {'old': old}
         if options.compile:
-            torch._dynamo.reset()       # programs for fewer domains are done with
+            torch._dynamo.reset()       # drops the code compiled for fewer domains
         for name, (side, chosen) in ways.items():
             what = f'step {old + 1}'
             peak, run = peak_of(side, what, chosen, place, batch), side_of(side, what, chosen, place)
@@ -413,7 +423,8 @@ def draw_growth(found, path):
     axes = figure.subplots(1, 2)
     for name in list(found[0])[1:]:
         for axis, key, factor in ((axes[0], 'seconds_per_image', 1000), (axes[1], 'peak_gib', 1)):
-            axis.plot([entry['old'] for entry in found], [factor * entry[name][key] for entry in found], 'o-', label=name)
+            axis.plot([entry['old'] for entry in found], [factor * entry[name][key] for entry in found], 'o-',
+                      label=name)
     for axis, label in zip(axes, ('ms per image', 'peak memory, GiB')):
         axis.set(xlabel='old domains', ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
@@ -422,7 +433,7 @@ def draw_growth(found, path):
 
 
 def rows_of(result):
-    """Table rows of `compare`'s figures of every kind of work."""
+    """(header, rows) of the table of results; result: {kind of work: {'sides': of `compare`, 'floor'}}."""
     rows = []
     spread = lambda values, digits=1: f'{number(min(values), digits)}-{number(max(values), digits)}'
     for what, entry in result.items():
@@ -430,8 +441,8 @@ def rows_of(result):
         for side, figures in entry['sides'].items():
             rates, ratios = figures['images_per_second'], figures['ratios']
             median = statistics.median(rates)
-            rows.append([what, side, number(median), spread(rates), number(statistics.median(ratios), 2), spread(ratios, 2),
-                         number(figures['peak_gib'], 2), number(floor['gflop'] * median / 1e3, 2),
+            rows.append([what, side, number(median), spread(rates), number(statistics.median(ratios), 2),
+                         spread(ratios, 2), number(figures['peak_gib'], 2), number(floor['gflop'] * median / 1e3, 2),
                          number(floor['gb'] * median, 1), number(1 / (median * floor['seconds']), 1)])
     return ['what', 'side', 'images/s', 'spread', 'ratio', 'spread', 'peak GiB', 'TFLOP/s', 'GB/s', 'x floor'], rows
 
@@ -441,7 +452,8 @@ def parse(argv=None):
     size_options(parser)
     parser.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     parser.add_argument('--what', nargs='+', choices=WHAT, default=list(WHAT), metavar='WHAT', help=', '.join(WHAT))
-    parser.add_argument('--precision', choices=('fp32', 'bf16'), help='of ours (default: bf16 where the device is fast in it)')
+    parser.add_argument('--precision', choices=('fp32', 'bf16'),
+                        help='of ours (default: bf16 where the device is fast in it)')
     parser.add_argument('--compile', action='store_true', help='compile ours')
     parser.add_argument('--cuda-graphs', action='store_true', help='ours by CUDA graphs, on a GPU')
     parser.add_argument('--deterministic', action='store_true', help='training of ours with --deterministic too')
@@ -473,8 +485,9 @@ def main(argv=None):
     with session(options.device, graphs=options.cuda_graphs) as place:
         dtype = torch.bfloat16 if options.precision == 'bf16' else torch.float32
         top, cache = ceilings(place, dtype), cache_size(place.device)
-        print(f'{environment(place.device)["device"]}: matrix product {top[0] / 1e12:.2f} TFLOP/s ({options.precision}), '
-              f'copy {top[1] / 1e9:.1f} GB/s, cache {cache / 2 ** 20:.0f} MiB; {options.width}x{options.height}, batch {options.batch_size}')
+        print(f'{environment(place.device)["device"]}: matrix product {top[0] / 1e12:.2f} TFLOP/s '
+              f'({options.precision}), copy {top[1] / 1e9:.1f} GB/s, cache {cache / 2 ** 20:.0f} MiB; '
+              f'{options.width}x{options.height}, batch {options.batch_size}')
         if options.floor:
             show_floor(options, top, cache)
             return
@@ -485,16 +498,16 @@ def main(argv=None):
         batch = (torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8, generator=random),
                  torch.randint(0, CLASSES, size, dtype=torch.uint8, generator=random))
         if place.device.type == 'cuda':
-            batch = tuple(tensor.pin_memory() for tensor in batch)      # as loaders give it
+            batch = tuple(tensor.pin_memory() for tensor in batch)      # as loaders do
         if options.compile:
-            torch._dynamo.config.fail_on_recompile_limit_hit = True     # in place of running uncompiled
+            torch._dynamo.config.fail_on_recompile_limit_hit = True     # instead of running uncompiled
         if options.growth:
             found['growth'] = growth(options, place, batch)
             draw_growth(found['growth'], options.growth)
             print(growth_table(found['growth']))
         else:
-            found['work'] = {what: {'sides': compare(what, options, place, batch), 'floor': floors(what, options, top, cache)}
-                             for what in options.what}
+            found['work'] = {what: {'sides': compare(what, options, place, batch),
+                                    'floor': floors(what, options, top, cache)} for what in options.what}
             print(plain(*rows_of(found['work'])))
             if 'step 1' in options.what:
                 found['waiting'] = starving(options, place)
@@ -505,7 +518,7 @@ def main(argv=None):
 
 
 def growth_table(found):
-    """The figures of `growth` as text."""
+    """The results of `growth` as a text table."""
     names = list(found[0])[1:]
     rows = [[entry['old']] + [number(value, 2) for name in names
                               for value in (1000 * entry[name]['seconds_per_image'], entry[name]['peak_gib'])]

@@ -49,7 +49,7 @@ def pixel_accuracy(matrix):
 
 
 def forgetting(steps):
-    """{domain: best earlier mIoU minus the last mIoU} of the domains learnt before the last step.
+    """{domain: best earlier mIoU minus the last mIoU} of the domains that the last step but one already knew.
 
     steps: list of {domain: mIoU} after each step. Chaudhry et al., "Riemannian Walk", ECCV 2018.
     """

@@ -1,4 +1,4 @@
-"""The paper's method as a strategy of Avalanche; README.md here runs a sequence."""
+"""The paper's method as an Avalanche strategy; the README.md in this folder runs a sequence."""
 import copy
 
 import torch
@@ -13,12 +13,12 @@ from mdil.models import build_model
 
 
 class Samples(SegmentationDataset):
-    """Image (3, H, W) and label (H, W), uint8, of each index."""
+    """A data set of (image (3, H, W), label (H, W)), both uint8."""
     __getitem__ = SegmentationDataset.load
 
 
 def benchmark(names, root, size, streams=('train', 'val')):
-    """An experience for each domain in each stream; size: (height, width) that images are resized to."""
+    """A benchmark with an experience for each domain in each stream; size: (height, width) to resize images to."""
     return benchmark_from_datasets(**{stream: [AvalancheDataset([Samples(get_domain(name, {}), root, stream, size)])
                                                for name in names] for stream in streams})
 
@@ -26,8 +26,9 @@ def benchmark(names, root, size, streams=('train', 'val')):
 class MDIL(SupervisedTemplate):
     """Learns experience i in branch i of one network.
 
-    classes: of each domain, void, the last, included. lr: of what is new. shared_lr: of the shared weights after the
-    first experience; 0 freezes them, which is adapters-only. lambdac: weight of the distillation.
+    classes: number for each domain, including void, the last class. lr: of the experience's own branch, and of the
+    shared weights in the first experience. shared_lr: of the shared weights in later ones; 0 freezes them, which is
+    the method adapters-only. lambdac: weight of the distillation.
     """
 
     def __init__(self, *, classes, lr=5e-4, shared_lr=5e-6, lambdac=0.1, **options):
@@ -36,7 +37,7 @@ class MDIL(SupervisedTemplate):
         super().__init__(model=model, optimizer=torch.optim.Adam(model.parameters()), **options)
 
     def check_model_and_optimizer(self, **_):
-        """Adds the branch of the experience, freezes the older ones, and makes the optimiser."""
+        """Adds the experience's branch, freezes the older ones, and makes the optimiser."""
         new, model = self.experience.current_experience, self.model
         if new:
             self.teacher = copy.deepcopy(model).eval() if self.shared_lr else None
@@ -47,7 +48,7 @@ class MDIL(SupervisedTemplate):
         self.optimizer = torch.optim.Adam(groups, weight_decay=1e-4)
 
     def forward(self):
-        """Logits in the branch of the experience; nothing in training, as the loss runs the network itself."""
+        """Logits of the experience's branch; None in training, where the loss runs the network itself."""
         return None if self.is_training else self.model(self.mb_x.float() / 255, self.experience.current_experience)
 
     def criterion(self):

@@ -1,4 +1,4 @@
-"""The paper's method as an estimator of kubeedge/ianvs; README.md here says how to put it in place."""
+"""The paper's method as a kubeedge/ianvs estimator; the README.md in this folder says how to install it."""
 from pathlib import Path
 
 from sedna.common.class_factory import ClassFactory, ClassType
@@ -8,10 +8,10 @@ import mdil
 
 @ClassFactory.register(ClassType.GENERAL, alias='BaseModel')
 class BaseModel:
-    """Learns a domain with each call of `train`.
+    """Learns one domain with each call of `train`.
 
-    Hyperparameters: domains, their names in the order of those calls; classes, the names of the classes of
-    domains that mdil has not built in; savedir; and options of mdil.learn, such as num_epochs.
+    Hyperparameters: domains, their names in the order of the calls; classes, the class names for domains that
+    are not built into mdil; savedir; and options of mdil.learn, such as num_epochs.
     """
 
     def __init__(self, domains, classes=None, savedir='mdil', **options):
@@ -19,7 +19,7 @@ class BaseModel:
         self.options, self.state, self.net = options, None, None
 
     def train(self, train_data, valid_data=None, **_):
-        """Learns the next domain; validates on the training pairs without others. Returns the checkpoint's path."""
+        """Learns the next domain; validates on the training pairs without valid_data. Returns the checkpoint's path."""
         known = self.net.domains if self.net else []
         domain = self.domains[len(known)]
         declared = {name: self.savedir / name / f'{name}.json' for name in known}
@@ -31,16 +31,16 @@ class BaseModel:
         return str(self.state)
 
     def predict(self, data, **_):
-        """Class indices (1, H, W) of each image, by the branch that is told from it."""
+        """Class indices (1, H, W) for each image, from the branch of the domain detected from it."""
         return [found.labels.numpy()[None] for found in self.net.predict([image_of(sample) for sample in data])]
 
     def evaluate(self, data, metric, **_):
-        """What the metric, (name, function), gives for the labels and the predictions."""
+        """The value of the metric (name, function) for the labels and the predictions."""
         _, function = metric
         return function(data.y, self.predict(data.x))
 
     def save(self, model_path=None):
-        """Writes the network to `model_path`, if that is given; returns where it is."""
+        """Writes the network to `model_path` if that is given; returns the path of its file."""
         if model_path:
             self.net.save(model_path, overwrite=True)
         return str(model_path or self.state)
@@ -50,7 +50,7 @@ class BaseModel:
 
 
 def image_of(sample):
-    """The path of a sample's image; samples are paths, or start with that of the image, depth coming second."""
+    """The path of a sample's image; a sample is that path, or a sequence that starts with it (depth comes second)."""
     return sample if isinstance(sample, str) else str(sample[0]).rstrip()
 
 
