@@ -39,8 +39,8 @@ def train_batch(run, images, labels, domain):
     loss = sum of weight * term, by default ce + lambda * kd: the cross-entropy of the new
     domain, plus the distances to the teacher in the branches of the old domains. Takes one
     optimiser step on the loss, or one on each term. images (B, 3, H, W) uint8 and labels
-    (B, H, W) uint8 are on the device; nothing here waits for it. If the loss is not finite,
-    the weights stay as they are.
+    (B, H, W) uint8 are on the device; nothing here waits for it. A step is skipped if the loss
+    so far is not finite.
     """
     values = {term.name: 0.0 for term in run.terms}
     for parts in optimizer_steps(run):
@@ -106,7 +106,7 @@ def validate(run):
     broadcast_buffers(run.student, run.place)
     results = {}
     for data in run.data:
-        if data.val is not None:    # its length is 0 on a rank without images
+        if data.val is not None:    # a loader without images on this rank is false, too
             score = evaluate(run.student, data.index, data.val, data.class_weights, run.place,
                              run.options.precision, data.domain.name)
             if not score.matrix[:-1].any():

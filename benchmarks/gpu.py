@@ -102,7 +102,7 @@ class Smoke:
         return folder / 'checkpoint.pth.tar'
 
     def second(self, method, *more):
-        """Losses of the method's second step, or of its only step if it has one (single-task and joint methods)."""
+        """Losses of the method's second step, or of the only step of a single-task or joint method."""
         row, name, domains = METHODS[method], ' '.join([method, *more]), ['cityscapes', 'BDD']
         if row.lonely or row.joint:
             return self.train(name, '--method', method, '--domains', *domains[:1 if row.lonely else 2], *more)[1]

@@ -3,9 +3,10 @@
     python -m benchmarks.loading [--height 512 --images 24 --rounds 7 --seconds 1 --json FILE]
 
 Draws its own images in the sizes of three data sets, then measures the routes in turn, round by round.
-Every route ends in batches: 'float' are float images and int64 labels, as published; 'uint8' leaves
-the conversion to the GPU; 'raw' leaves flip and shift to the GPU too. All files are in the operating
-system's cache when they are read, so the results do not include the disk.
+Every route ends in batches. 'float': flipped and shifted, as float images and int64 labels, as published.
+'uint8': flipped and shifted, with the conversion left to the GPU. 'raw': flip and shift left to the GPU
+too. All files are in the operating system's cache when they are read, so the results do not include the
+disk.
 """
 import random
 import statistics

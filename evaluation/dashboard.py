@@ -155,7 +155,7 @@ def is_local(server):
 
 
 def within(seconds, function):
-    """Returns or raises what `function()` does; TimeoutError after `seconds`, while it continues in its thread."""
+    """Returns or raises what `function()` does; after `seconds`, raises TimeoutError and leaves its thread running."""
     future = Future()
 
     def run():
@@ -171,7 +171,7 @@ def within(seconds, function):
 
 
 def connect(options):
-    """A visdom client that raises OSError if the server does not answer in time."""
+    """A visdom client that raises an exception if the server does not answer in time."""
     import visdom
     logging.getLogger('visdom').setLevel(logging.ERROR)
 

@@ -30,7 +30,7 @@ def colorize(labels, palette):
 
 
 def overlay(image, labels, palette, alpha=0.55):
-    """Image (H, W, 3) uint8 blended with the colours of its labels (H, W); void pixels keep the image's."""
+    """Image (H, W, 3) uint8 blended with the colours of its labels (H, W), except at void pixels."""
     labels = np.asarray(labels)
     blended = ((1 - alpha) * image + alpha * colorize(labels, palette)).astype(np.uint8)
     return np.where((labels == len(palette) - 1)[..., None], image, blended)

@@ -38,7 +38,7 @@ def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
     logging.disable(logging.ERROR)      # hides torchrun's report
     os.environ.setdefault('OMP_NUM_THREADS', '1')       # torchrun would set it too, with a four-line warning
-    for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # of newer and of older versions
+    for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # in newer and in older versions
         os.environ.setdefault(name, 'SIGQUIT')      # this module handles the other signals
     for number in STOPPING:
         signal.signal(number, stop_once)

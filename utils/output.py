@@ -24,7 +24,7 @@ class Lenient:
         """Stores an error of the stream in `error`."""
         try:
             yield
-        except (OSError, ValueError) as error:      # ValueError: it is closed
+        except (OSError, ValueError) as error:      # ValueError: the stream is closed
             self.error = error
 
     def __getattr__(self, name):
