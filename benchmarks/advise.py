@@ -8,6 +8,8 @@ differ, expected and true mIoU are those of the classes that all domains share (
 branch is calibrated on every second image of its own validation set, starting with the first; the
 tested images are every second one, starting with the second.
 """
+import argparse
+
 import torch
 from tqdm import tqdm
 
@@ -57,9 +59,9 @@ def parts_of(model, index, branch, domain, dataset, first, place):
 
 def ask(state, options, place):
     """(names of the checkpoint's domains, {tested domain: expected and true mIoU, and more})."""
-    options.domains, asked = None, [get_domain(name, data_paths(options.data)) for name in options.domains]
-    checkpoint, model, domains = load_network_and_domains(state, options, place)
-    options.domains = [domain.name for domain in asked]
+    asked = [get_domain(name, data_paths(options.data)) for name in options.domains]
+    all_known = argparse.Namespace(**{**vars(options), 'domains': None})
+    checkpoint, model, domains = load_network_and_domains(state, all_known, place)
     identifier, found = identifier_of(checkpoint.content, domains, state), {}
     splits = {domain.name: SegmentationDataset(domain, options.data_root, 'val', trained_size(checkpoint.content))
               for domain in (*asked, *domains)}

@@ -158,11 +158,14 @@ def kept_and_lost(name, seeds):
 
 
 def newest(results):
-    """A sentence with each method's mIoU on the domain learnt last; '' if the last step learnt several."""
+    """A sentence with each method's mIoU on the domain learnt last; '' if the last step learnt none or several."""
     first = next(iter(results.values()))[0]
-    domain, *others = [name for name in first['domains'] if name not in first['summary']['forgetting']]
+    new = [name for name in first['domains'] if name not in first['summary']['forgetting']]
+    if len(new) != 1:
+        return ''
+    domain, = new
     scores = {name: mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
-    if others or None in scores.values():
+    if None in scores.values():
         return ''
     return f'On {domain}, learnt last: {", ".join(f"{name} {score:.1f}" for name, score in scores.items())}.'
 

@@ -371,6 +371,12 @@ def seed_results(folder, steps, **protocol):
     return folder
 
 
+def test_a_last_step_that_learnt_no_domain_has_no_sentence_of_its_own(tmp_path, capsys):
+    seed_results(tmp_path / 'mdil', [{'CS': 60.0}, {'CS': 58.0}])
+    compare.main([f'mdil={tmp_path}/mdil', '--out', str(tmp_path / 'out'), '--no-picture'])
+    assert capsys.readouterr().out.endswith('mdil kept 58.0 of 60.0 on CS: 2.0 points of mIoU lost.\n')
+
+
 def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
     last = {1: (50.0, 40.0), 2: (56.0, 41.0), 3: (47.0, 45.0)}
     for seed, (first, second) in last.items():

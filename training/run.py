@@ -157,9 +157,8 @@ class Run:
         """Waits for the last batch; UserError that names its files if its loss is not finite."""
         last, self.last = self.last, None
         if last and not torch.isfinite(last.losses['loss']):
-            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; no weight was '
-                            'touched and the last checkpoint is kept. Try a lower --lr or --precision fp32. Batch: '
-                            + ', '.join(last.files))
+            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; the last '
+                            'checkpoint is kept. Try a lower --lr or --precision fp32. Batch: ' + ', '.join(last.files))
 
     def end_epoch(self):
         """Counts the epoch as finished; returns its mean losses."""
