@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mdil.evaluation.evaluation import load_network_and_domains
-from mdil.evaluation.inputs import find_sources, upright
+from mdil.evaluation.inputs import images_in, upright
 from mdil.evaluation.predictor import Predictor, domain_of, trained_size
 from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
@@ -116,7 +116,7 @@ def export_network(options):
                           for shape in ((2, 3, *size), (1, 3, *size), (3, 3, 64, 96))]
     write = WRITERS[options.format]
     if options.int8:
-        sources = [source for source in find_sources([options.calibrate]) if not source.is_video]
+        sources = images_in(options.calibrate)
         write = partial(write, quantise=partial(calibrated, predictor, sources))
         # Random images would exceed the activation ranges measured on real ones.
         compared = [torch.from_numpy(pixels(predictor, source)) for source in evenly(sources, COMPARED)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
-from mdil.evaluation.inputs import files_below
+from mdil.evaluation.inputs import images_in
 from mdil.models import METHODS, branches, checkpoint, method_name
 from mdil.models.identify import FEWEST, statistics_of
 from mdil.utils.errors import UserError, run_main
@@ -37,13 +37,10 @@ def parse(argv=None):
 
 def images_of(name, folders, options):
     """Paths of a domain's training images, in order; UserError if there are none."""
-    if name not in folders:
-        return [pair.image for pair in find_split(get_domain(name, data_paths(options.data)), options.data_root,
-                                                  'train').pairs]
-    found = files_below(folders[name], options.out) if folders[name].is_dir() else []
-    if not found:
-        raise UserError(f'--images {name}={folders[name]}: no images there')
-    return found
+    if name in folders:
+        return [source.path for source in images_in(folders[name])]
+    domain = get_domain(name, data_paths(options.data))
+    return [pair.image for pair in find_split(domain, options.data_root, 'train').pairs]
 
 
 def folders_of(options, known):

@@ -49,6 +49,14 @@ def find_sources(inputs, out=None):
     return found
 
 
+def images_in(path):
+    """The Sources of the images in a folder, or of another input, in order; UserError if there are none."""
+    found = [source for source in find_sources([path]) if not source.is_video]
+    if not found:
+        raise UserError(f'no images in {path}, only videos')
+    return found
+
+
 def sources_of(path, out):
     """The Sources of one input (see `find_sources`); UserError if it is missing or of another kind."""
     if path.is_dir():
@@ -76,7 +84,7 @@ def media_below(folder, out):
 def listed(path):
     """The Sources of a list file: one path per line, relative to the folder of the list."""
     try:
-        text = path.read_text(errors='surrogateescape')
+        text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
     files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]

@@ -168,10 +168,22 @@ def test_the_tool_gives_an_older_file_what_training_would_have(toy, steps, tmp_p
 def test_the_tool_names_what_is_wrong(toy, steps, tmp_path):
     for items, message in ((['BDD=x'], 'knows cityscapes, IDD, not BDD'), (['IDD'], 'is not NAME=FOLDER'),
                            ([f'IDD={tmp_path}', f'idd={tmp_path}'], 'names IDD twice'),
-                           ([f'IDD={tmp_path}/gone'], 'no images there')):
+                           ([f'IDD={tmp_path}/gone'], 'gone does not exist'), ([f'IDD={tmp_path}'], 'no images in')):
         with pytest.raises(UserError, match=message):
             tool.main([str(steps[1]), '--out', str(tmp_path / 'x'), '--data-root', str(toy), '--images', *items])
     assert not (tmp_path / 'x').exists()
+
+
+def test_the_tool_reads_the_images_of_a_folder_in_order_and_nothing_else(steps, tmp_path, monkeypatch):
+    for number in range(3):
+        picture(number).save(tmp_path / f'{number}.png')
+    for name in ('notes.txt', 'drive.mp4'):
+        (tmp_path / name).touch()
+    read = []
+    monkeypatch.setattr(tool, 'statistics_of', lambda paths, *_: read.extend(paths) or {'count': len(paths)})
+    monkeypatch.setattr(checkpoint, 'save', lambda content, path: None)
+    tool.main([str(steps[1]), '--out', str(tmp_path / 'new'), '--images', f'IDD={tmp_path}'])
+    assert [path.name for path in read] == ['0.png', '1.png', '2.png']
 
 
 def evaluate(toy, state, out, *arguments):
