@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
-from mdil.evaluation.inputs import KINDS, Item, find_sources, items_of, upright
+from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, upright
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models import METHODS, method_name
+from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, looks_of
 from mdil.utils.errors import UserError, run_main
@@ -83,6 +84,9 @@ def check_options(options):
     """Completes the size; refuses conflicting options."""
     if options.advise and (options.input or options.out or options.native or options.domain):
         raise UserError('--advise FOLDER segments nothing; leave out --input, --out, --native and --domain')
+    if options.advise and is_exported(options.state):
+        raise UserError(f'--advise needs a checkpoint; {options.state}, an exported network, does not know what images '
+                        'of its domain look like')
     if not options.advise and not (options.input and options.out):
         raise UserError('say what to segment and where to write it: --input PATH --out DIR')
     if options.native and (options.height or options.width):
@@ -241,10 +245,17 @@ def batched(iterable, size):
 
 
 def file_values(domain):
-    """uint8 (C,): the value of each non-void class in the domain's label files."""
-    values = domain.layouts[0].label_kinds[-1].values
-    lowest = {index: value for value, index in sorted(values.items(), reverse=True)}
-    return np.array([lowest[index] for index in range(domain.void)], dtype=np.uint8)
+    """uint8 (C,), or (C, 3) for colours: the value of each non-void class in the domain's label files.
+
+    UserError if a class has none.
+    """
+    kind = domain.layouts[0].label_kinds[-1]
+    lowest = {index: value for value, index in sorted(kind.values.items(), reverse=True)}
+    lacking = [name for index, name in enumerate(domain.classes) if index not in lowest]
+    if lacking:
+        raise UserError(f'--label-ids files: no label value of {domain.name} stands for {lacking[0]!r}; use train')
+    values = np.array([lowest[index] for index in range(domain.void)])
+    return (values[:, None] >> [16, 8, 0] if kind.by_color else values).astype(np.uint8)
 
 
 def picture(kind, image, prediction, label_ids):
@@ -329,6 +340,9 @@ def run(options, place):
     check_targets(options, sources)
     records = read_records(options)
     predictor = load_predictor(options, place)
+    for domain in predictor.domains if options.label_ids == 'files' else ():
+        if branch_of(options, predictor) in ('auto', domain.name):
+            file_values(domain)
     claim(options, predictor, sources)
     try:
         done, errors = predict_all(options, predictor, sources, records)
@@ -337,12 +351,14 @@ def run(options, place):
             write_json(options.json, records)
     print(f'{options.out}: {done}', file=sys.stderr)
     if errors:
+        for error in errors[1:]:
+            print(error, file=sys.stderr)
         raise UserError(f'{len(errors)} images were left out, e.g. {errors[0]}')
 
 
 def run_advice(options, place):
     """Prints the advice about the images of --advise; --json gets the same."""
-    sources = [source for source in find_sources([options.advise]) if not source.is_video]
+    sources = images_in(options.advise)
     options.domain = 'auto'
     predictor = load_predictor(options, place)
     looks = looks_of([source.path for source in sources], options.num_workers, 'the look of the images')

@@ -104,3 +104,11 @@ def test_advice_segments_nothing(knowing, photos, tmp_path):  # noqa: F811
         run(knowing, '--advise', photos, '--out', tmp_path / 'out')
     with pytest.raises(UserError, match='say what to segment'):
         run(knowing, '--out', tmp_path / 'out')
+
+
+def test_advice_needs_images_and_a_checkpoint(knowing, photos, tmp_path):  # noqa: F811
+    (tmp_path / 'drive.mp4').touch()
+    with pytest.raises(UserError, match='no images in .*, only videos'):
+        run(knowing, '--advise', tmp_path / 'drive.mp4')
+    with pytest.raises(UserError, match='--advise needs a checkpoint; idd.onnx, an exported network'):
+        run('idd.onnx', '--advise', photos)

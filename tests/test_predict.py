@@ -203,6 +203,34 @@ def test_label_files_as_the_data_set_has_them(model, state, photos, tmp_path):
     assert predict.file_values(DOMAINS['IDD']).tolist() == list(range(26))
 
 
+def own_domain(folder, **entries):
+    """The Domain of a domain.json with these entries."""
+    spec = {'images': 'i', 'labels': 'l', 'classes': [{'name': 'road', 'color': [128, 64, 200]},
+                                                     {'name': 'car', 'color': [0, 0, 142]}], **entries}
+    (folder / 'domain.json').write_text(json.dumps(spec))
+    return get_domain('own', {'own': folder})
+
+
+def test_label_files_of_your_own_domain(model, state, photos, tmp_path, monkeypatch):
+    colors = predict.file_values(own_domain(tmp_path, by_color=True))
+    assert colors.tolist() == [[128, 64, 200], [0, 0, 142]] and colors.dtype == np.uint8
+    labels = expected(model, 0, photos / 'a.png')[0]
+    with monkeypatch.context() as colored:
+        colored.setattr(predict, 'file_values', lambda domain: np.tile(np.arange(19, dtype=np.uint8)[:, None], 3))
+        run(state, tmp_path / 'out', '--input', photos / 'a.png', '--domain', 'CS', '--label-ids', 'files')
+    assert np.array_equal(pixels(tmp_path / 'out/a.png'), labels[..., None].repeat(3, axis=2))
+
+
+def test_a_class_without_a_label_value_is_refused_before_anything_is_written(state, photos, tmp_path, monkeypatch):
+    lacking = own_domain(tmp_path, values={'1': 'road'})
+    with pytest.raises(UserError, match="no label value of own stands for 'car'"):
+        predict.file_values(lacking)
+    monkeypatch.setattr(predict, 'file_values', lambda domain, values=predict.file_values: values(lacking))
+    with pytest.raises(UserError, match='stands for'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS', '--label-ids', 'files')
+    assert not list((tmp_path / 'out').iterdir())
+
+
 def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
     arguments = ['--input', photos, '--domain', 'CS', '--json', tmp_path / 'r.json']
     run(state, tmp_path / 'out', *arguments)
@@ -266,7 +294,7 @@ def test_an_interrupted_run_goes_on_where_it_ended(monkeypatch, state, photos, t
 
 
 def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):
-    (photos / 'list.txt').write_text('sub/c.png\n\na.png\n')
+    (photos / 'list.txt').write_text('\ufeffsub/c.png\n\na.png\n')       # some editors write that mark
     run(state, tmp_path / 'out', '--input', photos / 'list.txt', '--domain', 'CS')
     assert sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.png')) == [
         'a.png', 'sub/c.png']
@@ -282,10 +310,12 @@ def test_a_phones_picture_is_turned_upright(model, state, photos, tmp_path):
     assert np.array_equal(pixels(tmp_path / 'out/turned.png'), pixels(tmp_path / 'out/upright.png'))
 
 
-def test_a_bad_image_is_left_out_and_named(state, photos, tmp_path):
-    (photos / 'bad.png').write_bytes(b'no image')
-    with pytest.raises(UserError, match='1 images were left out, e.g. .*bad.png cannot be read'):
+def test_bad_images_are_left_out_and_named(state, photos, tmp_path, capsys):
+    for name in ('bad.png', 'worse.png'):
+        (photos / name).write_bytes(b'no image')
+    with pytest.raises(UserError, match='2 images were left out, e.g. .*bad.png cannot be read'):
         run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
+    assert 'worse.png cannot be read' in capsys.readouterr().err
     assert len(list((tmp_path / 'out').rglob('*.png'))) == 3
 
 
