@@ -24,7 +24,6 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from mdil.datasets.cache import cached
-from mdil.datasets.class_weights import output_file
 from mdil.datasets.domains import DOMAINS
 from mdil.datasets.loading import TrainBatches, make_loader
 from mdil.datasets.segmentation import SegmentationDataset
@@ -32,7 +31,7 @@ from mdil.datasets.toy.roads import draw_scene, label_image, scene_paths
 from mdil.evaluation.tables import number, plain
 from mdil.training.records import environment
 from mdil.utils.errors import run_main
-from mdil.utils.files import write_json
+from mdil.utils.files import check_writable, write_json
 from mdil.utils.parser import Parser, positive, side
 from mdil.utils.precision import to_float
 
@@ -184,7 +183,8 @@ def main(arguments=None):
     parser.add_argument('--seconds', type=float, default=1.0, help='length of a measurement at least')
     parser.add_argument('--json', metavar='FILE', help='write all figures')
     options = parser.parse_args(arguments)
-    output_file(options.json)
+    if options.json:
+        check_writable('--json', options.json)
     torch.set_num_threads(1)
     random.seed(0)
     results = {}

@@ -15,7 +15,6 @@ from functools import partial
 
 import numpy as np
 
-from mdil.datasets.class_weights import output_file
 from mdil.datasets.domains import get_domain
 from mdil.datasets.judgement import copied_files, judge, shared_files
 from mdil.datasets.pairs import find_split
@@ -204,9 +203,9 @@ def check_parser():
 def main(arguments=None):
     """Checks what the command line names; returns 0 if it is fit to train on, else UserError."""
     options = check_parser().parse_args(arguments)
-    paths, file = data_paths(options.data), output_file(options.json)
-    if file:
-        check_results('--json', file, ('fit', 'domains'))
+    paths = data_paths(options.data)
+    if options.json:
+        check_results('--json', options.json, ('fit', 'domains'))
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
     reports = []
     for domain in domains.values():
@@ -216,8 +215,8 @@ def main(arguments=None):
         for report in found:
             print_report(report)
         reports += found
-    if file:
-        write_json(file, as_json(reports))
+    if options.json:
+        write_json(options.json, as_json(reports))
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
     if wrong:
         raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; fix what is listed above')

@@ -20,7 +20,7 @@ from mdil.datasets.own import weights_fault
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import open_label, to_classes
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import write_json
+from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, positive
 from mdil.utils.workers import in_parallel
 
@@ -97,14 +97,6 @@ def weights_table(domain, counts, computed):
     return [f'{"class":<36} {"percent":>9} {"computed":>10} {"published":>10}', *rows]
 
 
-def output_file(text):
-    """Path of a `--json` file, or None; immediate UserError if its folder does not exist."""
-    path = Path(text) if text else None
-    if path and not path.parent.is_dir():
-        raise UserError(f'--json {path}: the folder {path.parent} does not exist; create it first')
-    return path
-
-
 def class_weights_parser():
     """The parser of this command."""
     parser = Parser(prog='python -m mdil class-weights',
@@ -120,15 +112,16 @@ def class_weights_parser():
 def main(arguments=None):
     """Prints the weights that the command line asks for and writes them to --json; returns 0, or UserError."""
     options = class_weights_parser().parse_args(arguments)
-    paths, file = data_paths(options.data), output_file(options.json)
-    weights = {}
-    for domain in [get_domain(name, paths) for name in options.domains]:
+    domains, weights = [get_domain(name, data_paths(options.data)) for name in options.domains], {}
+    if options.json:
+        check_results('--json', options.json, [domain.name for domain in domains])
+    for domain in domains:
         counts = histogram(domain, options.data_root, options.split, options.workers)
         computed = weights_of(counts)
         print(f'{domain.name} {options.split}', *weights_table(domain, counts, computed), '', sep='\n')
         weights[domain.name] = computed.tolist()
-    if file:
-        write_json(file, weights)
+    if options.json:
+        write_json(options.json, weights)
     return 0
 
 

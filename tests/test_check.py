@@ -335,7 +335,7 @@ def test_processes_find_what_one_finds(tmp_path):
     (['--domains', 'mars'], "unknown domain 'mars'"),
     (['--domains', 'BDD', '--data', 'BDD'], 'NAME=PATH'),
     (['--domains', 'BDD', '--workers', 'many'], 'workers'),
-    (['--domains', 'BDD', '--json', 'nowhere/report.json'], 'folder nowhere does not exist'),
+    (['--domains', 'BDD', '--json', '.'], '--json . is a folder'),
     ([], '--domains'),
 ])
 def test_bad_arguments(arguments, message):

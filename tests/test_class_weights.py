@@ -81,6 +81,10 @@ def test_file_is_what_training_reads(camvid, capsys):
     assert main([*arguments, '--split', 'val']) == 0
     assert json.loads(file.read_text())['camvid'][3] == pytest.approx(1 / math.log(2.1))
     assert list(camvid.glob('.*')) == []
+    file.write_text('{"classes": []}')      # a domain.json, say
+    with pytest.raises(UserError, match='weights.json exists and holds something else'):
+        main(arguments)
+    assert file.read_text() == '{"classes": []}'
 
 
 def test_table(tmp_path, capsys):
@@ -118,7 +122,7 @@ def test_file_that_does_not_fit(tmp_path, content):
     (['--domains', 'mars'], "unknown domain 'mars'"),
     (['--domains', 'camvid', '--data-root', 'nowhere'], 'no train images of camvid'),
     (['--domains', 'camvid', '--data', 'camvid='], 'NAME=PATH'),
-    (['--domains', 'camvid', '--json', 'nowhere/weights.json'], 'folder nowhere does not exist'),
+    (['--domains', 'camvid', '--json', '.'], '--json . is a folder'),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
