@@ -160,9 +160,10 @@ def listed_pair(layout, base, split, line, place):
     ways = [tuple(listed_file(base, name) for name in cut) for cut in cuts]
     if layout.images:
         images, labels = folders_of(layout, base, split)
-        stem = next((line[:-len(suffix)] for suffix in layout.image_suffixes if line.endswith(suffix)), line)
-        ways += [(images / (stem + suffix), labels / (stem + kind.suffix))
-                 for suffix in layout.image_suffixes for kind in layout.label_kinds]
+        image_suffixes = in_both_cases(layout.image_suffixes)
+        stem = next((line.removesuffix(suffix) for suffix in image_suffixes if line.endswith(suffix)), line)
+        ways += [(images / (stem + suffix), labels / (stem + label_suffix)) for suffix in image_suffixes
+                 for label_suffix in in_both_cases(kind.suffix for kind in layout.label_kinds)]
     if not ways:
         raise UserError(f'{place} has one name; an image and a label, separated by a space, are expected')
     found = next((way for way in ways if os.path.isfile(way[0]) and os.path.isfile(way[1])), None)
@@ -173,6 +174,12 @@ def listed_pair(layout, base, split, line, place):
     if same_file(*found):
         raise UserError(f'{place} names {found[0]} as the image and as its label')
     return found
+
+
+def in_both_cases(suffixes):
+    """The suffixes as they are written, then in capitals, as cameras write them."""
+    suffixes = tuple(suffixes)
+    return suffixes + tuple(map(str.upper, suffixes))
 
 
 def listed_file(base, name):

@@ -206,6 +206,9 @@ def test_lists_of_pairs(tmp_path):
         assert listed(tmp_path, text, **alone) == [('a.png', 'a_L.png')]
     assert listed(tmp_path, 'im/b c.png gt/b c_L.png\nim/a.png gt/a.png') == [('b c.png', 'b c_L.png'), ('a.png', 'a.png')]
     assert listed(tmp_path, 'a\nb c.png', images='im', labels='gt') == [('a.png', 'a.png'), ('b c.png', 'b c.png')]
+    (tmp_path / 'im/a.png').rename(tmp_path / 'im/a.JPG')
+    for text in ('a', 'a.JPG'):
+        assert listed(tmp_path, text, images='im', labels='gt') == [('a.JPG', 'a.png')]
     with pytest.raises(UserError, match='no list of pairs for val'):
         find_split(declare(tmp_path, train='train.txt', **alone), '', 'val')
 
