@@ -205,7 +205,8 @@ class MultiDomainNet(nn.Module):
 
 def output_layer_like(layer, num_classes):
     """A freshly initialised convolution like `layer`, transposed or not, but with `num_classes` outputs."""
-    settings = {name: getattr(layer, name) for name in ('stride', 'padding', 'dilation', 'padding_mode')}
+    names = 'stride', 'padding', 'dilation', 'padding_mode', *(['output_padding'] if layer.transposed else [])
+    settings = {name: getattr(layer, name) for name in names}
     fresh = type(layer)(layer.in_channels, num_classes, layer.kernel_size, bias=layer.bias is not None, **settings)
     return fresh.to(layer.weight.device, layer.weight.dtype)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mdil.models import build_model
 from mdil.models.erfnet import ERFNet
-from mdil.models.multi_domain import MultiDomainNet, divide
+from mdil.models.multi_domain import MultiDomainNet, divide, output_layer_like
 from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(4, 2, 32, 64, 5)
@@ -119,6 +119,14 @@ def test_replicas_of_data_parallel_share_too(monkeypatch):
         assert replica.single(0).encoder.layers[1].conv3x1_1 is replica.single(2).encoder.layers[1].conv3x1_1
         with torch.no_grad():
             assert all(torch.equal(replica(IMAGES, domain), model(IMAGES, domain)) for domain in range(3))
+
+
+@pytest.mark.parametrize('layer', [nn.Conv2d(4, 5, 3, stride=2, padding=2, dilation=2, padding_mode='reflect'),
+                                   nn.ConvTranspose2d(4, 5, 3, stride=2, padding=1, output_padding=1, bias=False)])
+def test_a_new_output_layer_has_the_old_ones_settings(layer):
+    fresh, x = output_layer_like(layer, 7), torch.rand(1, 4, 9, 9)
+    assert fresh(x).shape == (1, 7, *layer(x).shape[2:])
+    assert repr(fresh) == repr(layer).replace('4, 5', '4, 7')
 
 
 def test_a_state_dict_holds_every_tensor_once_and_fills_another_model():
