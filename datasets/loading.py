@@ -55,8 +55,9 @@ class TrainBatches:
         order = self.order()
         for batch in range(self.start, len(self)):
             numbers = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            # A short last batch is filled up from the epoch's first samples, so that no rank is idle.
-            numbers = np.concatenate([numbers, order[:-len(numbers) % self.world]])
+            # A short last batch is filled up from the epoch's first samples, so that no rank is idle. With fewer
+            # samples than ranks, they repeat.
+            numbers = np.concatenate([numbers, np.resize(order, -len(numbers) % self.world)])
             yield [(self.epoch, int(number)) for number in numbers[self.rank::self.world]]
 
 

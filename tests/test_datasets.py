@@ -234,6 +234,8 @@ def test_ranks_share_a_batch_and_leave_none_out():
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
     odd = [list(TrainBatches(5, 4, seed=1, rank=rank, world=4)) for rank in range(4)]
     assert all(len(batch) == 1 for part in odd for batch in part)
+    few = [list(TrainBatches(2, 8, seed=1, rank=rank, world=8)) for rank in range(8)]      # fewer images than ranks
+    assert [len(batch) for part in few for batch in part] == [1] * 8
     evaluated = [key for rank in range(3) for batch in EvalBatches(10, 4, rank, 3) for key in batch]
     assert sorted(evaluated) == [(0, n) for n in range(10)]
 
