@@ -35,7 +35,7 @@ from mdil.models.identify import Sequence, appearance, looks_of
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, write_json, written_through
 from mdil.utils.parallel import session
-from mdil.utils.parser import Parser, data_options, machine_options, positive, side
+from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 from mdil.utils.workers import in_threads
 
 # What --save can write for an image, and the suffix of its file.
@@ -60,8 +60,7 @@ def predict_parser():
                             'all of them so far (videos: always)')
     group.add_argument('--native', action='store_true',
                        help="keep the size of each image (default: resize to the training size)")
-    group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: the training size)')
-    group.add_argument('--width', type=side, help='image width, a multiple of 8 (default: twice the height)')
+    size_options(group, None)
     group = parser.add_argument_group('results')
     group.add_argument('--out', metavar='DIR', help='folder to write to')
     group.add_argument('--save', nargs='+', choices=tuple(ENDINGS), default=['labels'], metavar='WHAT',
@@ -89,13 +88,12 @@ def check_options(options):
                         'of its domain look like')
     if not options.advise and not (options.input and options.out):
         raise UserError('say what to segment and where to write it: --input PATH --out DIR')
-    if options.native and (options.height or options.width):
+    complete_size(options)
+    if options.native and options.height:
         raise UserError('--native keeps the size of the images, --height and --width change it; leave one of them out')
-    if options.width and not options.height:
-        raise UserError('--width is given without --height')
     if options.sequence and options.domain not in (None, 'auto'):
         raise UserError(f'--sequence is for --domain auto; --domain {options.domain} does not look at the images')
-    options.size = options.height and (options.height, options.width or 2 * options.height)
+    options.size = options.height and (options.height, options.width)
 
 
 def check_places(options):

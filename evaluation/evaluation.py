@@ -155,12 +155,10 @@ def domain_at_hand(entry, data):
     return get_domain(entry['name'], data)
 
 
-def load_network_and_domains(path, options, place, find=domain_at_hand):
-    """(Checkpoint, network on the place's device, its Domain objects) of a file.
+def read_named(path, options, find=domain_at_hand):
+    """(Checkpoint, its Domain objects) of a file; UserError if neither it nor `options.domains` names them.
 
-    options: `domains` for a file that does not name them, `method` for a file whose keys fit several
-    networks, `data` for the paths of domains, and `precision`. find: returns the Domain for an entry
-    of the file; by default one that has labels to score against.
+    options, find: as for `load_network_and_domains`.
     """
     checkpoint = read_checkpoint(path)
     count = len(checkpoint.found.num_classes)
@@ -170,6 +168,17 @@ def load_network_and_domains(path, options, place, find=domain_at_hand):
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
     domains = [find(entry, data_paths(options.data)) for entry in entries]
     check_known(checkpoint, domains)
+    return checkpoint, domains
+
+
+def load_network_and_domains(path, options, place, find=domain_at_hand):
+    """(Checkpoint, network on the place's device, its Domain objects) of a file.
+
+    options: `domains` for a file that does not name them, `method` for a file whose keys fit several
+    networks, `data` for the paths of domains, and `precision`. find: returns the Domain for an entry
+    of the file; by default one that has labels to score against.
+    """
+    checkpoint, domains = read_named(path, options, find)
     model = load_network(checkpoint, options.method)
     if checkpoint.domains is None and place.main:
         print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)

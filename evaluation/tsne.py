@@ -19,14 +19,13 @@ import numpy as np
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import features, pictures, tables
-from mdil.models.checkpoint import check_known, load_network, read_checkpoint
-from mdil.training import records
+from mdil.evaluation.evaluation import read_named
+from mdil.evaluation.predictor import trained_size
+from mdil.models.checkpoint import load_network
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import write_atomically, write_json
+from mdil.utils.files import check_writable, write_atomically, write_json
 from mdil.utils.parallel import pick_device
-from mdil.utils.parser import Parser, data_options, data_paths, positive, seed_number, side
-
-HEIGHT = 512        # image height if the checkpoint does not record its training size
+from mdil.utils.parser import Parser, complete_size, data_options, data_paths, positive, seed_number, size_options
 
 
 @dataclass
@@ -57,8 +56,7 @@ def tsne_parser():
     group.add_argument('--domains', nargs='+', metavar='NAME',
                        help='domains in order (published files do not name them)')
     group.add_argument('--split', default='val', help='split of the data set')
-    group.add_argument('--height', type=side, help='image height, a multiple of 8 (default: as trained)')
-    group.add_argument('--width', type=side, help='image width, a multiple of 8 (default: twice the height)')
+    size_options(group, None)
     group.add_argument('--images', type=positive, default=1, help='how many images, those with the most classes')
     group.add_argument('--points', type=positive, default=80, help='maximum number of pixels per class')
     group.add_argument('--perplexity', type=float, default=30.0, help='perplexity of t-SNE')
@@ -97,34 +95,17 @@ def checkpoint_pair(item, step):
     return name, str(found[step - 1]), str(found[step])
 
 
-def read_named(path, options):
-    """(Checkpoint, [its Domains]) of a file; UserError if neither it nor --domains names them."""
-    checkpoint, paths = read_checkpoint(path), data_paths(options.data)
-    count = len(checkpoint.found.num_classes)
-    names = checkpoint.domains or (options.domains or [])[:count]
-    if len(names) < count or not count:
-        raise UserError(f'{path} holds {checkpoint.found.kind} but no domain names; pass --domains')
-    domains = [get_domain(name, paths) for name in names]
-    check_known(checkpoint, domains)
-    return checkpoint, domains
-
-
 def domain_of(before, options):
     """The Domain whose features are compared; UserError unless `before`, a (Checkpoint, Domains) pair, knows it."""
     checkpoint, domains = before
+    if not domains:
+        raise UserError(f'{checkpoint.source} holds only an encoder, no decoder')
     wanted = get_domain(options.domain, data_paths(options.data)).name if options.domain else domains[0].name
     for domain in domains:
         if domain.name == wanted:
             return domain
     raise UserError(f'--domain {wanted}: {checkpoint.source}, before the step, knows '
                     f'{", ".join(domain.name for domain in domains)} only')
-
-
-def image_size(checkpoint, options):
-    """(height, width) of the images: those of the options, else the checkpoint's training size."""
-    trained = checkpoint.content.get('options') or {}
-    height = options.height or trained.get('height', HEIGHT)
-    return height, options.width or (2 * height if options.height else trained.get('width', 2 * height))
 
 
 def choose_pixels(dataset, options):
@@ -254,7 +235,8 @@ def run(options):
         pairs[name] = pair
     first = read_named(next(iter(pairs.values()))[0], options)
     domain = domain_of(first, options)
-    dataset = SegmentationDataset(domain, options.data_root, options.split, image_size(first[0], options))
+    size = (options.height, options.width) if options.height else trained_size(first[0].content)
+    dataset = SegmentationDataset(domain, options.data_root, options.split, size)
     pixels = choose_pixels(dataset, options)
     results = {name: compare(pair, domain, dataset, pixels, options) for name, pair in pairs.items()}
     return results, dataset, pixels, pairs
@@ -263,7 +245,6 @@ def run(options):
 def save(results, dataset, pixels, pairs, options):
     """Writes the figure as PNG and PDF, the coordinates as CSV and the numbers as JSON; returns the paths."""
     out = Path(options.out)
-    records.make_folder(out.parent)
     figure = draw(results, dataset, pixels)
     paths = [out.with_name(f'{out.name}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
     for path in paths[:2]:
@@ -282,6 +263,8 @@ def main(argv=None):
     options = tsne_parser().parse_args(argv)
     if not 1 <= options.perplexity < float('inf'):
         raise UserError(f'--perplexity {options.perplexity:g} must be at least 1')
+    complete_size(options)
+    check_writable('--out', f'{options.out}.json')
     results, dataset, pixels, pairs = run(options)
     paths = save(results, dataset, pixels, pairs, options)
     for name, moved in results.items():

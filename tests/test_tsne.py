@@ -153,9 +153,11 @@ def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
     (['mdil={root}/mdil', '--domain', 'IDD'], 'before the step, knows cityscapes only'),
     (['mdil={root}/mdil', '--perplexity', '5000'], 'too few for --perplexity 5000'),
     (['mdil={root}/mdil', '--perplexity', '0'], 'at least 1'),
+    (['mdil={root}/mdil', '--width', '64'], '--width is given without --height'),
+    (['mdil={root}/mdil', '--out', '/proc/x/y'], '--out /proc/x/y.json cannot be written to'),
     (['mdil={root}/mdil', '--split', 'nowhere'], 'nowhere')])
 def test_bad_input_is_said(toy, sequences, tmp_path, arguments, message):
     arguments = [item.replace('{root}', str(sequences)) for item in arguments]
     with pytest.raises(UserError, match=message):
-        tsne.main([*SMALL, *arguments, '--data-root', str(toy), '--out', str(tmp_path / 'x')])
+        tsne.main([*SMALL, '--data-root', str(toy), '--out', str(tmp_path / 'x'), *arguments])
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 import json
 import platform
 import subprocess
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,18 +9,13 @@ import numpy as np
 import torch
 
 from mdil.utils.errors import UserError
-from mdil.utils.files import write_atomically, write_json
+from mdil.utils.files import check_writable, write_atomically, write_json
 
 
 def make_folder(path):
-    """The folder at `path`, created if necessary; UserError if it cannot be written to."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise UserError(f'--savedir {folder} cannot be written to: {error.strerror}') from None
+    """The folder --savedir at `path`, created if necessary; UserError if it cannot be written to."""
+    check_writable('--savedir', path, folder=True)
+    return Path(path)
 
 
 def git_revision():
