@@ -19,7 +19,7 @@ from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, method_name
-from mdil.models.checkpoint import check_stated
+from mdil.models.checkpoint import check_stated, read_checkpoint
 from mdil.models.identify import identifier_of
 from mdil.training import records
 from mdil.training.paper import REFUSED
@@ -118,6 +118,9 @@ def single_task_scores(items, evaluator):
         if equals and not Path(item).exists():
             scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
             continue
+        if len(evaluator.options.domains or ()) > 1 and read_checkpoint(item).domains is None:
+            raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} --domains '
+                            'NAME), then pass --single-task NAME=mIoU')
         model, (domain, *others) = evaluator.load(item)
         if others:
             raise UserError(f'--single-task {item} knows {len(others) + 1} domains, one is expected')

@@ -301,6 +301,15 @@ def test_many_columns_go_below_each_other():
     assert [line.split()[-1] for line in text.splitlines() if line.startswith('9 (')][-1] == '9.50'
 
 
+def test_a_nameless_single_task_file_is_not_taken_for_the_first_domain(toy, tmp_path):
+    torch.manual_seed(5)
+    for name, counts in (('two', [20, 20]), ('bdd', [20])):
+        torch.save({'state_dict': build_model(counts).state_dict()}, tmp_path / name)
+    files = '--state', tmp_path / 'two', '--single-task', tmp_path / 'bdd', '--domains'
+    with pytest.raises(UserError, match='--single-task .*bdd does not name its domain; evaluate it alone'):
+        evaluate(toy, tmp_path, *files, 'CS', 'BDD')
+
+
 def test_single_task_results_from_checkpoints(toy, states, tmp_path):
     state = bdd_only(states, tmp_path)
     results = evaluate(toy, tmp_path, '--state', states[0], states[1], '--single-task', 'CS=50', state,
