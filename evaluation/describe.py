@@ -89,7 +89,7 @@ def domain_rows(model, checkpoint, options):
 def best_lines(checkpoint):
     """Lines about the best validation results, from the file and from the metrics.jsonl next to it."""
     content, lines = checkpoint.content, []
-    if isinstance(content.get('best_acc'), float):
+    if isinstance(content.get('best_acc'), float) and content['best_acc'] >= 0:     # -inf before any validation
         lines.append(f'validation mIoU when it was best: {tables.number(content["best_acc"])}')
     epochs = [line for line in records.read_metrics(Path(checkpoint.source).parent)
               if line['epoch'] == content.get('epoch')]

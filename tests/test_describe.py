@@ -67,6 +67,9 @@ def test_card_of_a_run(tmp_path, capsys):
                      'this file: after epoch 2 of 3'):
         assert expected in out, expected
     assert 'limit-batches' not in out and 'mIoU 63' not in out
+    torch.save({**content, 'epoch': 0, 'best_acc': float('-inf')}, path)         # before the first validation
+    describe.main([str(path), '--height', '64'])
+    assert 'when it was best' not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('shallow')
