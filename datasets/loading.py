@@ -15,6 +15,12 @@ from mdil.utils.workers import CONTEXT, become_loader
 ORDER = 1       # distinguishes the order's random numbers from the augmentation's
 
 
+def spaced(items, count):
+    """At most `count` elements of a sequence, evenly spaced."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
 class TrainBatches:
     """Batch sampler: a new order every epoch, drawn from (seed, epoch).
 

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset
+from mdil.datasets.loading import spaced
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
 from mdil.evaluation.predictor import unplaced
@@ -72,12 +73,6 @@ class Calibration:
     def expected(self, counts):
         """(expected mIoU in percent, its error or None) for the Counts of other images."""
         return self.ratio * counts.trusted_miou, self.spread and self.spread * counts.trusted_miou
-
-
-def spaced(items, count):
-    """At most `count` elements of a sequence, evenly spaced."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
 
 
 @torch.inference_mode()

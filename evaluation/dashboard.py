@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from mdil.datasets.loading import spaced
 from mdil.evaluation import pictures
 from mdil.models.methods import METHODS, method_name
 from mdil.training import records
@@ -204,7 +205,7 @@ def shrunk(pixels, width):
 def validation_pictures(run, data):
     """Input, truth and prediction of PICTURES validation images of a domain, always the same ones: (H, W, 3) uint8."""
     samples, rows = data.val.dataset, []
-    for index in sorted({number * len(samples) // PICTURES for number in range(PICTURES)}):
+    for index in spaced(range(len(samples)), PICTURES):
         image, truth = samples.load(index)
         predicted = pictures.predict(run.student, data.index, image, truth, run.place, run.options.precision)
         rows.append(pictures.comparison(data.domain, image, truth, predicted, samples.pairs[index].image.stem))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mdil.datasets.loading import spaced
 from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import images_in, upright
 from mdil.evaluation.predictor import Predictor, domain_of, trained_size
@@ -77,16 +78,11 @@ def about(domain, size):
 def calibrated(predictor, sources, model):
     """The OpenVINO `model` quantised to 8 bits, with activation ranges measured on images of `sources`."""
     nncf, = needed('nncf')
-    chosen = evenly(sources, CALIBRATION)
+    chosen = spaced(sources, CALIBRATION)
     # Weights use half the range; with the full range, sums overflow on processors without VNNI, e.g. with only AVX2.
     more = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     return nncf.quantize(model, nncf.Dataset(chosen, partial(pixels, predictor)), subset_size=len(chosen),
                          advanced_parameters=more)
-
-
-def evenly(sources, count):
-    """At most `count` of the sources, evenly spaced."""
-    return [sources[index] for index in np.linspace(0, len(sources) - 1, min(len(sources), count)).astype(int)]
 
 
 def pixels(predictor, source):
@@ -119,7 +115,7 @@ def export_network(options):
         sources = images_in(options.calibrate)
         write = partial(write, quantise=partial(calibrated, predictor, sources))
         # Random images would exceed the activation ranges measured on real ones.
-        compared = [torch.from_numpy(pixels(predictor, source)) for source in evenly(sources, COMPARED)]
+        compared = [torch.from_numpy(pixels(predictor, source)) for source in spaced(sources, COMPARED)]
     write(network, example, options.out, about(domain, size))
     apart, agree = difference(network, Exported(options.out), compared)
     print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from mdil.datasets.loading import spaced
 from mdil.datasets.segmentation import open_image
 from mdil.utils.errors import UserError
 from mdil.utils.workers import in_threads
@@ -112,8 +113,7 @@ def looks_of(paths, threads, title):
 
 def statistics_of(paths, threads, title):
     """The `statistics` of training images at `paths`, in order; of more than MOST, an evenly spaced sample."""
-    count = min(len(paths), MOST)
-    return statistics(looks_of([paths[number * len(paths) // count] for number in range(count)], threads, title))
+    return statistics(looks_of(spaced(paths, MOST), threads, title))
 
 
 def are_statistics(value):

@@ -7,7 +7,7 @@ import torch
 from mdil import predict
 from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.evaluation import advise, metrics
-from mdil.evaluation.advise import Calibration, Counts, calibration, counts_of, spaced
+from mdil.evaluation.advise import Calibration, Counts, calibration, counts_of
 from mdil.evaluation.predictor import Predictor
 from mdil.models import checkpoint
 from mdil.utils.errors import UserError
@@ -46,10 +46,6 @@ def test_calibration_corrects_by_the_ratio_and_errs_by_its_spread():
     assert found.spread == pytest.approx(torch.tensor([1, 1 / 3]).std().item())
     half = Counts(torch.tensor([50.0]).double(), torch.tensor([75.0]).double(), torch.tensor([75.0]).double())
     assert Calibration(60.0, 0.6, 0.1).expected(half) == (pytest.approx(30), pytest.approx(5))
-
-
-def test_images_are_spaced_evenly():
-    assert spaced(range(10), 4) == [0, 2, 5, 7] and spaced(range(3), 4) == [0, 1, 2]
 
 
 def test_validation_images_give_the_networks_own_miou(toy, model):  # noqa: F811

@@ -10,7 +10,7 @@ from PIL import Image
 from mdil.datasets import DOMAINS, SegmentationDataset, check, get_domain
 from mdil.datasets.cache import cached
 from mdil.datasets.labels import label_table
-from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
+from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader, spaced
 from mdil.datasets.pairs import find_split
 from mdil.utils.errors import UserError
 
@@ -226,6 +226,10 @@ def test_every_epoch_sees_every_image_once_in_another_order():
     assert orders[0] != orders[1] and len(batches) == 4
     batches.epoch = 1
     assert [n for batch in batches for _, n in batch] == orders[0]
+
+
+def test_images_are_spaced_evenly():
+    assert spaced(range(10), 4) == [0, 2, 5, 7] and spaced(range(3), 4) == [0, 1, 2] and spaced([], 4) == []
 
 
 def test_ranks_share_a_batch_and_leave_none_out():
