@@ -21,8 +21,8 @@ def digests(data):
     """
     found = {kind: {} for kind in KINDS}
     for domain_data in data:
-        found['classes'][domain_data.domain.name] = digest_of(domain_data.domain.classes)
-        found['weights'][domain_data.domain.name] = digest_of(domain_data.class_weights.tolist())
+        found['classes'][domain_data.domain.name] = short_digest(domain_data.domain.classes)
+        found['weights'][domain_data.domain.name] = short_digest(domain_data.class_weights.tolist())
         for loader in (domain_data.train, domain_data.val):
             if loader is not None:
                 for kind, digest in split_digests(loader.dataset).items():
@@ -42,11 +42,11 @@ def split_digests(data):
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}') from None
     kinds = {id(pair.values): (sorted(pair.values.items()), pair.by_color) for pair in data.pairs}
-    return {'pairs': digest_of(names), 'images': digest_of(sizes), 'labels': digest_of(labels),
-            'values': digest_of(sorted(kinds.values()))}
+    return {'pairs': short_digest(names), 'images': short_digest(sizes), 'labels': short_digest(labels),
+            'values': short_digest(sorted(kinds.values()))}
 
 
-def digest_of(value):
+def short_digest(value):
     """32 hexadecimal digits that change with `value`."""
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
