@@ -100,13 +100,18 @@ def domain_names():
             for alias in (domain.name, *domain.aliases)}
 
 
-def placed(known, paths):
+def canonical(name):
+    """The domain's name for an alias, in any case; a name that is not built in stays."""
+    return domain_names().get(name.lower(), name)
+
+
+def placed(paths):
     """`paths` with aliases replaced by domain names; UserError if two aliases have different paths."""
     found = {}
     for key, value in paths.items():
-        path = found.setdefault(known.get(key.lower(), key), Path(value))
+        path = found.setdefault(canonical(key), Path(value))
         if path != Path(value):
-            raise UserError(f'--data gives two paths for {known[key.lower()]}, {path} and {value}; give one')
+            raise UserError(f'--data gives two paths for {canonical(key)}, {path} and {value}; give one')
     return found
 
 
@@ -119,9 +124,7 @@ def get_domain(name, paths=None):
 
     Raises UserError for a name that is neither built in nor in `paths`.
     """
-    known = domain_names()
-    paths = placed(known, paths or {})
-    name = known.get(name.lower(), name)
+    paths, name = placed(paths or {}), canonical(name)
     if name in DOMAINS and name in paths and paths[name].suffix == '.json':
         return read_domain(name, paths[name], DOMAINS[name])
     if name in DOMAINS:

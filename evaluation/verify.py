@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mdil.datasets.domains import domain_names
+from mdil.datasets.domains import canonical
 from mdil.models import METHODS, method_name, unchanged
 from mdil.models.checkpoint import check_stated, load_network, read, read_checkpoint, state_in
 from mdil.models.fingerprint import digests
@@ -54,7 +54,7 @@ def names_of(checkpoint, given):
     """Names of a checkpoint's domains; a file without names takes those of `given`, then 'domain N'."""
     count = len(checkpoint.found.num_classes)
     names = checkpoint.domains or [*given, *(f'domain {number}' for number in range(len(given), count))]
-    return [domain_names().get(name.lower(), name) for name in names][:count]
+    return list(map(canonical, names))[:count]
 
 
 def known(path, options):

@@ -11,7 +11,7 @@ A branch file is a dict like a checkpoint:
 """
 import torch
 
-from mdil.datasets.domains import domain_names, get_domain
+from mdil.datasets.domains import canonical, get_domain
 from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_stated, load_network, named_classes, read,
                                      read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
@@ -48,7 +48,7 @@ class Known:
         if self.checkpoint.domains:
             check_stated(names, self.checkpoint.domains, path)
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
-        names = self.checkpoint.domains or [domain_names().get(name.lower(), name) for name in names or []]
+        names = self.checkpoint.domains or list(map(canonical, names or []))
         if len(names) != len(counts) or len(set(names)) < len(names):
             raise UserError(f'{path} holds {found.kind} but no names for them; pass --domains, one for each')
         stated = self.checkpoint.content.get('domains') if self.checkpoint.domains else [{}] * len(names)
@@ -62,7 +62,7 @@ class Known:
 
     def index(self, name):
         """Index of the domain `name`, which may be an alias; UserError if it is not known."""
-        name = domain_names().get(name.lower(), name)
+        name = canonical(name)
         if name not in self.names:
             raise UserError(f'{self.checkpoint.source} knows {", ".join(self.names)}, not {name}')
         return self.names.index(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mdil.datasets.domains import domain_names
+from mdil.datasets.domains import canonical
 from mdil.models.exported import SIDE, is_exported
 from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
@@ -77,7 +77,7 @@ class Checkpoint:
 
 def check_stated(names, known, source):
     """UserError if `names`, from `--domains` or None, differ from `known`, the names in the file `source`."""
-    stated = [domain_names().get(name.lower(), name) for name in names or []]
+    stated = list(map(canonical, names or []))
     if stated and stated != known:
         raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; '
                         'leave it out, or name those')
@@ -387,9 +387,9 @@ def check_known(checkpoint, domains):
     names = [domain.name for domain in domains]
     counts = [domain.num_classes for domain in domains]
     if checkpoint.domains is not None:
-        canonical = [domain_names().get(name.lower(), name) for name in checkpoint.domains]
-        if canonical != names:
-            raise UserError(f'{checkpoint.source} knows {", ".join(canonical)}, but should know '
+        known = list(map(canonical, checkpoint.domains))
+        if known != names:
+            raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know '
                             f'{", ".join(names)}')
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '

@@ -2,7 +2,7 @@
 
 Only training.options uses this module.
 """
-from mdil.datasets.domains import domain_names, get_domain
+from mdil.datasets.domains import canonical, get_domain
 from mdil.utils.errors import UserError
 from mdil.utils.parser import data_paths, natural, positive, show
 
@@ -65,18 +65,13 @@ def agree(what, values):
     return next(iter(given.values()), None)
 
 
-def canonical(names):
-    """Replaces aliases by domain names; a name that is not built in stays."""
-    known = domain_names()
-    return names and [known.get(name.lower(), name) for name in names]
-
-
 def paper_domains(paper, domains):
     """All domains in order, from the paper's options and --domains."""
-    one = lambda name: canonical([name])[0] if name else None
+    one = lambda name: canonical(name) if name else None
+    many = lambda names: names and list(map(canonical, names))
     new = agree('domain options', {'--dataset': one(paper.get('dataset')), '--dataset-new': one(paper['dataset_new'])})
-    old = canonical(paper['dataset_old'])
-    listed = agree('domain options', {'--domains': canonical(domains), '--datasets': canonical(paper['datasets'])})
+    old = many(paper['dataset_old'])
+    listed = agree('domain options', {'--domains': many(domains), '--datasets': many(paper['datasets'])})
     if listed is None and not new and not old and (paper['decoder'] or paper['current_task'] == 0):
         return ['cityscapes']       # the default of the published lists
     if listed is None:
