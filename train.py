@@ -84,13 +84,14 @@ def train_epoch(run, interrupt):
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
             if run.last and not bar.disable:        # shows the previous batch: the GPU is still working on this one
-                shown = ', '.join(f'{name} {tables.number(value.item(), 3)}' for name, value in run.last.losses.items())
+                shown = ', '.join(f'{name} {tables.number(value, 3)}' for name, value in run.last.losses.read().items())
                 bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
             run.add(losses, data, batch)
             if interrupt.stop(run.place):
                 save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()
-    return rate if images_seen else 0.0
+    run.check_last()
+    return images_seen / (time.perf_counter() - start)
 
 
 def save_and_stop(run, when):

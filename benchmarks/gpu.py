@@ -202,13 +202,14 @@ def smoke(report, options):
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the same work; published: as the published loops do it."""
+    """One way to do the same work; published: as the published loops do it; repeatable: with --deterministic."""
     name: str
     precision: str = 'bf16'
     compile: bool = False
     graphs: bool = False
     tf32: bool = True
     published: bool = False
+    repeatable: bool = False
 
     @property
     def on_cpu(self):
@@ -239,7 +240,8 @@ def random_batch(size, height, pin=False):
 def work_of(way, what, place):
     """A callable work(images, labels, count) that does a batch of `what` `count` times in one way."""
     chosen = SimpleNamespace(precision=way.precision, compile=way.compile, cuda_graphs=way.graphs, distill_domains=None)
-    return speed.side_of(speed.PUBLISHED if way.published else speed.OURS, what, chosen, place)
+    side = speed.PUBLISHED if way.published else speed.REPEATABLE if way.repeatable else speed.OURS
+    return speed.side_of(side, what, chosen, place)
 
 
 @contextlib.contextmanager
@@ -366,19 +368,18 @@ def repeat(report, options):
         batch = random_batch(options.batch_size, options.height, pin=place.device.type == 'cuda')
         for precision in PRECISIONS[:1 if options.rehearse else 2]:
             for deterministic in (False, True):
-                torch.use_deterministic_algorithms(deterministic, warn_only=True)
-                torch.backends.cudnn.benchmark = not deterministic
-                (first, rate), (second, other) = (five_batches(precision, place, batch) for _ in range(2))
+                way = Way('', precision, repeatable=deterministic)
+                (first, rate), (second, other) = (five_batches(way, place, batch) for _ in range(2))
                 report.add(f'{precision}{", deterministic" if deterministic else ""}',
                            same_bits=torch.equal(first, second), apart=(first - second).abs().max().item(),
                            images_per_second=spread([rate, other], 1))
         torch.use_deterministic_algorithms(False)
 
 
-def five_batches(precision, place, batch):
+def five_batches(way, place, batch):
     """(the student's parameters after five batches of step 2, images per second of five more)."""
     torch.manual_seed(0)
-    run = work_of(Way('', precision), 'step 2', place)
+    run = work_of(way, 'step 2', place)
     for _ in range(5):
         run(*batch)
     parameters = torch.cat([p.detach().flatten().cpu() for p in run.student.parameters()])

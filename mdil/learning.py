@@ -227,7 +227,7 @@ def kept_random():
     """Restores the random states of Python, NumPy and torch afterwards."""
     plain, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count()) or None):     # all, without a warning
             yield
     finally:
         random.setstate(plain)

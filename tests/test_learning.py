@@ -13,6 +13,7 @@ from PIL import Image
 import mdil
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
+from mdil.learning import kept_random
 from mdil.models import checkpoint
 
 pytestmark = pytest.mark.usefixtures('shallow_module')
@@ -142,6 +143,17 @@ def test_a_signal_stops_the_run_and_not_the_program(village, tmp_path):
         mdil.learn('village', village, village[:1], on_epoch=lambda line: os.kill(os.getpid(), signal.SIGTERM), **options)
     record = mdil.learn('village', village, village[:1], resume=True, **options)
     assert [line['epoch'] for line in record.epochs] == [1, 2]
+
+
+def test_the_random_states_of_several_gpus_are_kept_without_a_warning(monkeypatch, recwarn):
+    kept = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda device: device)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda *state: kept.append(state))
+    monkeypatch.setattr(torch.random, '_fork_rng_warned_already', False)
+    with kept_random():
+        pass
+    assert kept == [(0, 0), (1, 1)] and not recwarn.list
 
 
 def test_a_json_file_gives_a_built_in_domain_lists_alone(tmp_path):

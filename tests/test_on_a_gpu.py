@@ -3,6 +3,8 @@
 Fake tensors claim to be on a GPU and compute nothing; meta tensors do so with gradients, and
 have no value that `.item()` or `if` could ask for.
 """
+import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +13,20 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mdil import train
+from mdil.benchmarks import gpu
 from mdil.datasets.augment import augment_batch, draw
 from mdil.evaluation.evaluation import logits_of
 from mdil.models import METHODS, build_model
 from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
+from mdil.training.resume import Interrupt
 from mdil.training.run import Run, like_their_weights
+from mdil.utils import parallel
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import EAGER, Graphed
 from mdil.utils.parallel import Place, session
+from tests.test_parallel import free_port, launched
 
 pytestmark = pytest.mark.usefixtures('shallow_module')
 
@@ -128,10 +134,21 @@ def test_what_cannot_be_recorded_is_refused(given):
 def test_graphs_need_one_gpu(monkeypatch):
     with pytest.raises(UserError, match='--cuda-graphs needs a GPU'), session('cpu', graphs=True):
         pass
+    launched(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    with pytest.raises(UserError, match='--cuda-graphs needs a GPU'), session('cpu', graphs=True):
+        pass
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(nn.Module, 'to', lambda self, *_, **__: self)
     with pytest.raises(UserError, match='one GPU, not several'):
         run_on('cuda', 'mdil', graphs=True)
+
+
+def test_torchrun_with_one_process_uses_graphs(monkeypatch):
+    launched(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    monkeypatch.setattr(parallel, 'pick_device', lambda _: torch.device('cuda'))
+    monkeypatch.setattr(parallel, 'join', lambda _: torch.distributed.init_process_group('gloo'))
+    with session('cuda', graphs=True) as place:
+        assert place == Place(torch.device('cuda'), graphs=True)
 
 
 @pytest.mark.parametrize('recipe, tf32', [('corrected', True), ('released', False)])
@@ -179,3 +196,71 @@ def test_recording_starts_with_the_third_call_of_each_form(monkeypatch):
     graphed(torch.zeros(3), 1)
     graphed(torch.zeros(2), 0)
     assert len(calls) == EAGER + 3 and cuda.replays == 3
+
+
+def test_recording_is_not_disturbed_by_a_thread_that_pins_memory(monkeypatch):
+    """By default, any thread's call to CUDA ends a recording with an error."""
+    Recorder(monkeypatch)
+    given = []
+    monkeypatch.setattr(torch.cuda, 'graph', lambda *_, **options: given.append(options) or contextlib.nullcontext())
+    graphed = Graphed(lambda images: images + 1)
+    for _ in range(EAGER + 1):
+        graphed(torch.zeros(2))
+    assert [options['capture_error_mode'] for options in given] == ['thread_local']
+
+
+def test_the_script_for_gpus_trains_deterministically_where_it_says_so(monkeypatch):
+    found = []
+    monkeypatch.setattr(train, 'train_batch', lambda *_: found.append(
+        (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)))
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', torch.backends.cudnn.benchmark)
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    report = SimpleNamespace(add=lambda name, **figures: found.append(name))
+    gpu.repeat(report, SimpleNamespace(device='cpu', batch_size=1, height=16, rehearse=True))
+    assert found == [(False, True)] * 20 + ['fp32'] + [(True, False)] * 20 + ['fp32, deterministic']
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Event:
+    """Stands for CUDA's events; `waited` holds the numbers of those that were waited for."""
+    made, waited = 0, []
+
+    def __init__(self):
+        Event.made, self.number = Event.made + 1, Event.made
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        Event.waited.append(self.number)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(Event, 'made', 0)
+    monkeypatch.setattr(Event, 'waited', [])
+    return Event
+
+
+def test_the_check_of_a_batch_does_not_wait_for_the_next_one(fake_gpu, events, monkeypatch):
+    """`.item()` and `if tensor` wait for all that the GPU was given; fake tensors refuse both."""
+    run = SimpleNamespace(place=Place(torch.device('cuda')), totals={}, batch=0, last=None, epoch=0)
+    run.check_last = partial(Run.check_last, run)
+    data = SimpleNamespace(train=SimpleNamespace(dataset=SimpleNamespace(pairs=())))
+    with fake_gpu:
+        for _ in range(3):
+            Run.add(run, {'loss': torch.zeros((), device='cuda'), 'ce': torch.zeros(())}, data, (None, None, None))
+            run.last.losses.values = [1.0, 2.0]     # what a GPU would have copied
+    assert events.waited == [0, 1] and run.last.losses.read() == {'loss': 1.0, 'ce': 2.0} and events.waited[-1] == 2
+
+
+def test_ranks_agree_to_stop_without_waiting_for_the_batch(fake_gpu, events, monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda *_: None)
+    place = Place(torch.device('cuda'), 0, 2)
+    interrupt = Interrupt(place)
+    interrupt.asked = True
+    with fake_gpu:
+        assert not interrupt.stop(place)
+        interrupt.agreed.values = [1.0]
+        assert interrupt.stop(place) and events.waited == [0]

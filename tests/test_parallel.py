@@ -1,5 +1,7 @@
 """What several devices and processes need, as far as a machine without GPUs can show it."""
+import contextlib
 import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,18 @@ def test_data_parallel_is_left_to_steps_that_use_every_weight(two_gpus, way, cap
     assert isinstance(parallel.wrap(task, two_gpus, way), nn.DataParallel) and not capsys.readouterr().err
     assert parallel.wrap(task, two_gpus, way, unused=True) is task
     assert 'torchrun' in capsys.readouterr().err
+
+
+def test_each_gpu_keeps_its_thread_in_data_parallel(two_gpus, monkeypatch):
+    """What torch chooses for a convolution is kept per thread and never freed."""
+    monkeypatch.setattr(torch.cuda, 'device', lambda gpu: contextlib.nullcontext())
+    task = parallel.wrap(nn.Identity(), two_gpus, 'dp')
+    passes = [task.parallel_apply([threading.get_ident] * 2, [()] * 2, [{}] * 2) for _ in range(3)]
+    assert len({threading.get_ident(), *passes[0]}) == 3 and passes[1:] == passes[:-1]
+    with torch.no_grad():
+        assert task.parallel_apply([torch.is_grad_enabled], [()], [{}]) == [False]
+    with pytest.raises(ZeroDivisionError):
+        task.parallel_apply([divmod], [(1, 0)], [{}])
 
 
 def free_port():

@@ -15,6 +15,7 @@ from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training.digest import plain_digests
 from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
+from mdil.utils.fetch import Fetched
 from mdil.utils.files import locked
 from mdil.utils.output import say
 from mdil.utils.parallel import tell
@@ -214,6 +215,7 @@ class Interrupt:
 
     def __init__(self, place):
         self.asked, self.interrupts, self.idle, self.kept, self.place = False, 0, False, {}, place
+        self.agreed = None      # of the batch before: whether a rank was asked to stop
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()
@@ -252,9 +254,10 @@ class Interrupt:
             self.idle = False
 
     def stop(self, place):
-        """Whether to stop now; all ranks agree."""
+        """Whether to stop now. Several ranks agree, one batch after the signal: a GPU need not finish this one first."""
         if place.world == 1:
             return self.asked
-        flag = torch.tensor(float(self.asked), device=place.device)
+        flag = torch.full((), float(self.asked), device=place.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        before, self.agreed = self.agreed, Fetched({'asked': flag})
+        return before is not None and before.read()['asked'] > 0

@@ -1,4 +1,5 @@
 """A training run: its parts, its progress, and how it is saved and resumed."""
+import math
 import os
 import time
 import warnings
@@ -14,6 +15,7 @@ from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import building, digest, resume
 from mdil.utils.errors import UserError
+from mdil.utils.fetch import Fetched
 from mdil.utils.files import remove_leftovers, same_file
 from mdil.utils.precision import wide_type
 
@@ -61,8 +63,8 @@ def seed_dropout(*numbers):
 
 
 class Batch(NamedTuple):
-    """A batch that was trained on: its losses on the device, the pairs of its data set, and its sample numbers."""
-    losses: dict
+    """A batch that was trained on: its losses, the pairs of its data set, and its sample numbers."""
+    losses: Fetched
     pairs: tuple
     samples: torch.Tensor
 
@@ -148,16 +150,18 @@ class Run:
 
     def add(self, losses, data, batch):
         """Counts a batch of `data` with the losses from `train_batch`; checks the one before, which is done by now."""
-        losses = {name: value.to(wide_type(value.device)) for name, value in losses.items()}
+        device = self.place.device
+        losses = {name: value.to(device, wide_type(device)) for name, value in losses.items()}
         self.check_last()
         self.totals = {name: self.totals.get(name, 0) + value for name, value in losses.items()}
-        self.batch, self.last = self.batch + 1, Batch(losses, data.train.dataset.pairs, batch[2])
+        self.batch, self.last = self.batch + 1, Batch(Fetched(losses), data.train.dataset.pairs, batch[2])
 
     def check_last(self):
         """Waits for the last batch; UserError that names its files if its loss is not finite."""
         last, self.last = self.last, None
-        if last and not torch.isfinite(last.losses['loss']):
-            raise UserError(f'the loss is {last.losses["loss"].item()} in epoch {self.epoch + 1}; the last '
+        loss = last.losses.read()['loss'] if last else 0.0
+        if not math.isfinite(loss):
+            raise UserError(f'the loss is {loss} in epoch {self.epoch + 1}; the last '
                             'checkpoint is kept. Try a lower --lr or --precision fp32. Batch: ' + ', '.join(last.files))
 
     def end_epoch(self):

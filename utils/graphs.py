@@ -56,7 +56,8 @@ class Graphed:
         own = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # By default, recording fails if any thread calls CUDA; a loader's thread pins memory meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
                 output = self.work(*own)
         except RuntimeError as error:
             raise UserError(f'this step cannot be recorded as a CUDA graph ({" ".join(str(error).split())[:200]}); '

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -53,21 +54,27 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
     if launched is None or parallel in ('none', 'dp'):
         chosen = current(pick_device(device))
         check_precision(precision, chosen)
-        if graphs and chosen.type != 'cuda':
-            raise UserError(f'--cuda-graphs needs a GPU, this runs on {chosen}; leave it out')
+        check_graphs(graphs, chosen)
         yield Place(chosen, graphs=graphs)
         return
     chosen = current(pick_device(f'cuda:{launched.local}' if device in ('auto', 'cuda') and torch.cuda.is_available()
                                  else device))
     if launched.rank == 0:
         check_precision(precision, chosen)
+    check_graphs(graphs, chosen)
     join(chosen)
     try:
-        yield Place(chosen, dist.get_rank(), dist.get_world_size())
+        yield Place(chosen, dist.get_rank(), dist.get_world_size(), graphs)
     except SystemExit:      # after any other error the other ranks may be waiting for this one; torchrun ends them
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def check_graphs(graphs, device):
+    """UserError if CUDA graphs are asked for and the device is no GPU."""
+    if graphs and device.type != 'cuda':
+        raise UserError(f'--cuda-graphs needs a GPU, this runs on {device}; leave it out')
 
 
 def allow_open_files():
@@ -167,6 +174,30 @@ def pick_device(name):
     return device
 
 
+class DataParallel(nn.DataParallel):
+    """nn.DataParallel with one thread per GPU that lives on; nn.DataParallel starts new ones for every forward pass.
+
+    torch keeps its choice of cuDNN's algorithms per thread and never frees it (2.11 to 2.14): new threads would
+    search again in every pass, and fill the memory of the machine.
+    """
+
+    def __init__(self, task):
+        super().__init__(task)
+        self.threads = [ThreadPoolExecutor(1) for _ in range(torch.cuda.device_count())]
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        """The outputs of the replicas, each computed on its GPU by that GPU's thread."""
+        learns = torch.is_grad_enabled()
+
+        def output(gpu, replica, given, named):
+            with torch.cuda.device(gpu), torch.set_grad_enabled(learns):
+                return replica(*given, **named)
+
+        waiting = [thread.submit(output, gpu, *work)
+                   for gpu, (thread, *work) in enumerate(zip(self.threads, replicas, inputs, kwargs))]
+        return [done.result() for done in waiting]
+
+
 def wrap(task, place, parallel, unused=False):
     """Wraps the task for several devices: DDP under torchrun, DataParallel on several GPUs, else unchanged.
 
@@ -184,7 +215,7 @@ def wrap(task, place, parallel, unused=False):
     if not several or parallel not in ('auto', 'dp'):
         return task
     if not unused:
-        return nn.DataParallel(task)
+        return DataParallel(task)
     print('using one GPU, because DataParallel would move weights that a batch does not use; to use all: '
           'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
     return task
