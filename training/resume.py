@@ -22,7 +22,7 @@ from mdil.utils.parallel import tell
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
 # A resumed run may change these options. HARMLESS: no effect on results. SAID: results are no longer bit-equal,
-# which is reported.
+# which is reported. docs/reliability.md names them.
 HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root',
             'data', 'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 SAID = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
