@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdil.datasets import get_domain
 from mdil.evaluation import tables
+from mdil.evaluation.predictor import domain_of
 from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
@@ -59,16 +59,15 @@ def parameter_counts(model):
 
 def classes_of(checkpoint, options):
     """[(name, class names or None)] of each domain; the name is '?' if neither the file nor the options give it."""
-    names = checkpoint.domains or options.domains
-    counts = checkpoint.found.num_classes
+    entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in options.domains]
     found = []
-    for number, count in enumerate(counts):
-        name = names[number] if number < len(names) else '?'
+    for number, count in enumerate(checkpoint.found.num_classes):
+        entry = entries[number] if number < len(entries) else {'name': '?'}
         try:
-            domain = get_domain(name, data_paths(options.data))
+            domain = domain_of(entry, data_paths(options.data))
             found.append((domain.name, domain.classes if domain.num_classes == count else None))
-        except UserError:       # a user's own domain whose declaration is not available
-            found.append((name, None))
+        except UserError:       # a user's own domain that neither the file nor --data describes
+            found.append((entry['name'], None))
     return found
 
 

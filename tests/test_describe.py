@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mdil.evaluation import describe
-from mdil.models import build_model
+from mdil.models import build_model, checkpoint
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.layouts import published_keys
 from tests.fill import fill
@@ -82,6 +82,14 @@ def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
     describe.main([str(path), '--height', '64', '--domains', 'CS', 'BDD'])
     out = capsys.readouterr().out
     assert 'BDD' in out and 'names not known' not in out
+
+
+@pytest.mark.usefixtures('shallow')
+def test_card_of_your_own_domain_takes_its_classes_from_the_file(tmp_path, capsys):
+    checkpoint.save({'version': 1, 'state_dict': build_model([3]).state_dict(), 'method': 'mdil', 'domains': [
+        {'name': 'village', 'classes': 3, 'class_names': ['mud', 'hut']}]}, tmp_path / 'x')
+    describe.main([str(tmp_path / 'x'), '--height', '64'])
+    assert 'village: mud, hut' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('shallow')
