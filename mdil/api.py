@@ -185,7 +185,7 @@ class Network:
         cannot be read.
         """
         index, place = self.predictor.index(domain), self.predictor.place
-        known = self.predictor.domains[index]
+        known, pairs = self.predictor.domains[index], list(pairs)
         if not pairs:
             raise UserError(f'no pairs to evaluate {known.name} on')
         for pair in pairs:

@@ -200,6 +200,7 @@ def test_evaluate_gives_what_eval_py_does(file, net, toy, tmp_path):
                      '--num-workers', '0', '--json', str(tmp_path / 'e.json')])
     entry = json.loads((tmp_path / 'e.json').read_text())['domains']['IDD']
     assert found['miou'] == entry['miou'] and found['accuracy'] == entry['accuracy']
+    assert net.evaluate('IDD', iter(pairs))['miou'] == found['miou']
     with pytest.raises(mdil.UserError, match='no pairs to evaluate IDD'):
         net.evaluate('IDD', [])
     with pytest.raises(mdil.UserError, match='none.png cannot be read'):
