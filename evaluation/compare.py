@@ -148,13 +148,15 @@ def last_training(result):
 
 def kept_and_lost(name, seeds):
     """A sentence on how much mIoU a method kept on each old domain, averaged over seeds; '' without old domains."""
-    old = [domain for domain, lost in seeds[0]['summary']['forgetting'].items() if lost is not None]
+    lost = {domain: mean([result['summary']['forgetting'][domain] for result in seeds])
+            for domain in seeds[0]['summary']['forgetting']}
+    old = [domain for domain in lost if lost[domain] is not None]
     if not old:
         return ''
-    lost = {domain: mean([result['summary']['forgetting'][domain] for result in seeds]) for domain in old}
     left = {domain: mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
     kept = ' and '.join(f'{left[domain]:.1f} of {left[domain] + lost[domain]:.1f} on {domain}' for domain in old)
-    return f'{name} kept {kept}: {max(0.0, sum(lost.values())):.1f} points of mIoU lost.'
+    points = max(0.0, sum(lost[domain] for domain in old))
+    return f'{name} kept {kept}: {points:.1f} points of mIoU lost.'
 
 
 def newest(results):

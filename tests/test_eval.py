@@ -386,6 +386,12 @@ def test_a_last_step_that_learnt_no_domain_has_no_sentence_of_its_own(tmp_path, 
     assert capsys.readouterr().out.endswith('mdil kept 58.0 of 60.0 on CS: 2.0 points of mIoU lost.\n')
 
 
+def test_a_domain_that_one_seed_could_not_score_is_left_out_of_the_sentence():
+    seeds = [{'summary': {'forgetting': {'CS': 2.0, 'BDD': lost}}, 'domains': {'CS': {'miou': 58.0}, 'BDD': {'miou': 9.0}}}
+             for lost in (1.0, None)]
+    assert compare.kept_and_lost('mdil', seeds) == 'mdil kept 58.0 of 60.0 on CS: 2.0 points of mIoU lost.'
+
+
 def test_seeds_give_mean_and_standard_deviation(tmp_path, capsys):
     last = {1: (50.0, 40.0), 2: (56.0, 41.0), 3: (47.0, 45.0)}
     for seed, (first, second) in last.items():
