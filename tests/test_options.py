@@ -6,6 +6,7 @@ import pytest
 from mdil.benchmarks.forgetting import forgetting_parser
 from mdil.models.methods import DISTILLING, METHODS, PAPER
 from mdil.training.options import RECIPES, parse_train, train_parser
+from mdil.training.resume import differences
 from mdil.utils.errors import UserError
 from tests.conftest import ROOT
 
@@ -231,3 +232,12 @@ def test_the_documented_methods_use_what_their_rows_say():
             assert used == named | {option.replace('_', '-') for option in DISTILLING}
         else:
             assert used == named
+
+
+def test_a_run_from_before_an_option_resumes_only_with_what_it_did_then():
+    now = parse('--savedir S --domains CS --network erfnet')
+    newer = 'schedule', 'rounds', 'sync_bn', 'weights', 'network'
+    before = {name: value for name, value in vars(now).items() if name not in newer}
+    assert differences(before, now) == ([], [])
+    now.schedule, now.sync_bn = 'one-cycle', True
+    assert differences(before, now) == (['--schedule was None, is one-cycle', '--sync-bn was None, is True'], [])
