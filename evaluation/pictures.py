@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from mdil.datasets.segmentation import open_label, to_classes
 from mdil.evaluation import metrics, tables
 from mdil.evaluation.evaluation import at_label_size, logits_of
+from mdil.evaluation.features import label_of
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 
@@ -181,13 +181,8 @@ def gathered(items, place):
 
 def richest(dataset):
     """Index of the image whose label has the most classes, void excluded; the first in a tie."""
-    return int(np.argmax([classes_of(pair, dataset.size, dataset.domain.void) for pair in dataset.pairs]))
-
-
-def classes_of(pair, size, void):
-    """Number of classes, void excluded, in the label of a pair at `size` (height, width)."""
-    label = np.asarray(open_label(pair).resize(size[::-1], Image.NEAREST))
-    return int((np.unique(to_classes(label, pair)) < void).sum())
+    return int(np.argmax([int((label_of(dataset, index).unique() < dataset.domain.void).sum())
+                          for index in range(len(dataset))]))
 
 
 def choose(datasets, wanted):
