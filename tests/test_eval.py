@@ -456,3 +456,8 @@ def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):
     compare.main([f'one={tmp_path}/one', f'two={tmp_path}/two', '--data-root', str(toy), '--out', str(tmp_path),
                   '--device', 'cpu', '--images', 'BDD=1'])
     assert Image.open(tmp_path / 'comparison.png').size[0] > 1000
+
+
+def test_numbers_are_rounded_and_never_minus_zero():
+    shown = [tables.number(value) for value in (-0.004, 0.125, -1.005, float('nan'), None)]
+    assert shown == ['0.00', '0.12', '-1.00', '-', '-'] and tables.number(2.5, 0) == '2'
