@@ -18,9 +18,9 @@ from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
-from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import check_stated, read_checkpoint
 from mdil.models.identify import identifier_of
+from mdil.models.methods import nameless_options
 from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.training.run import WRITTEN
@@ -41,10 +41,7 @@ def eval_parser():
                     description='Evaluates checkpoints on the validation images of their domains.')
     group = parser.add_argument_group('what to evaluate')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
-    group.add_argument('--domains', nargs='+', metavar='NAME',
-                       help='domains of the last checkpoint, in order (published files do not name them)')
-    group.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                       help='method of a published file whose keys fit several')
+    nameless_options(group, ' of the last checkpoint')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',
@@ -118,7 +115,7 @@ def single_task_scores(items, evaluator):
         if equals and not Path(item).exists():
             scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
             continue
-        if len(evaluator.options.domains or ()) > 1 and read_checkpoint(item).domains is None:
+        if len(evaluator.options.domains) > 1 and read_checkpoint(item).domains is None:
             raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} --domains '
                             'NAME), then pass --single-task NAME=mIoU')
         model, (domain, *others) = evaluator.load(item)

@@ -28,10 +28,10 @@ from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
 from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, upright
 from mdil.evaluation.predictor import Prepared, load_predictor
-from mdil.models import METHODS, method_name
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, looks_of
+from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, write_json, written_through
 from mdil.utils.parallel import session
@@ -70,9 +70,7 @@ def predict_parser():
     group.add_argument('--json', metavar='FILE', help='write domain, confidence and classes of every image')
     group.add_argument('--overwrite', action='store_true', help='replace existing predictions')
     group = parser.add_argument_group('files that do not name their domains or method')
-    group.add_argument('--domains', nargs='+', metavar='NAME', help='domains of a published file, in order')
-    group.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                       help='method of a published file whose keys fit several')
+    nameless_options(group)
     data_options(parser)
     group = machine_options(parser)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')

@@ -11,8 +11,9 @@ The outputs of the remaining domains stay bit-identical.
 from pathlib import Path
 
 from mdil.evaluation import tables
-from mdil.models import METHODS, branches, checkpoint, method_name
+from mdil.models import branches, checkpoint
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, shared_state
+from mdil.models.methods import nameless_options
 from mdil.utils.errors import run_main
 from mdil.utils.files import check_new
 from mdil.utils.parser import Parser, data_paths
@@ -37,10 +38,7 @@ def action(actions, name, text):
     """The parser of the action `name`, with the options that all actions share."""
     parser = actions.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
     parser.add_argument('state', metavar='BASE' if name == 'add' else 'CKPT', help='checkpoint, published ones too')
-    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
-                        help='its domains in order (published files do not name them)')
-    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                        help='method of a published file, where its keys fit several')
+    nameless_options(parser)
     parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
                         help='path of your own domain (folder with domain.json), for its class names; repeatable')
     return parser

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdil.evaluation import tables
 from mdil.evaluation.predictor import domain_of
-from mdil.models import METHODS, method_name
+from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.models.methods import nameless_options
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
@@ -31,10 +32,7 @@ TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_e
 def parse(argv=None):
     parser = Parser(prog='python -m mdil describe', description='Prints the model card of a checkpoint.')
     parser.add_argument('state', metavar='CKPT', help='checkpoint of this code or a published one')
-    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
-                        help='its domains in order (published files do not name them)')
-    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                        help='method of a published file, where its keys fit several')
+    nameless_options(parser)
     size_options(parser.add_argument_group('image size for the cost'))
     data_options(parser)
     options = parser.parse_args(argv)

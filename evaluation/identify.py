@@ -11,8 +11,9 @@ from pathlib import Path
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
 from mdil.evaluation.inputs import images_in
-from mdil.models import METHODS, branches, checkpoint, method_name
+from mdil.models import branches, checkpoint
 from mdil.models.identify import FEWEST, statistics_of
+from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parser import Parser, data_options, data_paths, natural
@@ -26,10 +27,7 @@ def parse(argv=None):
     parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')
     parser.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER',
                         help='training images of a domain (default: those below --data-root)')
-    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
-                        help='its domains in order (published files do not name them)')
-    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                        help='method of a published file, where its keys fit several')
+    nameless_options(parser)
     parser.add_argument('--num-workers', type=natural, default=2, help='threads that read images')
     data_options(parser)
     return parser.parse_args(argv)

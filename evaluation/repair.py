@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from mdil.evaluation import tables
 from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.predictor import trained_size
-from mdil.models import METHODS, checkpoint, method_name
+from mdil.models import METHODS, checkpoint
 from mdil.models.branches import WHAT, Known, put_back
 from mdil.models.fingerprint import branch_state
+from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import session
@@ -42,10 +43,7 @@ def parse(argv=None):
     parser.add_argument('--overwrite', action='store_true', help='replace it if it exists')
     parser.add_argument('--what', choices=WHAT, default='statistics',
                         help="running statistics of each old domain's batch norms, or its whole branch")
-    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
-                        help='domains of NEW in order (published files do not name them)')
-    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                        help='method of published files, where their keys fit several')
+    nameless_options(parser, ' of NEW')
     group = data_options(parser)
     group.set_defaults(data_root=None)
     group = parser.add_argument_group('evaluation before and after, with --data-root')

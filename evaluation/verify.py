@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import canonical
-from mdil.models import METHODS, method_name, unchanged
+from mdil.models import unchanged
 from mdil.models.checkpoint import check_stated, load_network, read, read_checkpoint, state_in
 from mdil.models.fingerprint import digests
+from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser
@@ -35,10 +36,7 @@ def parse(argv=None):
                                 'cannot tell.')
     parser.add_argument('state', nargs='+', metavar='OLD NEW | CKPT',
                         help='files before and after a step, or one file that is compared with its own record')
-    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
-                        help='domains of NEW in order (published files do not name them)')
-    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
-                        help='method of a published file, where its keys fit several')
+    nameless_options(parser, ' of NEW')
     parser.add_argument('--map', metavar='FILE', help='JSON: maps keys of OLD to keys of NEW, for files of other code')
     parser.add_argument('--json', metavar='FILE', help='write the result')
     options = parser.parse_args(argv)

@@ -86,6 +86,14 @@ def method_name(name):
     return ALIASES.get(name, name)
 
 
+def nameless_options(parser, files=''):
+    """Adds `--domains` and `--method`, for files that do not state them; files: ' of ...', in the help."""
+    parser.add_argument('--domains', nargs='+', default=[], metavar='NAME',
+                        help=f'domains{files}, in order (published files do not name them)')
+    parser.add_argument('--method', type=method_name, choices=tuple(METHODS),
+                        help='method of a published file whose keys fit several')
+
+
 def get_method(name):
     """The row of METHODS called `name`, which may be an alias; KeyError lists the choices."""
     name = method_name(name)
