@@ -336,6 +336,8 @@ def run(options, place):
     check_targets(options, sources)
     records = read_records(options)
     predictor = load_predictor(options, place)
+    if options.native:
+        torch.backends.cudnn.benchmark = False      # a search for each size would take longer than it saves
     for domain in predictor.domains if options.label_ids == 'files' else ():
         if branch_of(options, predictor) in ('auto', domain.name):
             file_values(domain)

@@ -291,8 +291,9 @@ def compare(report, what, ways, place, batch, options):
     for _ in range(options.rounds):
         for way, work in works.items():
             with arithmetic(way):
-                count = max(2, round(options.seconds / timed(work, batch, 1, place) * len(batch[0])))
-                rates.setdefault(way, []).append(timed(work, batch, min(count, 50), place))
+                one = len(batch[0]) / timed(work, batch, 1, place)
+                count = max(2, work.fewest, min(50, round(options.seconds / one)))
+                rates.setdefault(way, []).append(timed(work, batch, count, place))
     for way, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates[ways[0]])]
         report.add(f'{what}: {way.name}', images_per_second=spread(values, 1), ratio=spread(ratios, 2), **figures[way])

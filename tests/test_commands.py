@@ -19,7 +19,7 @@ from mdil.models import checkpoint
 from mdil.models.layouts import published_keys
 from mdil.training import building, resume
 from mdil.training.options import parse_train
-from mdil.utils.errors import UserError, advice, run_main
+from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import Place
 from tests.conftest import ROOT, run_script, wait_for
 from tests.fill import fill
@@ -319,12 +319,15 @@ def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_ends_with_advice(
         run_main(mock.Mock(side_effect=ConnectionResetError))
 
 
-def test_out_of_gpu_memory_says_which_option_lowers_it():
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate ...'),
+    RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported')])
+def test_out_of_gpu_memory_says_which_option_lowers_it(error, capsys):
     def main():
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate ...')
+        raise error
     with pytest.raises(SystemExit) as end:
         run_main(main)
-    assert end.value.code == 2 and '--batch-size' in advice(torch.OutOfMemoryError('x'))
+    assert end.value.code == 2 and 'GPU is out of memory; lower --batch-size' in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_refused(toy, tmp_path):

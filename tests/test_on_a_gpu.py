@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mdil import train
-from mdil.benchmarks import gpu
+from mdil.benchmarks import gpu, speed
 from mdil.datasets.augment import augment_batch, draw
 from mdil.evaluation.evaluation import logits_of
 from mdil.models import METHODS, build_model
@@ -198,6 +198,20 @@ def test_recording_starts_with_the_third_call_of_each_form(monkeypatch):
     assert len(calls) == EAGER + 3 and cuda.replays == 3
 
 
+def test_too_little_memory_for_a_recording_is_said_as_such(monkeypatch):
+    Recorder(monkeypatch)
+
+    def work(images):
+        if next(calls) == EAGER:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return images
+    calls, graphed = iter(range(EAGER + 1)), Graphed(work)
+    for _ in range(EAGER):
+        graphed(torch.zeros(2))
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(torch.zeros(2))
+
+
 def test_recording_is_not_disturbed_by_a_thread_that_pins_memory(monkeypatch):
     """By default, any thread's call to CUDA ends a recording with an error."""
     Recorder(monkeypatch)
@@ -219,6 +233,24 @@ def test_the_script_for_gpus_trains_deterministically_where_it_says_so(monkeypat
     gpu.repeat(report, SimpleNamespace(device='cpu', batch_size=1, height=16, rehearse=True))
     assert found == [(False, True)] * 20 + ['fp32'] + [(True, False)] * 20 + ['fp32, deterministic']
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize('rate, fewest, count', [(300, 1, 8), (9, 1, 2), (9000, 1, 50), (300, 84, 84)])
+def test_a_speed_is_measured_over_batches_that_take_a_while(rate, fewest, count, monkeypatch):
+    counts = []
+    monkeypatch.setattr(gpu, 'warmed_up', lambda *_: (SimpleNamespace(fewest=fewest), {}))
+    monkeypatch.setattr(gpu, 'timed', lambda work, batch, count, place: counts.append(count) or rate)
+    gpu.compare(SimpleNamespace(add=lambda *_, **__: None), 'step 1', gpu.WAYS[:1], None, [range(6)],
+                SimpleNamespace(rounds=1, seconds=0.15))
+    assert counts == [1, count]
+
+
+def test_the_speed_of_graphs_is_that_of_replays(monkeypatch):
+    """Every evaluation records its network anew."""
+    cuda, place = Recorder(monkeypatch), Place(torch.device('cpu'))
+    monkeypatch.setattr(speed, 'VALIDATED', EAGER + 3)
+    work = speed.Evaluation(speed.OURS, SimpleNamespace(precision='fp32', cuda_graphs=True), place)
+    assert speed.turn(work, gpu.random_batch(1, 16), 0, place) > 0 and cuda.replays == 3
 
 
 class Event:

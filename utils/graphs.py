@@ -59,6 +59,8 @@ class Graphed:
             # By default, recording fails if any thread calls CUDA; a loader's thread pins memory meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
                 output = self.work(*own)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f'this step cannot be recorded as a CUDA graph ({" ".join(str(error).split())[:200]}); '
                             'leave out --cuda-graphs') from error
