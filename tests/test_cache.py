@@ -204,6 +204,8 @@ def test_changed_label_mapping_and_missing_file_rebuild(roads, tmp_path, loads):
     data.pairs = data.pairs[1:]
     assert_equal(cached(data, tmp_path / 'cache'), data)
     assert len(loads) == 8 + 8 + 7
+    cached(train_set(roads), tmp_path / 'cache')        # caches of other selections of the same files stay
+    assert len(loads) == 8 + 8 + 7 and len(subfolders(tmp_path / 'cache')) == 3
 
 
 def test_moved_data_is_recognised(roads, tmp_path, loads):
