@@ -25,6 +25,7 @@ from mdil.datasets.loading import spaced
 from mdil.evaluation import pictures
 from mdil.models.methods import METHODS, method_name
 from mdil.training import records
+from mdil.utils.errors import brief
 from mdil.utils.parser import show
 
 TIMEOUT = 5         # seconds to wait for an answer of the server
@@ -239,7 +240,7 @@ class Dashboard:
         except Exception as error:      # no drawing error may stop the training
             self.vis = None
             if not self.warned:
-                reason = ' '.join(f'{type(error).__name__} {error}'.split())[:150]
+                reason = brief(f'{type(error).__name__} {error}')
                 print(f'live curves are off, training continues: visdom at {self.options.server}:{self.options.port}: '
                       f'{reason}', file=sys.stderr)
             self.warned = True

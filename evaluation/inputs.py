@@ -9,7 +9,7 @@ from PIL import ImageOps
 
 from mdil.datasets.pairs import files_below
 from mdil.datasets.segmentation import open_image
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
@@ -124,7 +124,7 @@ def frames_of(source):
                 yield Item(f'{source.path}/{number:06d}', f'{source.name}/{number:06d}', lambda image=image: image,
                            source.path)
     except (av.FFmpegError, IndexError) as error:
-        reason = f'{source.path} cannot be read as a video: {" ".join(str(error).split())}'
+        reason = f'{source.path} cannot be read as a video: {brief(error)}'
         yield Item(str(source.path), source.name, partial(refuse, reason), source.path)
 
 

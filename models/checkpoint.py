@@ -22,7 +22,7 @@ from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, get_method, method_name
 from mdil.models.networks import DEFAULT, get_network
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 from mdil.utils.files import write_atomically
 
 VERSION = 1
@@ -117,8 +117,7 @@ def read(path):
     except Refused as error:
         raise UserError(f'{path}: refused, {error}') from None
     except Exception as error:      # zipfile, pickle and torch may raise anything on a damaged file
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {reason[:200]})') from None
+        raise UserError(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {brief(error, 200)})') from None
 
 
 def read_from(file):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 from mdil.utils.files import move, write_atomically
 
 NAME = 'mdil'       # the key of the metadata, JSON
@@ -124,7 +124,7 @@ class Exported(nn.Module):
             self.about = json.loads(about)
         except Exception as error:      # a runtime may raise anything on a file that is not its own
             raise UserError(f'{path} cannot be read as a network of `python -m mdil export` '
-                            f'({" ".join(str(error).split())[:150]})') from None
+                            f'({brief(error)})') from None
 
     def forward(self, images, domain=0):
         """Logits (B, classes, H, W) of images (B, 3, H, W), floats in [0, 1]."""

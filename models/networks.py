@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mdil.models.adapters import with_adapters
 from mdil.models.erfnet import ERFNet
 from mdil.models.multi_domain import outside_heads
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 
 DEFAULT = 'erfnet'
 MOMENTUM = 0.1
@@ -154,7 +154,7 @@ def downloaded(weights):
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         folder = f'{torch.hub.get_dir()}/checkpoints'
-        raise UserError(f'{weights.url} could not be downloaded ({" ".join(str(error).split())[:100]}); '
+        raise UserError(f'{weights.url} could not be downloaded ({brief(error, 100)}); '
                         f'download it elsewhere and put {weights.url.rpartition("/")[2]} into {folder}, '
                         'or pass the file') from None
 
@@ -169,14 +169,14 @@ def from_timm(name):
         try:
             network = TimmNet(name, num_classes)
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-            raise UserError(f"timm's {name} returns no feature maps at several scales ({str(error)[:100]})") from None
+            raise UserError(f"timm's {name} returns no feature maps at several scales ({brief(error, 100)})") from None
         return with_adapters(network, adapter)
 
     def imagenet():
         try:
             return timm.create_model(name, features_only=True, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm's weights of {name} could not be downloaded ({' '.join(str(error).split())[:100]}); "
+            raise UserError(f"timm's weights of {name} could not be downloaded ({brief(error, 100)}); "
                             'pass a file of them') from None
 
     return Network(f'{name} of timm, a small decoder', build, imagenet, ({'': 'encoder.'},))

@@ -14,7 +14,7 @@ from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import building, digest, resume
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 from mdil.utils.fetch import Fetched
 from mdil.utils.files import remove_leftovers, same_file
 from mdil.utils.precision import wide_type
@@ -208,7 +208,7 @@ class Run:
             self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f'the checkpoint in {self.folder} does not fit this run '
-                            f'({" ".join(str(error).split())[:200]}); use another --savedir') from None
+                            f'({brief(error, 200)}); use another --savedir') from None
 
     def restore_random(self, random, epoch, batch):
         """Sets torch's generators to the saved states, which are rank 0's; other ranks are seeded anew."""

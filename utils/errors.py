@@ -30,6 +30,11 @@ def printable(text):
     return ''.join(sign if sign.isprintable() else sign.encode('unicode_escape').decode() for sign in text)
 
 
+def brief(error, most=150):
+    """What an error of another library says, on one line of at most `most` characters."""
+    return ' '.join(str(error).split())[:most]
+
+
 class UserError(Exception):
     """Says in one line what is wrong, where, and what to do."""
 

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 
 HELD = weakref.WeakSet()        # lock files of this process; a forked child closes them, or it would keep the locks
 os.register_at_fork(after_in_child=lambda: [file.close() for file in HELD])
@@ -40,7 +40,7 @@ def write_atomically(path, write, previous=None):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
-        raise UserError(f'{path} could not be written ({" ".join(str(error).split())[:150]}); the previous file '
+        raise UserError(f'{path} could not be written ({brief(error)}); the previous file '
                         'is kept') from None
     finally:
         with contextlib.suppress(OSError):

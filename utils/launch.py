@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from mdil.utils.errors import UserError, run_main
+from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
 
@@ -49,7 +49,7 @@ def main(argv=None):
     except SignalException:
         return INTERRUPTED
     except (RendezvousError, ConnectionError) as error:
-        raise UserError(f'the machines cannot connect, or no longer can ({" ".join(str(error).split())[:150]}); check '
+        raise UserError(f'the machines cannot connect, or no longer can ({brief(error)}); check '
                         'what the others say, that all name the same first machine, and that its port is '
                         'open') from None
     return 0
