@@ -54,6 +54,9 @@ def test_a_later_file_helps_but_is_said_to(steps, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert 'cityscapes: 117 tensors put back' in lines[0] and 'old already; the file of the step that learnt cityscapes' in lines[0]
     assert equal(logits(steps[1]), logits(tmp_path / 'out'))
+    together = save_network(tmp_path / 'together', network(NAMES[:2]), NAMES[:2], 'multi-task-adapters')
+    run(together, steps[2], '--out', tmp_path / 'other')        # a joint step has learnt all its domains
+    assert 'old already' not in capsys.readouterr().out
 
 
 def test_statistics_leave_parameters_and_the_branch_takes_all(steps, tmp_path, capsys):
