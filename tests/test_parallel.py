@@ -131,6 +131,18 @@ def test_fast_takes_the_precision_that_is_fast_here(monkeypatch, capsys, variabl
     assert asked.precision == 'bf16'
 
 
+@pytest.mark.parametrize('given, gpus, launched, compiled', [
+    ('', 1, False, True), ('', 2, False, False), ('', 2, True, True), ('--device cpu', 1, False, False), ('', 0, False, False)])
+def test_fast_compiles_on_a_single_gpu_and_under_torchrun(monkeypatch, given, gpus, launched, compiled):
+    monkeypatch.setenv('RANK', '0') if launched else monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr('mdil.training.options.pick_device', lambda name: None)
+    monkeypatch.setattr('mdil.training.options.without_bf16', lambda device: '')
+    options = parse_train(['--domains', 'CS', '--savedir', 'S', '--fast', *given.split()])
+    assert options.compile == compiled
+
+
 def test_an_error_does_not_wait_for_other_ranks(monkeypatch):
     """They may wait for this one: the group is left in order only where all ranks end."""
     launched(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
