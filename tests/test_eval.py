@@ -461,3 +461,11 @@ def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):
 def test_numbers_are_rounded_and_never_minus_zero():
     shown = [tables.number(value) for value in (-0.004, 0.125, -1.005, float('nan'), None)]
     assert shown == ['0.00', '0.12', '-1.00', '-', '-'] and tables.number(2.5, 0) == '2'
+
+
+def test_trials_are_compared_if_they_scored_as_many_images(tmp_path):
+    for name, limit, size in (('a', 2, 6), ('b', 4, 3), ('c', 2, 3)):
+        seed_results(tmp_path / name, [{'CS': 60.0}], limit_batches=limit, batch_size=size)
+    compare.read_results([f'a={tmp_path}/a', f'b={tmp_path}/b'])
+    with pytest.raises(UserError, match='evaluated differently, images at most is 12 and 6'):
+        compare.read_results([f'a={tmp_path}/a', f'c={tmp_path}/c'])
