@@ -141,7 +141,7 @@ def main(argv=None):
     found = sources(older, new)
     if options.height is None:
         options.height, options.width = trained_size(new.checkpoint.content)
-    with session(options.device) as place:
+    with session(options.device, precision=options.precision) as place:
         evaluator = Evaluator(options, place) if options.data_root else None
         before = scores(new, evaluator) if evaluator else None
         print(*repair(new, found, options.what), sep='\n')

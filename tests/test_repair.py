@@ -92,3 +92,9 @@ def test_what_cannot_be_repaired_is_said(steps, tmp_path):
     (tmp_path / 'out').write_text('mine')
     with pytest.raises(UserError, match='exists'):
         run(*steps, '--out', tmp_path / 'out')
+
+
+def test_a_precision_that_is_slow_here_is_said(steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('mdil.utils.precision.cpu_features', set)
+    run(*steps, '--out', tmp_path / 'out', '--device', 'cpu', '--precision', 'bf16')
+    assert '--precision bf16 is slow here' in capsys.readouterr().err
