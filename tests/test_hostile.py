@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -133,6 +134,24 @@ def archive(entries, **how):
 def entries_of(data):
     with zipfile.ZipFile(io.BytesIO(data)) as made:
         return {name: made.read(name) for name in made.namelist()}
+
+
+def test_archives_that_torch_does_not_write_are_refused(tmp_path):
+    data = saved(content({'a.weight': torch.ones(3)}))
+    entries, twice = entries_of(data), io.BytesIO(data)
+    with warnings.catch_warnings(), zipfile.ZipFile(twice, 'a') as made:
+        warnings.simplefilter('ignore')     # about the very name
+        made.writestr('archive/data.pkl', entries['archive/data.pkl'])
+    comment = io.BytesIO(data)
+    with zipfile.ZipFile(comment, 'a') as made:
+        made.comment = b'made elsewhere'
+    for changed, message in ((twice.getvalue(), 'two entries of one name'), (comment.getvalue(), 'it has a comment'),
+                             (archive(entries, compression=zipfile.ZIP_DEFLATED), 'entries are compressed')):
+        (tmp_path / 'x').write_bytes(changed)
+        with pytest.raises(UserError, match=message):
+            checkpoint.read(tmp_path / 'x')
+    (tmp_path / 'x').write_bytes(archive(entries))
+    assert checkpoint.read(tmp_path / 'x')['state_dict']['a.weight'].tolist() == [1, 1, 1]
 
 
 def test_changed_pickles_under_right_checksums_never_crash_or_hang(tmp_path):
