@@ -1,6 +1,6 @@
 """What only a GPU can show: that everything runs on one, and how fast.
 
-    bash benchmarks/gpu.sh [DIR]            all parts, within 8 minutes; --rehearse: small, on the CPU
+    bash benchmarks/gpu.sh [DIR]            all parts, within 9 minutes; --rehearse: small, on the CPU
     python -m benchmarks.gpu PART --out DIR
 
 The parts, most valuable first: smoke, speed, loading, repeat, compiled, sequence; `table` prints the
@@ -15,8 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,10 +38,12 @@ from mdil.training import building
 from mdil.training.records import environment
 from mdil.training.step_loss import mean_over_batch
 from mdil.utils.errors import UserError, advice, run_main
+from mdil.utils.graphs import EAGER, Graphed
 from mdil.utils.parallel import Place, session
 from mdil.utils.parser import Parser
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
+GRAPHS = '--cuda-graphs', '--limit-batches', '5', '--batch-size', '2'
 RUNNING_OUT = 0.01      # share of the GPU's memory that the out-of-memory trial may use
 
 
@@ -183,19 +187,48 @@ def smoke(report, options):
         report.attempt(f'agreement with the CPU, {name}', agreement, device, dtype, tf32)
     with tempfile.TemporaryDirectory() as folder:
         runs = Smoke(folder, device)
-        graphs = ['--cuda-graphs', '--limit-batches', '5', '--batch-size', '2']
-        for method in ['mdil', 'fine-tune'] if options.rehearse else METHODS:
-            for precision in PRECISIONS[:3 if cuda else 1]:
-                report.attempt(f'{method} {precision}', runs.second, method, '--precision', precision)
-            if cuda:
-                report.attempt(f'{method} bf16, graphs', runs.second, method, '--precision', 'bf16', *graphs)
+        every_precision(report, runs, 'mdil', cuda)
         for recipe in ('corrected', 'released'):
             report.attempt(f'step 3, {recipe}', runs.third, recipe)
         report.attempt('augmented on the device', runs.second, 'mdil', '--augment', 'device')
         report.attempt('going on', runs.resume)
         if cuda:
-            report.attempt('going on, graphs', runs.resume, *graphs)
+            report.attempt('going on, graphs', runs.resume, *GRAPHS)
+            report.attempt('recording while memory is pinned', recording, device)
             report.attempt('out of memory', runs.out_of_memory)
+        for method in ['fine-tune'] if options.rehearse else [name for name in METHODS if name != 'mdil']:
+            every_precision(report, runs, method, cuda)
+
+
+def every_precision(report, runs, method, cuda):
+    """Trains the last step of a method in every precision and by graphs; on the CPU in float32 alone."""
+    for precision in PRECISIONS[:3 if cuda else 1]:
+        report.attempt(f'{method} {precision}', runs.second, method, '--precision', precision)
+    if cuda:
+        report.attempt(f'{method} bf16, graphs', runs.second, method, '--precision', 'bf16', *GRAPHS)
+
+
+def recording(device):
+    """Records CUDA graphs while another thread pins memory, as a loader's does; how often each was done."""
+    ended = threading.Event()
+
+    def pin():
+        times = 0
+        while not ended.is_set():
+            torch.empty(2 ** (12 + times % 12)).pin_memory()
+            times += 1
+        return times
+
+    with ThreadPoolExecutor(1) as pool:
+        pinned = pool.submit(pin)
+        try:
+            for _ in range(20):
+                step = Graphed(lambda x: sum(number * x for number in range(300)))
+                for _ in range(EAGER + 1):
+                    step(torch.ones(4, device=device))
+        finally:
+            ended.set()
+        return {'recorded': 20, 'pinned': pinned.result()}
 
 
 # Speed: the published loop and ours, measured in turn.
@@ -320,8 +353,11 @@ def measure_speed(report, options, compiled=False):
         batch = random_batch(options.batch_size, options.height, pin=cuda)
         ways = [way for way in WAYS if way == WAYS[0] or way.compile == compiled and (cuda or way.on_cpu)]
         for what in options.what:
-            if not (compiled and what == 'evaluation'):         # only training is compiled
+            if not compiled:
                 compare(report, what, ways, place, batch, options)
+            elif what != 'evaluation':          # only training is compiled
+                for way in reversed(ways[1:]):          # one by one, as the first alone may fill the time
+                    compare(report, what, [ways[0], way], place, batch, options)
 
 
 def card():
@@ -440,7 +476,7 @@ def main(argv=None):
     parser.add_argument('--out', default='runs/gpu', metavar='DIR', help='where gpu.jsonl goes')
     parser.add_argument('--rehearse', action='store_true', help='small and on the CPU, to try the script')
     parser.add_argument('--real', metavar='DIR', help='the small real data, for the sequence')
-    parser.add_argument('--what', nargs='+', choices=speed.WHAT, default=['step 1', 'step 3', 'evaluation', 'step 2'],
+    parser.add_argument('--what', nargs='+', choices=speed.WHAT, default=['step 3', 'evaluation', 'step 1', 'step 2'],
                         metavar='WHAT', help='of speed and compiled: ' + ', '.join(speed.WHAT))
     parser.add_argument('--workers', nargs='+', type=int, default=[4, 8], metavar='N', help='of loading')
     options = parser.parse_args(argv)

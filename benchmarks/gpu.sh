@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, within 8 minutes: bash benchmarks/gpu.sh [DIR] [--real DIR] [--rehearse]
+# What only a GPU can show, within 9 minutes: bash benchmarks/gpu.sh [DIR] [--real DIR] [--rehearse]
 # Every part has a box of time, the most valuable come first, and each figure is in DIR/gpu.jsonl as
 # soon as it is known: a run that is broken off leaves what it had. --real: folder of the small real
 # data. --rehearse: tiny, on the CPU, to try the script.
@@ -24,8 +24,8 @@ mkdir -p "$out"
 part 110 smoke "$@"
 part 150 speed "$@"
 part 30 loading "$@"
-part 30 repeat "$@"
-part 110 compiled "$@"
+part 45 repeat "$@"
+part 150 compiled "$@"
 part 50 sequence "$@"
 "$python" -m benchmarks.gpu table --out "$out" | tee "$out/gpu.txt"
 if grep -q '"failed"' "$out/gpu.jsonl"; then exit 1; fi

@@ -235,6 +235,12 @@ def test_the_script_for_gpus_trains_deterministically_where_it_says_so(monkeypat
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_the_script_for_gpus_records_while_memory_is_pinned(monkeypatch):
+    cuda = Recorder(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    assert gpu.recording('cpu')['pinned'] > 0 and cuda.replays == 20
+
+
 @pytest.mark.parametrize('rate, fewest, count', [(300, 1, 8), (9, 1, 2), (9000, 1, 50), (300, 84, 84)])
 def test_a_speed_is_measured_over_batches_that_take_a_while(rate, fewest, count, monkeypatch):
     counts = []
