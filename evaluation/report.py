@@ -240,8 +240,9 @@ def page(folder, options, place):
 def main(argv=None):
     options = parse(argv)
     out = Path(options.out or Path(options.folder) / 'report.html')
+    if options.out:     # before the pictures, which take a while
+        check_writable('--out', out)
     text = page(options.folder, options, Place(pick_device(options.device)))
-    check_writable('--out', out)
     write_text(out, text)
     print(f'written: {out} ({len(text) / 1e6:.1f} MB, opens without a network)')
 

@@ -153,3 +153,9 @@ def test_bad_input_is_said_and_spoils_nothing(copied, no_curves, tmp_path):
         made(tmp_path / 'empty')
     with pytest.raises(UserError, match='is not a folder'):
         made(tmp_path / 'nowhere')
+
+
+def test_an_out_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'page', lambda *_: pytest.fail('worked first'))
+    with pytest.raises(UserError, match=f'--out {tmp_path} is a folder'):
+        made(tmp_path, '--out', tmp_path)
