@@ -67,14 +67,14 @@ def read_metrics(folder):
                         'curves') from None
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-            if not isinstance(lines[-1]['epoch'], int):
+            line = json.loads(text)
+            if not isinstance(line['epoch'], int):
                 raise ValueError
+            lines.append(line)
         except (ValueError, TypeError, LookupError):
             if number < len(texts):
                 raise UserError(f'{path}: line {number} was not written by a run; move the file away, or fix '
                                 'it') from None
-            del lines[number - 1:]
     return lines
 
 
