@@ -116,8 +116,8 @@ def single_task_scores(items, evaluator):
             scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
             continue
         if len(evaluator.options.domains) > 1 and read_checkpoint(item).domains is None:
-            raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} --domains '
-                            'NAME), then pass --single-task NAME=mIoU')
+            raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} '
+                            '--domains NAME), then pass --single-task NAME=mIoU')
         model, (domain, *others) = evaluator.load(item)
         if others:
             raise UserError(f'--single-task {item} knows {len(others) + 1} domains, one is expected')
