@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from mdil.losses.terms import LossTerm
 from mdil.models import build_model
 from mdil.models.erfnet import ERFNet
 from mdil.models.multi_domain import MultiDomainNet, divide, output_layer_like
+from mdil.training.step_loss import StepLoss
+from mdil.utils.errors import UserError
 from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(4, 2, 32, 64, 5)
@@ -119,6 +122,24 @@ def test_replicas_of_data_parallel_share_too(monkeypatch):
         assert replica.single(0).encoder.layers[1].conv3x1_1 is replica.single(2).encoder.layers[1].conv3x1_1
         with torch.no_grad():
             assert all(torch.equal(replica(IMAGES, domain), model(IMAGES, domain)) for domain in range(3))
+
+
+def test_a_loss_of_weights_is_refused_in_replicas_of_data_parallel(monkeypatch):
+    """They have no parameters, so that it would be 0."""
+    replicate = sys.modules['torch.nn.parallel.replicate']
+    monkeypatch.setattr(replicate, '_broadcast_coalesced_reshape', lambda tensors, devices, detach=False: [
+        [tensor.clone() for tensor in tensors] for _ in devices])
+
+    class Penalty(LossTerm):
+        name = 'penalty'
+
+        def forward(self, step, images, labels, domain, part):
+            return sum(weight.square().sum() for weight in step.student.shared_parameters())
+
+    loss = StepLoss(three_domains(Tiny(3)), None, [torch.ones(3)] * 3, [Penalty(None)])
+    assert loss(IMAGES, None, 0, 'penalty')[0, 0] > 0
+    with pytest.raises(UserError, match='penalty is 0, not a tensor; .* torchrun, or --parallel none'):
+        replicate.replicate(loss, [0, 1])[1](IMAGES, None, 0, 'penalty')
 
 
 @pytest.mark.parametrize('layer', [nn.Conv2d(4, 5, 3, stride=2, padding=2, dilation=2, padding_mode='reflect'),

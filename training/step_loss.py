@@ -2,6 +2,7 @@
 import torch
 from torch import nn
 
+from mdil.utils.errors import UserError
 from mdil.utils.parallel import summed
 from mdil.utils.precision import autocast, memory_format, to_float
 
@@ -57,6 +58,9 @@ class StepLoss(nn.Module):
         if isinstance(value, torch.Tensor):
             mass = torch.full_like(value, len(images))
             value = value * mass, mass
+        elif isinstance(value, (int, float)):       # such as the sum over no parameters
+            raise UserError(f'the loss term {term} is {value}, not a tensor; the copies that DataParallel makes have no '
+                            'parameters: use torchrun, or --parallel none')
         return torch.stack(value)[None]
 
 
