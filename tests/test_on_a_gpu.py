@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from tqdm import tqdm
 
 from mdil import train
 from mdil.benchmarks import gpu, speed
@@ -291,6 +292,29 @@ def test_the_check_of_a_batch_does_not_wait_for_the_next_one(fake_gpu, events, m
             Run.add(run, {'loss': torch.zeros((), device='cuda'), 'ce': torch.zeros(())}, data, (None, None, None))
             run.last.losses.values = [1.0, 2.0]     # what a GPU would have copied
     assert events.waited == [0, 1] and run.last.losses.read() == {'loss': 1.0, 'ce': 2.0} and events.waited[-1] == 2
+
+
+class Copies:
+    """Stands for Fetched: meta tensors cannot be copied, and nothing but a copy may be waited for."""
+    def __init__(self, values):
+        self.names = list(values)
+
+    def read(self):
+        return dict.fromkeys(self.names, 1.0)
+
+
+def test_an_epoch_waits_for_nothing_but_the_copies_of_its_losses(monkeypatch):
+    class Loader(list):
+        batch_sampler, dataset = SimpleNamespace(), SimpleNamespace(augmented=False, padding='void', pairs=())
+    monkeypatch.setattr('mdil.training.run.Fetched', Copies)
+    monkeypatch.setattr(train, 'tqdm', lambda **options: tqdm(**{**options, 'disable': False}))
+    parts, run = run_on('meta', 'mdil', '--num-epochs', '1'), Run.__new__(Run)
+    data = SimpleNamespace(index=2, domain=SimpleNamespace(void=11), train=Loader([(*batch_on('cpu'), torch.arange(2))] * 3))
+    stepped = SimpleNamespace(defaults={'fused': True}, zero_grad=lambda set_to_none: None, step=lambda: None)
+    vars(run).update(vars(parts), data=[data], optimizer=stepped, scaler=torch.amp.GradScaler('cuda', enabled=False),
+                     epoch=0, batch=0, totals={}, best=0.0, last=None)
+    assert train.train_epoch(run, Interrupt(run.place)) > 0 and run.batch == 3
+    assert {total.device.type for total in run.totals.values()} == {'meta'}
 
 
 def test_ranks_agree_to_stop_without_waiting_for_the_batch(fake_gpu, events, monkeypatch):
