@@ -249,7 +249,8 @@ def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
 @pytest.mark.parametrize('change, error, says', [
     ({'temperature': 0}, ValueError, 'temperature: a finite number above 0'), ({'lambdac': -1}, ValueError, 'lambdac: a finite'),
     ({'labels': lambda x: x.float()}, ValueError, 'labels .torch.float32. are no class indices: .* 0 to 4'),
-    ({'labels': lambda x: x + 5}, ValueError, 'no class indices'), ({'labels': lambda x: x[:, None]}, ValueError, r'\(B, H, W\)'),
+    ({'labels': lambda x: x + 5}, ValueError, 'no class indices'),
+    ({'labels': lambda x: x.long() - 9}, ValueError, 'no class indices'), ({'labels': lambda x: x[:, None]}, ValueError, r'\(B, H, W\)'),
     ({'images': lambda x: 255 * x}, ValueError, 'images .torch.float32. hold neither'),
     ({'images': lambda x: x.numpy()}, TypeError, 'images: a tensor is expected, not a ndarray'),
     ({'class_weights': [1.0, 0.0]}, ValueError, 'class_weights .2,.: 5 numbers'), ({'domain': 2}, IndexError, 'domain 2'),

@@ -459,6 +459,7 @@ def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):
 
 
 def test_numbers_are_rounded_and_never_minus_zero():
+    assert tables.tex('transfer -1.20') == 'transfer $-$1.20' and tables.tex('-1.20') == '$-1.20$'
     shown = [tables.number(value) for value in (-0.004, 0.125, -1.005, float('nan'), None)]
     assert shown == ['0.00', '0.12', '-1.00', '-', '-'] and tables.number(2.5, 0) == '2'
 

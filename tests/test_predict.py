@@ -175,9 +175,13 @@ def test_the_frames_of_a_sequence_are_judged_together(knowing, mixed, tmp_path):
     folder.mkdir()
     for number, name in enumerate(names):
         Image.open(mixed[0] / f'{name}-{number % 4}.png').save(folder / f'{number}.png')
+    (folder / 'next').mkdir()
+    Image.open(mixed[0] / 'IDD-0.png').save(folder / 'next/5.png')
     run(knowing, tmp_path / 'out', '--input', folder, '--json', tmp_path / 'r.json', '--sequence')
-    last = list(json.loads((tmp_path / 'r.json').read_text()).values())[-1]
-    assert last['domains']['cityscapes'] == pytest.approx(together.probabilities[-1, 0].item())
+    found = json.loads((tmp_path / 'r.json').read_text())
+    assert found[f'{folder}/4.png']['domains']['cityscapes'] == pytest.approx(together.probabilities[-1, 0].item())
+    alone = known.guess(looks[-1][None]).probabilities[0, 0].item()         # another folder is another drive
+    assert found[f'{folder}/next/5.png']['domains']['cityscapes'] == pytest.approx(alone)
 
 
 def test_auto_needs_statistics_and_says_how_to_add_them(state, photos, tmp_path):
