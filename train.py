@@ -85,7 +85,8 @@ def train_epoch(run, interrupt):
             bar.update()
             if run.last and not bar.disable:        # shows the previous batch: the GPU is still working on this one
                 shown = ', '.join(f'{name} {tables.number(value, 3)}' for name, value in run.last.losses.read().items())
-                bar.set_postfix_str(f'{shown}, best mIoU {run.best:.2f}, {rate:.1f} images/s')
+                best = tables.number(run.best if run.epoch else None)
+                bar.set_postfix_str(f'{shown}, best mIoU {best}, {rate:.1f} images/s')
             run.add(losses, data, batch)
             if interrupt.stop(run.place):
                 save_and_stop(run, f'after batch {run.batch}')
