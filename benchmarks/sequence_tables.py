@@ -169,23 +169,25 @@ def learning_step(steps, domain):
 
 
 def curve(step, domain, options):
-    """How a domain is learnt: [percent of the step's epochs], [validation mIoU in percent]."""
+    """How a domain is learnt: {percent of the step's epochs: validation mIoU in percent}."""
     epochs = parsed(step.arguments)['num_epochs']
-    lines = [line for line in records.read_metrics(step.folder(options)) if domain in line['val']]
-    return [100 * line['epoch'] / epochs for line in lines], [line['val'][domain]['miou'] for line in lines]
+    return {100 * line['epoch'] / epochs: line['val'][domain]['miou']
+            for line in records.read_metrics(step.folder(options)) if domain in line['val']}
 
 
 def draw_curves(plans, options):
-    """Writes --curves: validation mIoU of each domain while it is learnt, a panel per domain, a line per row and seed."""
+    """Writes --curves: validation mIoU of each domain while it is learnt; a line per row, thin ones per seed."""
     figure = pictures.new_figure(figsize=(3.2 * max(map(len, options.orders)) + 3, 3 * len(options.orders)))
     axes = figure.subplots(len(options.orders), max(map(len, options.orders)), squeeze=False)
-    colours = {name: f'C{number % 10}' for number, name in enumerate(options.rows)}
     panels = {(order, domain): axis for order, line in zip(options.orders, axes) for domain, axis in zip(order, line)}
-    for (order, name, _), steps in plans.items():
-        for domain in order:
-            panels[order, domain].plot(*curve(learning_step(steps, domain), domain, options), colours[name], alpha=0.7,
-                                       linewidth=1, marker='.', markersize=3, label=name)
     for (order, domain), axis in panels.items():
+        for index, name in enumerate(options.rows):
+            seeds = [curve(learning_step(plans[order, name, seed], domain), domain, options) for seed in options.seeds]
+            for seed in seeds:
+                axis.plot(seed.keys(), seed.values(), f'C{index % 10}', alpha=0.3, linewidth=0.7)
+            common = [percent for percent in seeds[0] if all(percent in seed for seed in seeds)]
+            axis.plot(common, [statistics.fmean(seed[percent] for seed in seeds) for percent in common],
+                      f'C{index % 10}', linewidth=1.5, label=name)
         axis.set(title=f'{domain}, {order.index(domain) + 1} of {len(order)}', xlabel="percent of the step's epochs",
                  ylabel='validation mIoU in percent')
         axis.grid(color='#eee')
