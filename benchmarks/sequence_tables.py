@@ -177,8 +177,9 @@ def curve(step, domain, options):
 
 def draw_curves(plans, options):
     """Writes --curves: validation mIoU of each domain while it is learnt; a line per row, thin ones per seed."""
-    figure = pictures.new_figure(figsize=(3.2 * max(map(len, options.orders)) + 3, 3 * len(options.orders)))
-    axes = figure.subplots(len(options.orders), max(map(len, options.orders)), squeeze=False)
+    height, width = len(options.orders), max(map(len, options.orders))
+    figure = pictures.new_figure(figsize=(3.2 * width + 3, 3 * height))
+    axes = figure.subplots(height, width, squeeze=False)
     panels = {(order, domain): axis for order, line in zip(options.orders, axes) for domain, axis in zip(order, line)}
     for (order, domain), axis in panels.items():
         for index, name in enumerate(options.rows):
