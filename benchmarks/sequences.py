@@ -26,7 +26,8 @@ from mdil.utils.errors import UserError
 from mdil.utils.parser import data_paths
 
 ROOT = Path(__file__).resolve().parent.parent
-JOINT, SINGLE = 'multi-task', 'single-task'
+JOINT = 'multi-task'
+FIRST = '--first'       # in a row: what follows are options of its first step
 FILES = {'latest': LATEST, 'best': BEST}
 LOG, DONE = 'log.txt', 'done'
 # Options that say nothing of what a step is: where it runs, and paths.
@@ -37,11 +38,13 @@ PLACES = (resume.HARMLESS | resume.SAID | {'state'}) - {'precision'}
 class Row:
     """One row of the table.
 
-    args: options of train.py in the steps after the first; of single-task and multi-task, in all.
+    args: options of train.py in the steps after the first; of methods with one step, in that.
+    first: options of train.py in the first of several steps.
     copies: whether every domain keeps a network of its own, as it was when it had learnt the domain.
     """
     method: str
     args: tuple = ()
+    first: tuple = ()
     copies: bool = False
 
 
@@ -54,12 +57,15 @@ DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for di
 
 def row_of(text):
     """The Row that `text` stands for: a name of ROWS, or a method and options of train.py; UserError if neither."""
-    method, *args = text.split() or ['']
+    later, split, first = text.partition(f' {FIRST} ')
+    method, *args = later.split() or ['']
     method = method_name(method)
     if text not in ROWS and method not in METHODS:
         raise UserError(f'--rows {text!r} is none of {", ".join(ROWS)}, and does not begin with a method: '
                         f'{", ".join(METHODS)}')
-    return ROWS.get(text) or Row(method, tuple(args))
+    if split and (METHODS[method].joint or METHODS[method].lonely):
+        raise UserError(f'--rows {text!r}: {method} has one step; give its options without {FIRST}')
+    return ROWS.get(text) or Row(method, tuple(args), tuple(first.split()))
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,9 @@ def is_single(name):
 
 
 def first_method(method):
-    """The method that the first step of `method` is run as: the same for all of the same network."""
+    """The method that the first step of `method` is run as: the same for all of the same network, a lonely one if any."""
     network = lambda name: (METHODS[name].adapter, METHODS[name].domain_bn)
-    return next(name for name in (SINGLE, *METHODS) if network(name) == network(method))
+    return min((name for name in METHODS if network(name) == network(method)), key=lambda name: not METHODS[name].lonely)
 
 
 def epochs_of(options, name):
@@ -179,7 +185,7 @@ def row_steps(options, row, order, seed):
         return [make_step(options, tuple(sorted(order)), seed, row.method, row.args)]
     if method.lonely:
         return [make_step(options, (name,), seed, row.method, row.args) for name in order]
-    steps = [make_step(options, order[:1], seed, first_method(row.method))]
+    steps = [make_step(options, order[:1], seed, first_method(row.method), row.first)]
     for count in range(2, len(order) + 1):
         steps.append(make_step(options, order[:count], seed, row.method, row.args, steps[-1]))
     return steps

@@ -37,7 +37,7 @@ def test_equal_steps_are_one_step_whatever_rows_they_are_of(tmp_path):
                          'fine-tune', 'lwf')
     steps = sequences.steps_of(sequences.plan(options))
     names = [(len(step.domains), step.method) for step in steps]
-    assert sorted(names) == sorted([(1, 'mdil'), (1, 'single-task'), (1, 'single-task'), (1, 'single-task')] + [
+    assert sorted(names) == sorted([(1, 'single-task-adapters'), (1, 'single-task'), (1, 'single-task'), (1, 'single-task')] + [
         (count, method) for count in (2, 3) for method in ('mdil', 'adapters-only', 'fine-tune', 'lwf')])
     assert len({step.folder(options) for step in steps}) == len(steps)
     assert all(step.start is None or steps.index(step.start) < number for number, step in enumerate(steps))
@@ -66,6 +66,15 @@ def test_a_row_is_a_name_or_a_method_with_options(text, row):
     assert sequences.row_of(text) == row
 
 
+def test_options_of_the_first_step_are_of_that_alone_and_shared_with_a_network_of_its_own(tmp_path):
+    fast, lonely = 'adapters-only --lambdac 1 --first --lr 1e-3 --no-dropout', 'single-task-adapters --lr 1e-3 --no-dropout'
+    options = options_of(tmp_path, '--rows', fast.replace(' --lambdac 1', ''), 'adapters-only', lonely, '--orders', 'CS BDD')
+    assert sequences.row_of(fast) == sequences.Row('adapters-only', ('--lambdac', '1'), ('--lr', '1e-3', '--no-dropout'))
+    first, default, alone = ([*steps] for steps in sequences.plan(options).values())
+    assert first[0] == alone[0] and first[0].folder(options) == alone[0].folder(options) != default[0].folder(options)
+    assert first[1].key == default[1].key and first[1].folder(options) != default[1].folder(options)
+
+
 def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_step(tmp_path):
     """In step 2 of the published loops the teacher is in eval mode anyway."""
     rows = ['--rows', 'released', 'mdil --recipe released --teacher-mode eval']
@@ -77,7 +86,8 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
     (['--epochs', 'CS=2'], '--epochs has no value for BDD'), (['--epochs', 'CS=x'], "'CS=x' is neither"),
     (['--orders', 'CS Mars'], 'Mars'), (['--rows', 'theirs'], 'fine-tune-copies'),
     (['--rows', 'mdil --nonsense 1'], '--rows: --nonsense 1: '),
-    (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
+    (['--rows', 'single-task --first --lr 1'], 'has one step'),
+    (['--rows', 'mdil --first --seed 5'], '--rows: .*: --seed must be'), (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
     (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is not one of --rows: mdil"), (['--rows', ''], 'does not begin with a method'),
     (['--rows', 'mdil', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
@@ -101,7 +111,7 @@ def test_all_rows_have_one_network(tmp_path):
 
 
 def test_a_first_step_serves_all_methods_of_its_network():
-    assert [sequences.first_method(name) for name in ('adapters-only', 'fine-tune', 'domain-bn')] == ['mdil', 'single-task', 'domain-bn']
+    assert [sequences.first_method(name) for name in ('adapters-only', 'fine-tune', 'domain-bn')] == ['single-task-adapters', 'single-task', 'domain-bn']
 
 
 def test_units_count_teacher_and_old_branches(tmp_path):
@@ -203,11 +213,11 @@ def test_every_row_of_the_figure_has_a_marker():
 
 def test_a_failing_step_names_its_log_and_the_others_finish(roads, tmp_path, trained_here, capsys):
     calls = []
-    trained_here(calls, failing='single-task')
+    trained_here(calls, failing='single-task-adapters')
     assert run(tmp_path, roads, '--rows', 'fine-tune', 'mdil', '--steps', '1') == 1
     output = capsys.readouterr()
     assert 'log.txt: error: no luck' in output.err and len(calls) == 2
-    assert 'mdil, 1' in output.out and 'fine-tune, 1' not in output.out
+    assert 'fine-tune, 1' in output.out and 'mdil, 1' not in output.out
     trained_here(calls)
     assert run(tmp_path, roads, '--rows', 'fine-tune', 'mdil', '--steps', '1') is None and len(calls) == 3
 
