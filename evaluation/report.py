@@ -155,12 +155,12 @@ class Learnt:
 
 
 def networks(steps, place):
-    """A Learnt for each step that has a best checkpoint of this code."""
+    """A Learnt for each step that has a best checkpoint of a run of this code; a joined file says no data root."""
     found = []
     for number, step in enumerate(steps, 1):
         if (step.folder / BEST).exists():
             checkpoint = read_checkpoint(step.folder / BEST)
-            if checkpoint.domains and checkpoint.content.get('options'):
+            if checkpoint.domains and 'data_root' in checkpoint.content.get('options', {}):
                 found.append(Learnt(f'after step {number} ({step.title})', load_network(checkpoint).to(place.device),
                                     checkpoint.domains, checkpoint.content['options']))
     return found

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mdil import eval as evaluation, train
-from mdil.evaluation import report
+from mdil.evaluation import branches, report
 from mdil.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('shallow_module')
@@ -132,6 +132,14 @@ def test_steps_not_yet_evaluated_and_a_single_run(copied, no_curves):
     assert '1 of 2 steps are evaluated so far' in Page(made(copied)).text
     page = Page(made(copied / 'step2-IDD'))
     assert 'Not evaluated yet' in page.text and len(contents(page, 'image/jpeg')) == 6
+
+
+def test_a_joined_file_in_place_of_a_best_one_has_no_pictures(copied, no_curves):
+    best = copied / 'step2-IDD' / 'model_best.pth.tar'
+    branches.main(['remove', str(best), '--domain', 'cityscapes', '--out', str(copied / 'rest.pth.tar')])
+    shutil.move(copied / 'rest.pth.tar', best)
+    page = Page(made(copied))
+    assert 'after step 1 (cityscapes)' in page.text and 'after step 2 (IDD), mIoU of this image' not in page.text
 
 
 def test_images_elsewhere_or_nowhere(copied, no_curves, toy, tmp_path):
