@@ -30,7 +30,7 @@ from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_o
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
-from mdil.models.identify import Sequence, appearance, looks_of
+from mdil.models.identify import FEWEST, Sequence, appearance, looks_of
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, write_json, written_through
@@ -310,6 +310,14 @@ class Chooser:
         return self.sequences.setdefault(place, Sequence(known)).guess(look)
 
 
+def never_unknown(predictor):
+    """A note on domains that have no threshold, so that an image that fits one best is never called unknown; or ''."""
+    bounds = predictor.identifier.thresholds.tolist() if predictor.identifier else []
+    names = [domain.name for domain, bound in zip(predictor.domains, bounds) if bound == float('inf')]
+    return (f'; images that fit {" or ".join(names)} best are never marked unknown (fewer than {FEWEST} training images)'
+            if names else '')
+
+
 def predict_all(options, predictor, sources, records):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
@@ -347,11 +355,12 @@ def run(options, place):
     finally:
         if options.json:
             write_json(options.json, records)
-    print(f'{options.out}: {done}', file=sys.stderr)
+    print(f'{options.out}: {done}{never_unknown(predictor)}', file=sys.stderr)
     if errors:
         for error in errors[1:]:
             print(error, file=sys.stderr)
-        raise UserError(f'{len(errors)} images were left out, e.g. {errors[0]}')
+        raise UserError(f'1 image was left out: {errors[0]}' if len(errors) == 1 else
+                        f'{len(errors)} images were left out, e.g. {errors[0]}')
 
 
 def run_advice(options, place):

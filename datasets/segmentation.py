@@ -47,7 +47,7 @@ def decoded(path):
         wanted = f'{", ".join(FORMATS[:-1])} or {FORMATS[-1]}'
         raise UserError(f'{path} cannot be read: it is not a {wanted} image') from None
     except UNREADABLE as error:
-        raise UserError(f'{path} cannot be read: {error}') from None
+        raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or error}') from None
 
 
 def open_image(path):

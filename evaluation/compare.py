@@ -65,7 +65,9 @@ def read_results(items):
             try:
                 result = json.loads(path.read_text())
                 matrix(result), protocol(result), result['summary']['forgetting'], result['versions']
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise UserError(f'{item}: {path} cannot be read: {error.strerror}; eval.py --json writes it') from None
+            except ValueError as error:
                 raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
             except (KeyError, TypeError, AttributeError):
                 raise UserError(f'{item}: {path} is not a result of eval.py --json') from None

@@ -1,6 +1,7 @@
 """Tables of results as text for the terminal, Markdown, LaTeX and CSV."""
 import csv
 import io
+import itertools
 import math
 import re
 import statistics
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 
 WIDTH = 80          # columns of the terminal
-LONGEST = 28        # maximum characters of a cell in the terminal
+LONGEST = 28        # maximum characters of a line of a cell in the terminal
 DELTA = 'Delta_m%'
 COMMON = '7 common classes (IDD level 1)'
 TRANSFERS = (('backward_transfer', 'backward transfer'), ('forward_transfer', 'forward transfer'), ('delta_m', DELTA))
@@ -46,8 +47,12 @@ def spread(values, digits=2):
 
 def plain(header, *groups):
     """An aligned text table: first column left, the others right, a rule above each group of rows."""
-    cells = [[[str(cell) for cell in row] for row in group] for group in ([header], *groups)]
-    widths = [max(len(row[column]) for group in cells for row in group) for column in range(len(header))]
+    return aligned([[[str(cell) for cell in row] for row in group] for group in ([header], *groups)])
+
+
+def aligned(cells):
+    """`plain` of groups of rows of str, the header as the first group."""
+    widths = [max(len(row[column]) for group in cells for row in group) for column in range(len(cells[0][0]))]
     lines = [['  '.join(cell.ljust(width) if column == 0 else cell.rjust(width)
                         for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in group]
              for group in cells]
@@ -56,8 +61,8 @@ def plain(header, *groups):
 
 
 def fitted(header, groups, width=WIDTH):
-    """`plain` within `width` columns: long cells are cut, and columns that do not fit go into further blocks below."""
-    rows = [[short(cell) for cell in header]], *([[short(cell) for cell in row] for row in group] for group in groups)
+    """`plain` within `width` columns: long cells are wrapped, columns that do not fit go into further blocks below."""
+    rows = [[line for row in group for line in lines_of(row)] for group in ([header], *groups)]
     widths = [max(len(row[column]) for group in rows for row in group) for column in range(len(header))]
     blocks, used = [[0]], widths[0]
     for column in range(1, len(header)):
@@ -66,14 +71,14 @@ def fitted(header, groups, width=WIDTH):
             used = widths[0]
         blocks[-1].append(column)
         used += 2 + widths[column]
-    return '\n\n'.join(plain(*([[row[column] for column in block] for row in group] if number else
-                               [group[0][column] for column in block]
-                               for number, group in enumerate(rows))) for block in blocks)
+    return '\n\n'.join(aligned([[[row[column] for column in block] for row in group] for group in rows])
+                       for block in blocks)
 
 
-def short(cell):
-    """A cell cut to at most LONGEST characters."""
-    return cell if len(cell) <= LONGEST else cell[:LONGEST - 3] + '...'
+def lines_of(row):
+    """A row as rows of one line each: cells of more than LONGEST characters go on in the rows below."""
+    cells = [textwrap.wrap(cell, LONGEST, subsequent_indent='  ', break_on_hyphens=False) for cell in row]
+    return list(itertools.zip_longest(*cells, fillvalue=''))
 
 
 def wrapped(text):

@@ -221,7 +221,7 @@ def to_image(image):
         image = image.detach().cpu()
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f'a path, a PIL image, an array or a list of these is expected, not a {type(image).__name__}')
+        raise TypeError(f'a path, a PIL image, an array or a list of these is expected, not {type(image).__name__}')
     return Image.fromarray(to_bytes(image)).convert('RGB')
 
 

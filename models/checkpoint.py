@@ -108,7 +108,8 @@ def read(path):
     if not os.path.lexists(path):
         raise UserError(f'{path} does not exist')
     if not os.path.isfile(path):
-        raise UserError(f'{path} is not a file')
+        raise UserError(f'{path} is a folder; name a file in it, such as model_best.pth.tar' if os.path.isdir(path) else
+                        f'{path} is not a file')
     if is_exported(path):
         raise UserError(f'{path}: an exported network, which only predict.py takes')
     try:
@@ -388,11 +389,12 @@ def check_known(checkpoint, domains):
     if checkpoint.domains is not None:
         known = list(map(canonical, checkpoint.domains))
         if known != names:
-            raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know '
-                            f'{", ".join(names)}')
+            raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know {", ".join(names)}; name its '
+                            'domains in its order (in training, before the one to learn), or choose another checkpoint')
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
-                        f'{", ".join(map(str, counts))} classes')
+                        f'{", ".join(map(str, counts))} classes, void included; name its domains in its order, with the '
+                        'class lists that it was trained with')
     for entry, domain in zip(checkpoint.content.get('domains', []) if checkpoint.domains else [], domains):
         check_class_names(entry, domain, checkpoint.source)
 

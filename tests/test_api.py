@@ -90,7 +90,7 @@ def test_every_kind_of_image_gets_the_same_answer(net, photo):
 @pytest.mark.parametrize('image, error, says', [
     (np.zeros((3, 8, 8), np.uint8), ValueError, 'that of no image'), (np.zeros((8, 8, 3), int), ValueError, 'scale it'),
     (np.full((8, 8), 1.5), ValueError, 'scale it'), (np.full((8, 8), np.nan), ValueError, 'scale it'),
-    (torch.zeros(0, 8), ValueError, 'that of no image'), (3, TypeError, 'not a int'),
+    (torch.zeros(0, 8), ValueError, 'that of no image'), (3, TypeError, 'not int'),
     *[(Image.new(mode, (8, 8)), mdil.UserError, f'the image: mode {mode}, but 8 bits') for mode in ('I;16', 'I', 'F')],
     ('none.png', mdil.UserError, 'none.png cannot be read')])
 def test_what_is_no_image_is_refused(net, image, error, says):

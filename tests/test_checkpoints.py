@@ -155,11 +155,13 @@ def test_other_methods_and_other_domains_are_refused(tmp_path):
     plain = checkpoint.read_checkpoint(tmp_path / 'plain')
     with pytest.raises(UserError, match='no adapters.*not a network of --method mdil but of .*fine-tune'):
         checkpoint.load_network(plain, 'mdil')
-    with pytest.raises(UserError, match='20 classes.*IDD need 27'):
+    with pytest.raises(UserError, match='20 classes.*IDD need 27 classes, void included; name its domains in its order'):
         checkpoint.check_known(plain, [IDD])
     plain.domains = ['cityscapes']
-    with pytest.raises(UserError, match='knows cityscapes, but should know BDD'):
+    with pytest.raises(UserError, match='knows cityscapes, but should know BDD; name its domains in its order'):
         checkpoint.check_known(plain, [BDD])
+    with pytest.raises(UserError, match='is a folder; name a file in it, such as model_best.pth.tar'):
+        checkpoint.read(tmp_path)
     torch.save({'weights': torch.zeros(3)}, tmp_path / 'other')
     with pytest.raises(UserError, match="no ERFNet in it; the first of its 1 tensors is 'weights'"):
         checkpoint.read_checkpoint(tmp_path / 'other')

@@ -301,6 +301,15 @@ def test_many_columns_go_below_each_other():
     assert [line.split()[-1] for line in text.splitlines() if line.startswith('9 (')][-1] == '9.50'
 
 
+def test_long_cells_are_wrapped_so_that_nothing_is_lost():
+    name, score = 'adapters-only --lr 1e-3 --first --lr 1e-3 --no-dropout', '1.54 +- 0.01 (p 0.002, better)'
+    text = tables.fitted(['row', 'mIoU'], [[[name, score], [f'{name}, estimated', '1']]])
+    assert [line.split('   ')[0] for line in text.splitlines()[2:]] == [
+        'adapters-only --lr 1e-3', '  --first --lr 1e-3', '  --no-dropout',
+        'adapters-only --lr 1e-3', '  --first --lr 1e-3', '  --no-dropout, estimated']
+    assert '1.54 +- 0.01 (p 0.002,' in text and 'better)' in text
+
+
 def test_a_nameless_single_task_file_is_not_taken_for_the_first_domain(toy, tmp_path):
     torch.manual_seed(5)
     for name, counts in (('two', [20, 20]), ('bdd', [20])):
@@ -438,7 +447,7 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
             ('b', seed_results(tmp_path / 'c', [{'CS': 1.0, 'IDD': 1.0}], resolution='native'), 'resolution is'),
             ('b', seed_results(tmp_path / 'd', [{'IDD': 1.0, 'CS': 1.0}]), 'different domains or orders'),
             ('a', seed_results(tmp_path / 'e', [{'CS': 1.0, 'IDD': 1.0}]), 'a: its folders hold different steps'),
-            ('b', tmp_path / 'none', 'none/results.json cannot be read'),
+            ('b', tmp_path / 'none', 'none/results.json cannot be read: No such file or directory; eval.py'),
             ('a', tmp_path / 'e/../a', 'a/results.json is given twice'),
             ('b', tmp_path / 'no*', 'no folder matches the pattern'),
             ('', tmp_path, 'is not NAME=FOLDER')):

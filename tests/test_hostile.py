@@ -677,6 +677,8 @@ def test_no_room_for_a_checkpoint_is_one_line_and_keeps_the_old_one(tmp_path, le
     with file_size_limit(10 ** 6):
         with pytest.raises(UserError, match='could not be written .*File too large.*; the previous file is kept'):
             train.main([*arguments, '--savedir', str(tmp_path)])
+        with pytest.raises(UserError, match=r'could not be written .*File too large[^;]*$'):
+            checkpoint.save(value, tmp_path / 'first')
     assert (tmp_path / LATEST).read_bytes() == data and not list(tmp_path.glob('.*.tmp'))
     train.main([*arguments, '--savedir', str(tmp_path)])
     assert checkpoint.read(tmp_path / LATEST)['epoch'] == 2

@@ -97,6 +97,8 @@ def test_home_is_found_in_options():
 
 @pytest.mark.parametrize('arguments, message', [
     (['--seed', str(2 ** 64)], 'not between 0 and 2.63 - 1'), (['--seed', str(2 ** 63)], 'not between'),
+    (['--num-workers', '-3'], '--num-workers: -3 is not at least 0'), (['--batch-size', 'six'], "'six' is not a whole number"),
+    (['--lr', 'fast'], '--lr: fast is not a finite number >= 0'), (['--height', '64.5'], "'64.5' is not a whole number"),
     (['--num-epochs', '1' + '0' * 30], 'too large'), (['--batch-size', str(2 ** 31)], 'too large'),
     (['--lr', '1e400'], 'finite'), (['--lambdac', '1e400'], 'finite'), (['--temperature', '1e200'], 'from 1e-6 to 1e6'),
     (['--temperature', '1e-300'], 'from 1e-6 to 1e6')])

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,16 @@ def script(name, *arguments, expect=0):
     done = subprocess.run(['bash', f'trainer_files/{name}.sh', *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_setup_names_an_interpreter_that_does_not_start(tmp_path):
+    (tmp_path / 'trainer_files').mkdir()
+    for name in ('trainer_files/setup.sh', 'requirements.txt', 'requirements-dev.txt'):
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run(['bash', 'trainer_files/setup.sh'], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHON_BIN': 'python3.99'})
+    assert done.returncode == 2 and done.stderr == (
+        'error: PYTHON_BIN=python3.99 does not start Python 3.10 to 3.14; name one that does, or leave it out\n')
 
 
 def commands(text):

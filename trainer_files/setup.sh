@@ -23,6 +23,10 @@ python=
 for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.13 python3.14 python3.10 python3}; do
     if supported "$candidate"; then python=$candidate; break; fi
 done
+if [ -z "$python" ] && [ -n "${PYTHON_BIN:-}" ]; then
+    echo "error: PYTHON_BIN=$PYTHON_BIN does not start Python 3.10 to 3.14; name one that does, or leave it out" >&2
+    exit 2
+fi
 if [ -z "$python" ]; then
     echo "error: no Python 3.10 to 3.14 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON_BIN" >&2
     exit 2

@@ -40,8 +40,8 @@ def write_atomically(path, write, previous=None):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
-        raise UserError(f'{path} could not be written ({brief(error)}); the previous file '
-                        'is kept') from None
+        kept = '; the previous file is kept' if os.path.isfile(path) else ''
+        raise UserError(f'{path} could not be written ({brief(error)}){kept}') from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -49,23 +49,30 @@ def show(value):
     return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def positive(text):
-    """argparse type: an int from 1 to 2^31 - 1."""
-    value = int(text)
-    if not 1 <= value < 2 ** 31:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1' if value < 1 else f'{text} is too large')
+def whole(text):
+    """argparse type: an int."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number') from None
+
+
+def positive(text, least=1):
+    """argparse type: an int from `least` to 2^31 - 1."""
+    value = whole(text)
+    if not least <= value < 2 ** 31:
+        raise argparse.ArgumentTypeError(f'{text} is not at least {least}' if value < least else f'{text} is too large')
     return value
 
 
 def natural(text):
     """argparse type: an int from 0 to 2^31 - 1."""
-    value = int(text)
-    return value if value == 0 else positive(text)
+    return positive(text, least=0)
 
 
 def seed_number(text):
     """argparse type: an int from 0 to 2^63 - 1, which every random generator accepts."""
-    value = int(text)
+    value = whole(text)
     if not 0 <= value < 2 ** 63:
         raise argparse.ArgumentTypeError(f'{text} is not between 0 and 2^63 - 1')
     return value
@@ -73,7 +80,10 @@ def seed_number(text):
 
 def rate(text):
     """argparse type: a finite float >= 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float('nan')
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'{text} is not a finite number >= 0')
     return value
@@ -81,7 +91,7 @@ def rate(text):
 
 def side(text):
     """argparse type: an image side, a positive multiple of 8."""
-    value = int(text)
+    value = whole(text)
     if value < 8 or value % 8:
         near = max(8, round(value / 8) * 8)
         raise argparse.ArgumentTypeError(f'{text} is not a positive multiple of 8; the nearest is {near}')
