@@ -170,7 +170,9 @@ def listed_pair(layout, base, split, line, place):
     if found is None:
         nearest = max(ways, key=lambda way: os.path.isfile(way[0]) + os.path.isfile(way[1]))
         absent = next(path for path in nearest if not os.path.isfile(path))
-        raise UserError(f'{place}: {absent} is not a file')
+        names = {listed_file(base, name): name for cut in cuts for name in cut}
+        alone = f', nor is {names[absent]}' if names.get(absent, '').startswith('/') else ''
+        raise UserError(f'{place}: {absent} is not a file{alone}')
     if same_file(*found):
         raise UserError(f'{place} names {found[0]} as the image and as its label')
     return found

@@ -223,7 +223,7 @@ def test_names_in_lists_may_hold_any_bytes(tmp_path):
     ('im/a.png gt/a.png\nim/x.png gt/a.png', r'train.txt line 2: .*im/x.png is not a file'),
     ('im/a.png im/../im/a.png', 'line 1 names .*im/a.png as the image and as its label'),
     ('im/a.png gt/x.png', 'line 1: .*gt/x.png is not a file'), ('im/b c.png gt/b c.png', 'line 1: .*gt/b c.png is not a file'),
-    ('im/a.png', 'line 1 has one name'),
+    ('/no/x.png gt/a.png', 'line 1: .*/no/x.png is not a file, nor is /no/x.png$'), ('im/a.png', 'line 1 has one name'),
     ('im/a.png gt/a.png\n\nim/a.png gt/a.png', 'line 3 repeats the image of line 1'), ('\n', 'lists no pairs')])
 def test_a_list_that_is_wrong_names_the_line(tmp_path, text, message):
     for name in ('a', 'b c'):
