@@ -213,7 +213,7 @@ def result(folder):
              for name in (LATEST, BEST)}
     lines = read_metrics(folder)
     for line in lines:
-        line['train'].pop('images_per_second')
+        line['train'].pop('images_per_second', None)
     return {**files, 'metrics.jsonl': lines}
 
 

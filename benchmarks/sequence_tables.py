@@ -86,7 +86,7 @@ def added(step, row, options):
 def cost(steps, row, options):
     """What the last steps of a row's seeds cost: {'added_parameters', 'units', 'images_per_second' (median)}."""
     lines = [line for step in steps for line in records.read_metrics(step.folder(options))]
-    rates = [line['train']['images_per_second'] for line in lines]
+    rates = [line['train']['images_per_second'] for line in lines if 'images_per_second' in line['train']]
     return {'added_parameters': added(steps[0], row, options), 'units': units(steps[0]),
             'images_per_second': statistics.median(rates) if rates else None}
 

@@ -57,7 +57,7 @@ DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for di
 
 def row_of(text):
     """The Row that `text` stands for: a name of ROWS, or a method and options of train.py; UserError if neither."""
-    later, split, first = text.partition(f' {FIRST} ')
+    later, split, first = f'{text} '.partition(f' {FIRST} ')
     method, *args = later.split() or ['']
     method = method_name(method)
     if text not in ROWS and method not in METHODS:
@@ -65,6 +65,8 @@ def row_of(text):
                         f'{", ".join(METHODS)}')
     if split and (METHODS[method].joint or METHODS[method].lonely):
         raise UserError(f'--rows {text!r}: {method} has one step; give its options without {FIRST}')
+    if split and not first.strip():
+        raise UserError(f'--rows {text!r}: no option follows {FIRST}')
     return ROWS.get(text) or Row(method, tuple(args), tuple(first.split()))
 
 

@@ -131,8 +131,8 @@ def curves(steps):
     def validation(key):
         return lambda line, _: {name: entry[key] for name, entry in line['val'].items()}
 
-    def term(name):
-        return lambda line, _: {name: line['train'][name]} if name in line['train'] else {}
+    def term(name, label=None):
+        return lambda line, _: {label or name: line['train'][name]} if name in line['train'] else {}
 
     plots = [
         plot(steps, 'mIoU on the validation images', '%', validation('miou')),
@@ -140,7 +140,7 @@ def curves(steps):
         *(plot(steps, f'loss term {name}, before its weight', '', term(name)) for name in loss_terms(steps)),
         plot(steps, 'validation loss (by class weights while learnt)', '', validation('loss')),
         plot(steps, 'learning rates', '', rates, log=True),
-        plot(steps, 'speed', 'images/s', lambda line, _: {'images/s': line['train']['images_per_second']})]
+        plot(steps, 'speed', 'images/s', term('images_per_second', 'images/s'))]
     return [plot for plot in plots if any(value and value == value for points in plot.lines.values()
                                           for _, value in points)]
 

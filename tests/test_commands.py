@@ -133,7 +133,7 @@ def metrics(folder):
     """metrics.jsonl without times."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     for line in lines:
-        line['train'].pop('images_per_second')
+        line['train'].pop('images_per_second', None)
     return lines
 
 

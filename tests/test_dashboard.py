@@ -102,6 +102,13 @@ def test_curves_lead_on_from_step_to_step(tmp_path):
     assert [shape['x0'] for shape in marks['shapes']] == [0.5, 3.5] and marks['annotations'][1]['text'] == 'step 2: IDD'
 
 
+def test_an_epoch_in_which_nothing_was_left_to_train_has_no_speed(tmp_path):
+    whole, rest = line(1), line(2)
+    del rest['train']['images_per_second']
+    steps = dashboard.history(write_run(tmp_path / '1', ['cityscapes'], [whole, rest]))
+    assert {plot.title: plot.lines for plot in dashboard.curves(steps)}['speed'] == {'images/s': [(1, 8.0)]}
+
+
 def test_history_takes_only_the_step_before(tmp_path):
     one = write_run(tmp_path / '1', ['BDD'], [line(1)])
     two = write_run(tmp_path / '2', ['cityscapes', 'IDD'], [line(1)], one / 'model_best.pth.tar')

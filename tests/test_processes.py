@@ -11,7 +11,7 @@ import pytest
 
 from mdil import train
 from mdil.models import checkpoint
-from mdil.training import building, resume
+from mdil.training import building, records, resume
 from mdil.utils.errors import run_main
 from mdil.utils.output import Lenient
 from tests.conftest import ROOT
@@ -79,6 +79,8 @@ def test_a_signal_during_validation_saves_and_the_run_goes_on_as_if_there_was_no
     for content in (straight, resumed):
         content.pop('options')
     assert equal(straight, resumed) and metrics(tmp_path / 'straight') == metrics(tmp_path / 'broken')
+    speeds = ['images_per_second' in line['train'] for line in records.read_metrics(tmp_path / 'broken')]
+    assert speeds == [False, True] and '; - images/s' in capfd.readouterr().out      # nothing was left to train in epoch 1
 
 
 def is_alive(number):

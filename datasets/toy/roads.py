@@ -80,6 +80,14 @@ def write_scene(root, country, split, index, request):
         save(label_path.with_name(label_path.name.replace('labellevel3Ids.png', 'polygons.json')), text.encode())
 
 
+def differences(stored, request):
+    """What toy roads on disk differ in from those asked for, as text."""
+    if not isinstance(stored, dict):
+        return 'unreadable'
+    return ', '.join(f'{name} {stored.get(name, "not given")}, not {value}' for name, value in request.items()
+                     if stored.get(name) != value)
+
+
 def is_written(root, request):
     """Whether `root` holds all that `request` asks for; ValueError if it holds anything else."""
     for name in ('toy_roads.json', 'toy_roads.partial.json'):
@@ -88,10 +96,10 @@ def is_written(root, request):
             try:
                 stored = json.loads(path.read_text())
             except ValueError:
-                stored = 'unreadable'
+                stored = None
             if stored != request:
-                raise ValueError(f'{path} is of another request, {stored} instead of {request}: '
-                                 'delete those toy roads or write to another folder')
+                raise ValueError(f'{path} is of other toy roads ({differences(stored, request)}): '
+                                 'delete those or write to another folder')
             return name == 'toy_roads.json'
     for folder in FOLDERS:
         if (root / folder).exists():
