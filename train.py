@@ -70,7 +70,10 @@ def batches(run):
 
 
 def train_epoch(run, interrupt):
-    """Trains for the rest of the epoch; returns images per second, 0 if none were left. Saves and exits on a signal."""
+    """Trains for the rest of the epoch; returns images per second, or None if none were left.
+
+    Saves and exits on a signal.
+    """
     run.start_epoch()
     step = graphed(partial(train_batch, run), run.place)
     images_seen, start = 0, time.perf_counter()
@@ -92,7 +95,7 @@ def train_epoch(run, interrupt):
                 save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()
     run.check_last()
-    return images_seen / (time.perf_counter() - start)
+    return images_seen / (time.perf_counter() - start) if images_seen else None
 
 
 def save_and_stop(run, when):
@@ -142,7 +145,7 @@ def finish_epoch(run, rate, displays, interrupt):
         run.best = sum(mious) / len(mious)
     if run.place.main:
         # Every line of metrics.jsonl has 'kd', even if the step does not distil.
-        train = {**losses, 'kd': losses.get('kd', 0.0), **({'images_per_second': rate} if rate else {})}
+        train = {**losses, 'kd': losses.get('kd', 0.0), **({'images_per_second': rate} if rate is not None else {})}
         line = {'epoch': run.epoch, 'train': train, 'val': val, 'lr': lr}
         records.append_metrics(run.folder, line)
     run.save(best=better)
@@ -151,7 +154,7 @@ def finish_epoch(run, rate, displays, interrupt):
             display.show(line, run)
         scores = ', '.join(f'{name} {entry["miou"]:.2f}' for name, entry in val.items()) or 'not validated'
         shown = ', '.join(f'{name} {tables.number(value, 4)}' for name, value in losses.items())
-        print(f'epoch {run.epoch}/{total}: {shown}; {tables.number(rate or None, 1)} images/s, mIoU: {scores}', flush=True)
+        print(f'epoch {run.epoch}/{total}: {shown}; {tables.number(rate, 1)} images/s, mIoU: {scores}', flush=True)
 
 
 def find_saved(options):

@@ -16,7 +16,8 @@ import signal
 from mdil.benchmarks.scoring import evaluated, make_evaluator
 from mdil.benchmarks.sequence_tables import (all_costs, all_figures, column_table, draw_curves, draw_rows,
                                              paired_table, summary_table)
-from mdil.benchmarks.sequences import DEFAULT_ROWS, FILES, FIRST, JOINT, ROWS, plan, run_steps, steps_of, training_images
+from mdil.benchmarks.sequences import (DEFAULT_ROWS, FILES, FIRST, JOINT, ROWS, plan, run_steps, steps_of,
+                                       training_images)
 from mdil.datasets import get_domain
 from mdil.eval import PROTOCOL
 from mdil.evaluation import pictures, tables
@@ -31,8 +32,8 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
 ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in that), '
-              'after --first those in the first; '
-              'fine-tune-copies: every domain keeps the network that had learnt it; released: mdil --recipe released. '
+              f'after {FIRST} those in the first; fine-tune-copies: every domain keeps the network that had learnt it; '
+              'released: mdil --recipe released. '
               'Columns: as the step left the network (trained); with nothing but the running statistics of batch norms '
               "estimated anew from each domain's own training images; with nothing but those kept that they had when its "
               'own step ended, shared batch norms too. What they give back of a loss is statistics, the rest is weights.')
@@ -86,8 +87,8 @@ def forgetting_parser():
     group.add_argument('--rows', nargs='+', default=DEFAULT_ROWS, metavar='"METHOD OPTIONS"',
                        help='rows of the table: methods, with options of train.py for the steps after the first (of '
                             f'methods with one step: for that) and after {FIRST} for the first, each row quoted; or '
-                            f'{", ".join(ROWS)} (default: these, the '
-                            'methods, and released with one difference each switched off)')
+                            f'{", ".join(ROWS)} (default: these, the methods, and released with one difference each '
+                            'switched off)')
     group.add_argument('--orders', nargs='+', default=list(ORDERS), metavar='"NAME NAME ..."',
                        help='orders of domains (default: "{}" and "{}")'.format(*ORDERS))
     group.add_argument('--seeds', nargs='+', type=seed_number, default=[0, 1, 2], metavar='N', help='seeds')
