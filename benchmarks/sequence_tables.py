@@ -18,6 +18,7 @@ from mdil.utils.parser import data_paths
 
 MARKERS = 'osD^v<>Pphd'
 LEAST = 1.0     # points: of a smaller loss no shares are told
+LEAST_P = 0.0001    # a smaller p is not told
 TITLES = {TRAINED: '', ESTIMATED: ', estimated', KEPT: ', kept'}
 
 
@@ -146,21 +147,24 @@ def paired_table(order, rows, options):
     base = rows[options.against]
     lines = []
     for name, column, seeds in variants(rows):
-        pairs = [(seeds[seed]['steps'][-1], base[seed]['steps'][-1]) for seed in seeds if seed in base]
+        pairs = [(seeds[seed], base[seed]) for seed in seeds if seed in base]
         if (name, column) != (options.against, TRAINED) and pairs:
-            gains = [[one[domain] - other[domain] for one, other in pairs] for domain in order]
+            gains = [[one['steps'][-1][domain] - other['steps'][-1][domain] for one, other in pairs] for domain in order]
+            deltas = [[figures['delta_m'] for figures in pair] for pair in pairs]
             lines.append([f'{name}{TITLES[column]}', str(len(pairs)), *map(gain_cell, gains),
-                          gain_cell([statistics.fmean(gain) for gain in zip(*gains)])])
+                          gain_cell([statistics.fmean(gain) for gain in zip(*gains)]),
+                          '-' if None in sum(deltas, []) else gain_cell([one - other for one, other in deltas])])
     return Table(f'{", then ".join(order)}: points more than {options.against} after the last step',
-                 f'against-{"-".join(order)}', ['row', 'n', *order, 'mean'], [lines],
+                 f'against-{"-".join(order)}', ['row', 'n', *order, 'mean', tables.DELTA], [lines],
                  (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))
 
 
 def gain_cell(differences):
     """Differences of one figure: mean and deviation, p, and the verdict."""
-    p = paired.p_value(differences)
-    said = '' if p is None else f' (p {p:.3f}{", " * bool(paired.verdict(differences))}{paired.verdict(differences)})'
-    return spread(differences) + said
+    p, verdict = paired.p_value(differences), paired.verdict(differences)
+    if p is None:
+        return spread(differences)
+    return f'{spread(differences)} (p {f"= {p:.2g}" if p >= LEAST_P else f"< {LEAST_P}"}{", " * bool(verdict)}{verdict})'
 
 
 def learning_step(steps, domain):

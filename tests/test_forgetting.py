@@ -162,8 +162,8 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
                             '40.00 +- 0.00', lost]
     assert lines[3][7:] == ['24 +- 2', '95 +- 6'] and lines[4][7:] == ['0 +- 0', '100 +- 0'] and lines[5][7:] == ['-', '-']
     lines = forgetting.paired_table(order, rows, options).groups[0]
-    assert lines[-1] == ['single-task', '2', '20.00 +- 0.00 (p 0.000, better)', '-4.00 +- 0.00 (p 0.000, worse)',
-                         '-10.00 +- 0.00 (p 0.000, worse)', '2.00 +- 0.00 (p 0.000, better)']
+    assert lines[-1] == ['single-task', '2', '20.00 +- 0.00 (p < 0.0001, better)', '-4.00 +- 0.00 (p < 0.0001, worse)',
+                         '-10.00 +- 0.00 (p < 0.0001, worse)', '2.00 +- 0.00 (p < 0.0001, better)', '6.67 +- 0.00 (p < 0.0001, better)']
     del rows['mdil'][2]
     shown = forgetting.summary_table(order, rows, costs, options).groups[0][0]
     assert shown[0] == 'mdil (1 of 2 seeds)' and shown[1] == '20.00'

@@ -1,0 +1,69 @@
+"""benchmarks.merge: rows of several result files in one table."""
+import json
+
+import pytest
+
+from mdil.benchmarks import merge
+from mdil.utils.errors import UserError
+
+OPTIONS = {**dict.fromkeys(merge.ALIKE), 'epochs': {'': 5}}
+
+
+def results(path, scores, **changed):
+    """Writes a result file; scores: {row: {seed: (mIoU of CS, of BDD)}}."""
+    rows = {}
+    for name, seeds in scores.items():
+        figures = {}
+        for seed, (city, bdd) in seeds.items():
+            last = {'cityscapes': city, 'BDD': bdd}
+            steps = [last] if name.startswith('single') else [{'cityscapes': city}, last]
+            figures[str(seed)] = {'steps': steps, 'delta_m': None, 'columns': dict.fromkeys(('estimated', 'kept'), {'steps': steps})}
+        rows[name] = {'cost': {'added_parameters': 5e5, 'units': 3, 'images_per_second': None}, 'seeds': figures}
+    path.write_text(json.dumps({'options': {**OPTIONS, **changed}, 'versions': {'git': path.stem}, 'orders': {'cityscapes BDD': rows}}))
+    return str(path)
+
+
+SINGLE = {'single-task': {seed: (20.0 + seed, 40.0) for seed in range(3)}}
+
+
+def test_rows_of_two_files_stand_in_one_table_with_delta_m_across_them(tmp_path, capsys):
+    first = results(tmp_path / 'first.json', SINGLE)
+    second = results(tmp_path / 'second.json', {'adapters-only': {seed: (20.0 + seed, 44.0 + 0.01 * seed) for seed in range(3)}})
+    markdown = tmp_path / 'both.md'
+    merge.main([first, second, '--against', 'single-task', '--markdown', str(markdown)])
+    text = markdown.read_text()
+    assert f'From {first} (first), {second} (second).' in text
+    lines = [line for line in text.splitlines() if line.startswith('| adapters-only')]
+    assert '44.01 ± 0.01' in lines[0] and '5.01 ± 0.01' in lines[0]           # (0 + 10.02) / 2 percent
+    assert lines[1].startswith('| adapters-only | 3 | 0.00 ± 0.00 (p = 1) | 4.01 ± 0.01 (p < 0.0001, better)')
+    assert '| 5.01 ± 0.01 (p < 0.0001, better) |' in lines[1]
+    assert 'adapters-only' in capsys.readouterr().out
+
+
+def test_seeds_of_a_row_may_come_from_two_files(tmp_path, capsys):
+    files = [results(tmp_path / f'{seed}.json', {'single-task': {seed: (20.0, 40.0)}}) for seed in (0, 1)]
+    merge.main([*files, files[0]])
+    assert '(1 of 2 seeds)' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('changed, scores, words', [
+    ({'epochs': {'': 6}}, {'mdil': {0: (1.0, 2.0)}}, 'not alike: epochs'),
+    ({}, {'single-task': {0: (19.0, 40.0)}}, 'differ on seed 0 of "single-task"'),
+])
+def test_what_cannot_be_compared_is_refused(tmp_path, changed, scores, words):
+    first, second = results(tmp_path / 'a.json', SINGLE), results(tmp_path / 'b.json', scores, **changed)
+    with pytest.raises(UserError, match=words):
+        merge.main([first, second])
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', '{"orders": {"CS": {"mdil": {"cost": {}, "seeds": {"0": {}}}}}}', '{"orders": 3}'])
+def test_other_files_are_named(tmp_path, content):
+    path = tmp_path / 'other.json'
+    path.write_text(content)
+    with pytest.raises(UserError, match='other.json'):
+        merge.main([str(path)])
+
+
+def test_a_row_that_no_file_has_is_named(tmp_path):
+    with pytest.raises(UserError, match='no row of the files: single-task'):
+        merge.main([results(tmp_path / 'a.json', SINGLE), '--against', 'mdil'])
