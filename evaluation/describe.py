@@ -17,12 +17,12 @@ from mdil.evaluation import tables
 from mdil.evaluation.predictor import domain_of
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
-from mdil.models.methods import nameless_options
+from mdil.models.methods import nameless_options, unused
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
 
-# The options to show, in this order; those that a file does not hold are left out.
+# The options to show, in this order; those that a file does not hold, or its method does not use, are left out.
 TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr',
             'no_dropout', 'lambdac', 'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch',
             'frozen_encoder', 'new_decoder', 'new_statistics', 'imagenet_bn', 'label_padding', 'rounds',
@@ -99,7 +99,9 @@ def best_lines(checkpoint):
 def training_lines(checkpoint):
     """Lines about the training, from the options stored in the file."""
     options = checkpoint.content.get('options') or {}
-    lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING if options.get(name) is not None]
+    idle = unused(checkpoint.method) if checkpoint.method else ()
+    lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING
+             if options.get(name) is not None and name not in idle]
     if 'epoch' in checkpoint.content and options:
         lines.append(f'this file: after epoch {checkpoint.content.get("epoch")} of {options.get("num_epochs")}')
     return lines or ['not recorded in the file']

@@ -102,6 +102,12 @@ def get_method(name):
     return METHODS[name]
 
 
+def unused(method):
+    """Options of train.py that some methods use and `method` does not."""
+    return [name for name in dict.fromkeys(name for row in METHODS.values() for name in row.uses)
+            if name not in get_method(method).uses]
+
+
 def build_model(num_classes, method=DEFAULT, network=ERFNET):
     """The network of `method` with random weights, for domains of `num_classes` classes each, void included.
 

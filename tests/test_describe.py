@@ -54,7 +54,8 @@ def test_card_of_a_run(tmp_path, capsys):
     path = save_network(tmp_path / 'run/model_best.pth.tar', ['cityscapes', 'IDD'], 'mdil', 0)
     content = torch.load(path, weights_only=True)
     content.update(epoch=2, best_acc=41.25, options={'num_epochs': 3, 'lr': 5e-4, 'domains': ['cityscapes', 'IDD'],
-                                                     'recipe': 'corrected', 'limit_batches': None})
+                                                     'recipe': 'corrected', 'limit_batches': None,
+                                                     'lambdac': 0.1, 'rounds': 2})
     torch.save(content, path)
     lines = [{'epoch': epoch, 'val': {'cityscapes': {'miou': 60.0 + epoch, 'loss': 0.5},
                                       'IDD': {'miou': 41.25, 'loss': 1}}} for epoch in (1, 2, 3)]
@@ -63,10 +64,11 @@ def test_card_of_a_run(tmp_path, capsys):
     out = ' '.join(capsys.readouterr().out.split())
     for expected in ('2 domains (20, 27 classes)', "mdil: the paper's method, parallel adapters", '501,796', '1,868,252', '128x64',
                      'cityscapes: road, sidewalk', 'autorickshaw', 'when it was best: 41.25',
-                     'cityscapes: mIoU 62.00, loss 0.5000 after epoch 2', 'recipe: corrected',
+                     'cityscapes: mIoU 62.00, loss 0.5000 after epoch 2', 'recipe: corrected', 'lambdac: 0.1',
                      'this file: after epoch 2 of 3'):
         assert expected in out, expected
     assert 'limit-batches' not in out and 'mIoU 63' not in out
+    assert 'rounds' not in out          # an option of joint training
     torch.save({**content, 'epoch': 0, 'best_acc': float('-inf')}, path)         # before the first validation
     describe.main([str(path), '--height', '64'])
     assert 'when it was best' not in capsys.readouterr().out

@@ -10,7 +10,7 @@ import os
 import torch
 
 from mdil.datasets.domains import domain_names, get_domain
-from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name
+from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name, unused
 from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.training.schedules import SCHEDULES
@@ -234,9 +234,7 @@ def flag(name, value=None):
 
 def check_uses(options):
     """Refuses given options that other methods use and this one does not. Runs before defaults are filled in."""
-    used = METHODS[options.method].uses
-    some_use = dict.fromkeys(name for row in METHODS.values() for name in row.uses)
-    given = [name for name in some_use if name not in used and getattr(options, name, None) is not None]
+    given = [name for name in unused(options.method) if getattr(options, name, None) is not None]
     if given:
         named = ' '.join(flag(name, getattr(options, name)) for name in given)
         fitting = ', '.join(name for name, row in METHODS.items() if set(given) <= set(row.uses))
