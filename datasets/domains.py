@@ -1,11 +1,12 @@
 """Domains: the names of each data set, its classes and where its files are.
 
-A domain is one declaration. `get_domain` finds one by name or alias, or reads a user's own from JSON.
+A domain is one declaration. `get_domain` finds one by name or alias, or reads a user's own from JSON;
+`domain_of` takes a user's own from a file that a training wrote.
 """
 from dataclasses import replace
 from pathlib import Path
 
-from mdil.datasets.declaration import Domain, Labels, Layout, train_ids
+from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
 from mdil.datasets.labels import label_table
 from mdil.datasets.own import read_domain
 from mdil.utils.errors import UserError
@@ -105,6 +106,11 @@ def canonical(name):
     return domain_names().get(name.lower(), name)
 
 
+def declared(name, paths):
+    """Whether the domain is built in, or a user's own that `paths` declare."""
+    return canonical(name) in DOMAINS or name in paths
+
+
 def placed(paths):
     """`paths` with aliases replaced by domain names; UserError if two aliases have different paths."""
     found = {}
@@ -134,3 +140,25 @@ def get_domain(name, paths=None):
                         f'--data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
     path = paths[name]
     return read_domain(name, path if path.suffix == '.json' else path / 'domain.json')
+
+
+def unplaced(count):
+    """The Layout of a domain of `count` classes whose files are not known.
+
+    Its label files hold class indices, and 255 for void.
+    """
+    return Layout('', IMAGES, '', (Labels('', train_ids(count)),))
+
+
+def domain_of(entry, paths):
+    """The Domain for an entry of a checkpoint or an exported file.
+
+    It is the built-in one or the one that `paths` declare; otherwise the entry describes it, and its
+    label files hold class indices, and 255 for void.
+    """
+    name = entry['name']
+    if declared(name, paths) or 'class_names' not in entry:
+        return get_domain(name, paths)
+    count = len(entry['class_names'])
+    colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
+    return Domain(name, name, tuple(entry['class_names']), colors, (unplaced(count),))

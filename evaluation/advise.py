@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset
+from mdil.datasets.domains import unplaced
 from mdil.datasets.loading import spaced
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
-from mdil.evaluation.predictor import unplaced
 from mdil.models.identify import FEWEST
 from mdil.utils.errors import UserError
 

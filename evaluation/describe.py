@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdil.datasets.domains import domain_of
 from mdil.evaluation import tables
-from mdil.evaluation.predictor import domain_of
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.methods import nameless_options, unused

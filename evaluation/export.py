@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mdil.datasets.domains import domain_of
 from mdil.datasets.loading import spaced
 from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import images_in, upright
-from mdil.evaluation.predictor import Predictor, domain_of, trained_size
+from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.models import get_method
 from mdil.models.checkpoint import load_network, read_checkpoint, save
 from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed

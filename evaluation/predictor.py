@@ -5,8 +5,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from mdil.datasets.declaration import IMAGES, Domain, Labels, Layout, train_ids
-from mdil.datasets.domains import domain_names, get_domain
+from mdil.datasets.domains import domain_of
 from mdil.evaluation.evaluation import load_network_and_domains, logits_of
 from mdil.models.checkpoint import check_stated, stated_size
 from mdil.models.exported import SIDE, Exported, is_exported
@@ -142,28 +141,6 @@ class Predictor:
 def trained_size(content):
     """(height, width) that a checkpoint was trained at, from its content; PUBLISHED_SIZE if it does not say."""
     return stated_size(content) or PUBLISHED_SIZE
-
-
-def unplaced(count):
-    """The Layout of a domain of `count` classes whose files are not known.
-
-    Its label files hold class indices, and 255 for void.
-    """
-    return Layout('', IMAGES, '', (Labels('', train_ids(count)),))
-
-
-def domain_of(entry, data):
-    """The Domain for an entry of a checkpoint or an exported file.
-
-    It is the built-in one or the one declared in `data`; otherwise the entry describes it, and its
-    label files hold class indices, and 255 for void.
-    """
-    name = entry['name']
-    if name.lower() in domain_names() or name in data or 'class_names' not in entry:
-        return get_domain(name, data)
-    count = len(entry['class_names'])
-    colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
-    return Domain(name, name, tuple(entry['class_names']), colors, (unplaced(count),))
 
 
 def exported_predictor(options):

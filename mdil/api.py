@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mdil.datasets.domains import domain_of
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset, in_rgb
 from mdil.evaluation.evaluation import evaluate, figures
 from mdil.evaluation.inputs import upright
-from mdil.evaluation.predictor import Predictor, domain_of, trained_size
+from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models import checkpoint
 from mdil.models.branches import Known

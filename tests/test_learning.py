@@ -86,6 +86,21 @@ def test_a_domain_of_ones_own_is_learnt_after_another_and_loaded(learnt, village
     assert record.trained == ('village',) and record.epochs[0]['val'].keys() == {'cityscapes', 'village'}
 
 
+def test_a_step_after_someone_elses_domain_needs_its_file_alone(village, toy, tmp_path, capsys):
+    first = mdil.learn('village', village, village[:1], classes={'mud': (1, 2, 3), 'hut': (4, 5, 6)}, savedir=tmp_path / '1', **TINY)
+    step = lambda **options: mdil.learn(
+        'IDD', pairs_of(toy, 'IDD', 'train'), pairs_of(toy, 'IDD', 'val')[:1], domains=['village', 'IDD'], state=first.best,
+        savedir=tmp_path / '2', **{**TINY, 'num_epochs': 2, **options})
+    with pytest.raises(ZeroDivisionError):
+        step(on_epoch=lambda line: 1 / 0)
+    first.best.unlink()
+    second = step(resume=True)         # the checkpoint itself describes it, too
+    assert second.trained == ('IDD',) and [line['val'].keys() for line in second.epochs] == [{'IDD'}] * 2
+    assert capsys.readouterr().err.count('village is not validated: the images of village are not declared here; pass --data') == 2
+    entries = [checkpoint.read(record.latest)['domains'][0] for record in (first, second)]
+    assert entries[0] == entries[1] and entries[0]['class_names'] == ['mud', 'hut']
+
+
 def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     class Enough(Exception):
         pass

@@ -106,9 +106,11 @@ def test_contradictions_and_bad_values_are_refused(text, message):
         parse(text)
 
 
-def test_an_old_domain_without_its_declaration_is_named_with_the_file():
-    with pytest.raises(UserError, match='--state a.pth should know usa, but its declaration is not here: pass --data usa=FOLDER'):
-        parse('--domains usa IDD --state a.pth --savedir x')
+@pytest.mark.parametrize('text', ['--domains usa IDD', '--domains IDD usa --state a.pth', '--domains usa --state a.pth'])
+def test_a_domain_that_no_file_describes_needs_its_declaration(text):
+    with pytest.raises(UserError, match="unknown domain 'usa'.* pass --data usa=FOLDER"):
+        parse(f'{text} --savedir x')
+    assert parse('--domains usa ImaGeNot IDD --state a.pth --savedir x').domains == ['usa', 'ImaGeNot', 'IDD']
 
 
 def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mdil.datasets import SegmentationDataset, get_domain
+from mdil.datasets import SegmentationDataset
 from mdil.datasets.augment import augment_batch, draw
 from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
 from mdil.datasets.class_weights import histogram, needs_counts, training_weights
+from mdil.datasets.domains import declared, domain_of
 from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
@@ -60,9 +61,23 @@ def seed_everything(seed, deterministic=False):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def build_data(options, place):
-    """The DomainData of every domain; old ones have a validation loader if their data is available."""
-    domains = [get_domain(name, data_paths(options.data)) for name in options.domains]
+def domains_of(options, saved):
+    """The Domains of a step. Old ones that are not declared here are as the file says that the step goes on from.
+
+    saved: the content of the checkpoint to resume from, or None.
+    """
+    paths, entries = data_paths(options.data), {}
+    if not all(declared(name, paths) for name in options.domains):
+        entries = {entry['name']: entry for entry in (saved or read_checkpoint(options.state).content).get('domains', [])}
+    return [domain_of(entries.get(name, {'name': name}), paths) for name in options.domains]
+
+
+def build_data(options, place, saved=None):
+    """The DomainData of every domain; old ones have a validation loader if their data is available.
+
+    saved: the content of the checkpoint to resume from, or None.
+    """
+    domains = domains_of(options, saved)
     train_sets = {index: dataset(options, domains[index], 'train') for index in plan_step(options).trained}
     sizes = [len(data) for data in train_sets.values()]
     found = []

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from mdil.datasets.domains import domain_names, get_domain
+from mdil.datasets.domains import canonical, get_domain
 from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name, unused
 from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
@@ -192,14 +192,14 @@ def parse_train(argv=None):
     options = train_parser().parse_args(argv)
     if options.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
-    check_declared(options)
     published = translate_paper(options)
     if not options.domains:
         raise UserError('say which domains: --domains NAME [NAME ...]; the last is trained')
     paths = data_paths(options.data)
-    options.domains = [get_domain(name, paths).name for name in options.domains]
+    check_declared(options, paths)
+    options.domains = [canonical(name) for name in options.domains]
     if options.branch_from is not None:
-        options.branch_from = get_domain(options.branch_from, paths).name
+        options.branch_from = canonical(options.branch_from)
     complete_size(options)
     options.method = options.method or DEFAULT
     check_uses(options)
@@ -219,12 +219,10 @@ def parse_train(argv=None):
     return options
 
 
-def check_declared(options):
-    """UserError if a domain that --state should know is neither built in nor declared."""
-    for name in options.domains[:-1] if options.domains and options.state else ():
-        if name.lower() not in domain_names() and name not in data_paths(options.data):
-            raise UserError(f'--state {options.state} should know {name}, but its declaration is not here: pass '
-                            f'--data {name}=FOLDER, the folder with its domain.json')
+def check_declared(options, paths):
+    """UserError for a domain that is neither built in nor declared, unless it is an old one: --state describes those."""
+    for name in options.domains[-1:] if options.state else options.domains:
+        get_domain(name, paths)
 
 
 def flag(name, value=None):

@@ -111,15 +111,12 @@ def paper_method(paper, options):
 
 def check_counts(paper, options):
     """Refuses class counts and task numbers of the paper's options that do not fit the domains."""
-    if not options.domains:
+    names = 'num_classes', 'num_classes_old', 'num_classes_new', 'nb_tasks', 'current_task'
+    if not options.domains or all(paper[name] is None for name in names):
         return
     paths = data_paths(options.data)
     counts = [get_domain(name, paths).num_classes for name in options.domains]
-    for option, given, expected in (('--num-classes', paper['num_classes'], counts),
-                                    ('--num-classes-old', paper['num_classes_old'], counts[:-1]),
-                                    ('--num-classes-new', paper['num_classes_new'], counts[-1:]),
-                                    ('--nb-tasks', paper['nb_tasks'], len(counts)),
-                                    ('--current-task', paper['current_task'], len(counts) - 1)):
-        if given is not None and given != expected:
-            raise UserError(f'{option} {show(given)} contradicts the domains {show(options.domains)}: '
+    for name, expected in zip(names, (counts, counts[:-1], counts[-1:], len(counts), len(counts) - 1)):
+        if paper[name] is not None and paper[name] != expected:
+            raise UserError(f'--{name.replace("_", "-")} {show(paper[name])} contradicts the domains {show(options.domains)}: '
                             f'expected {show(expected) or "none"}')

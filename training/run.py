@@ -93,7 +93,7 @@ class Run:
         resume.check_places(self.folder, WRITTEN)
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
-        self.data = building.build_data(options, place)
+        self.data = building.build_data(options, place, saved)
         self.digests = digest.digests(self.data) if place.main else {}
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
