@@ -5,6 +5,7 @@
     python eval.py --state STEP3 --data-root DATA --resolution native --cross-heads --common-classes
     python eval.py --state STEP1 STEP2 STEP3 --data-root DATA --save-panels forgetting.png
     python eval.py --state STEP3 --data-root DATA --domain auto
+    python eval.py --state STEP3 --data-root DATA --only IDD
 
 One checkpoint gives mIoU, pixel accuracy and the IoU of every class for each domain; several
 give the step x domain matrix with forgetting and transfer. Void pixels never count. Images and
@@ -13,6 +14,7 @@ the labels' own size. The default size is the training size, or 1024x512 if the 
 """
 from pathlib import Path
 
+from mdil.datasets.domains import canonical
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.epochs import training_of
@@ -42,6 +44,8 @@ def eval_parser():
     group = parser.add_argument_group('what to evaluate')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     nameless_options(group, ' of the last checkpoint')
+    group.add_argument('--only', nargs='+', default=[], metavar='NAME',
+                       help='score these domains alone, such as those whose images you have (one checkpoint)')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',
@@ -96,6 +100,9 @@ def check_options(options):
                                 'write; choose another name')
             check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
+    if options.only and len(options.state) > 1:
+        raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
+    options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
@@ -140,7 +147,7 @@ def evaluate_step(evaluator, options, step, model, domains):
     """({domain: Score}, {domain: entry}) of a checkpoint; its pictures go into subfolders called `step`."""
     scores, entries = {}, {}
     folders = {kind: getattr(options, name) for kind, name in FOLDERS.items()}
-    for number, domain in enumerate(domains):
+    for number, domain in evaluator.scored(domains).items():
         album = None
         if any(folders.values()):
             album = pictures.Album(folders, step, evaluator.loader(domain).dataset)
@@ -170,6 +177,16 @@ def draw_panels(options, networks, known, datasets, chosen, place):
     pictures.save_panels(options.save_panels, datasets, models, place, chosen, options.precision)
 
 
+def images_of(evaluator, domains):
+    """{number: images} of those of a network's Domain objects that are scored."""
+    try:
+        return {number: evaluator.loader(domain).dataset for number, domain in evaluator.scored(domains).items()}
+    except UserError as error:
+        if len(domains) == 1 or evaluator.options.only or len(evaluator.options.state) > 1:
+            raise
+        raise UserError(f'{error}; or score the other domains alone, with --only') from error
+
+
 def size_of_training(files, contents):
     """(height, width) that the checkpoints with these contents were trained at; UserError if they differ."""
     sizes = list(map(trained_size, contents))
@@ -188,7 +205,7 @@ def run(options, place):
         options.height, options.width = size_of_training(options.state, contents)
     check_stated(options.domains, [domain.name for domain in known[-1]], options.state[-1])
     identifier = identifier_of(contents[-1], known[-1], options.state[-1]) if options.domain == 'auto' else None
-    datasets = [evaluator.loader(domain).dataset for domain in known[-1]]
+    datasets = images_of(evaluator, known[-1])
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
     for number, (model, domains) in enumerate(zip(networks, known), 1):

@@ -17,7 +17,7 @@ def evaluate_auto(evaluator, identifier, model, domains):
     An image called unknown is still segmented by the branch chosen for it.
     """
     result = {'matrix': {}, 'unknown': {}, 'domains': {}, 'seconds': {'identify': 0.0, 'segment': 0.0}}
-    for domain in domains:
+    for domain in evaluator.scored(domains).values():
         start = time.perf_counter()
         guess = guess_of(evaluator, identifier, domain)
         middle = time.perf_counter()

@@ -195,8 +195,10 @@ def draw(results, options):
     firsts = {name: seeds[0] for name, seeds in results.items()}
     first, place = next(iter(firsts.values())), Place(pick_device(options.device))
     settings, paths = protocol(first), data_paths(options.data)
-    sets = [split_of(get_domain(domain, paths), options.data_root, settings['split'],
-                     (settings['height'], settings['width']), settings['resolution']) for domain in first['domains']]
+    known = read_checkpoint(first['steps'][-1]['state']).domains or list(first['domains'])     # the JSON may be of --only
+    sets = {known.index(domain): split_of(get_domain(domain, paths), options.data_root, settings['split'],
+                             (settings['height'], settings['width']), settings['resolution'])
+            for domain in first['domains']}
     chosen = pictures.choose(sets, options.images)
     models = {name: load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
               for name, result in firsts.items()}

@@ -9,9 +9,9 @@ FILES = {BEST: 'best', LATEST: 'last'}
 
 
 def training_of(path):
-    """{'file', 'best', 'last'} of a checkpoint that lies next to its run's metrics.jsonl; None for any other.
+    """{'file', 'learnt', 'best', 'last'} of a checkpoint that lies next to its run's metrics.jsonl; None for any other.
 
-    file: 'best' or 'last', which of the two it is. best, last: {'epoch', 'miou'} as validated while
+    file: 'best' or 'last', which of the two it is. learnt: names of the domains that the run learns. best, last: {'epoch', 'miou'} as validated while
     training, with the mIoU in percent, averaged over the domains that the run learns.
     """
     step = read_step(Path(path).parent)
@@ -20,4 +20,4 @@ def training_of(path):
         return None
     epochs = {which: {'epoch': line['epoch'], 'miou': records.mean_miou(line, step.learnt)}
               for which, line in zip(('best', 'last'), chosen)}
-    return {'file': FILES[Path(path).name], **epochs}
+    return {'file': FILES[Path(path).name], 'learnt': list(step.learnt), **epochs}

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, common, get_domain
+from mdil.datasets.domains import domain_of
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.segmentation import load_image, open_label, to_classes
 from mdil.evaluation import metrics
@@ -198,11 +199,19 @@ class Evaluator:
 
     def load_with_content(self, path):
         """(network on the device, its Domain objects, content of the file) of a checkpoint."""
-        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place)
+        find = domain_of if self.options.only else domain_at_hand       # what is not scored needs no declaration
+        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place, find)
         if self.options.common_classes:
             for domain in domains:
                 common.to_common(domain)
         return model, domains, checkpoint.content
+
+    def scored(self, domains):
+        """{number: Domain} of those of a network's Domain objects that are scored; UserError if --only has others."""
+        wanted, names = self.options.only, [domain.name for domain in domains]
+        if not set(wanted) <= set(names):
+            raise UserError(f'--only {" ".join(wanted)}: the checkpoint knows {", ".join(names)}')
+        return {number: domain for number, domain in enumerate(domains) if not wanted or domain.name in wanted}
 
     def domain(self, name):
         """The Domain called `name`."""
@@ -258,7 +267,8 @@ class Evaluator:
         scores: {domain: Score} of each head on its own domain. A head is run only on domains with its
         classes, or with --common-classes on all.
         """
-        return {head.name: {domain.name: self.cross_head(model, number, head, domain, scores) for domain in domains}
+        return {head.name: {domain.name: self.cross_head(model, number, head, domain, scores)
+                            for domain in self.scored(domains).values()}
                 for number, head in enumerate(domains)}
 
     def cross_head(self, model, number, head, domain, scores):

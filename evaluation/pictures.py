@@ -186,18 +186,19 @@ def richest(dataset):
 
 
 def choose(datasets, wanted):
-    """[(number of the data set, index of the image)] for figures, in the order of the data sets.
+    """[(number of the domain, index of the image)] for figures, in the order of the domains.
 
+    datasets: {number of a domain in the networks: its images}.
     wanted: items WHAT or DOMAIN=WHAT; WHAT is an index, or a part of the path of exactly one image of
     the domain. Without items, the `richest` image of each domain. UserError for an item without such
     an image in any domain.
     """
     if not wanted:
-        return [(number, richest(dataset)) for number, dataset in enumerate(datasets)]
+        return [(number, richest(dataset)) for number, dataset in datasets.items()]
     chosen = []
     for item in wanted:
         name, equals, what = item.partition('=')
-        searched = [(number, dataset) for number, dataset in enumerate(datasets)
+        searched = [(number, dataset) for number, dataset in datasets.items()
                     if not equals or name.lower() in map(str.lower, (dataset.domain.name, *dataset.domain.aliases))]
         found = [(number, index) for number, dataset in searched
                  for index in [find_image(dataset, what if equals else item)] if index is not None]
@@ -254,11 +255,11 @@ def save_figure(path, figure, dpi=110):
 def save_panels(path, datasets, models, place, chosen, precision='fp32'):
     """Writes a figure with a row for each chosen image: input, truth, the prediction of each model, legend.
 
-    datasets: one for each domain, in the networks' order; models: {title: network}, which may lack
+    datasets: {number of a domain in the networks: its images}; models: {title: network}, which may lack
     the later domains; chosen: the result of `choose`.
     """
     columns = ['input', 'truth', *models]
-    shapes = [dataset.size for dataset in datasets]
+    shapes = [dataset.size for dataset in datasets.values()]
     height = 3.2 * max(h / w for h, w in shapes) + 0.35
     figure = new_figure(figsize=(3.2 * (len(columns) + 1), height * len(chosen) + 0.3))
     axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)

@@ -232,7 +232,7 @@ def class_tables(steps):
 
 def head_table(heads):
     """Table of the mIoU of every head on the images of every domain."""
-    names = list(heads)
+    names = list(next(iter(heads.values())))
     rows = [[head, *(number(row[name]['miou']) for name in names)] for head, row in heads.items()]
     other = any(row[name]['iou'] is None for row in heads.values() for name in names)
     note = ('No figure where the head has other classes than the domain.',) if other else ()
@@ -241,7 +241,7 @@ def head_table(heads):
 
 def epoch_table(steps):
     """Table of each step's best and last epoch, and which of them was evaluated; None if there are no records."""
-    rows = [[f'{index} ({list(step["domains"])[-1]})', found['file'],
+    rows = [[f'{index} ({found.get("learnt", list(step["domains"]))[-1]})', found['file'],
              *(text for which in ('best', 'last')
                for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
             for index, step in enumerate(steps, 1) if (found := step.get('training'))]
@@ -283,14 +283,15 @@ def result_tables(results, per_class):
 def auto_table(results):
     """The Table of --domain auto: mIoU with the own and with the chosen branch, and how often each was chosen."""
     auto, names = results['auto'], list(results['auto']['matrix'])
+    branches = list(auto['matrix'][names[0]])
     rows = [[name, number(results['domains'][name]['miou']), number(auto['domains'][name]['miou']),
-             *(str(auto['matrix'][name][other]) for other in names), str(auto['unknown'][name])] for name in names]
+             *(str(auto['matrix'][name][other]) for other in branches), str(auto['unknown'][name])] for name in names]
     seconds = auto['seconds']
     note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Looking at them, reading '
             f'included, took {seconds["identify"]:.1f} s, segmenting them {seconds["segment"]:.1f} s. Unknown ones are '
             'segmented by the branch that is chosen; classes count by their names.')
     return Table('The branch told from each image (--domain auto), and images by chosen branch', 'auto',
-                 ['domain', 'own mIoU', 'auto mIoU', *names, 'unknown'], [rows], (note,))
+                 ['domain', 'own mIoU', 'auto mIoU', *branches, 'unknown'], [rows], (note,))
 
 
 def entry_rows(step, head, domain, entry):

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from mdil import eval as evaluation
 from mdil.datasets import DOMAINS, common, get_domain
 from mdil.datasets.pairs import find_split
-from mdil.evaluation import compare, tables
+from mdil.evaluation import compare, pictures, tables
 from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
 
@@ -362,7 +362,8 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
     (['--single-task', '{two}'], 'knows 2 domains, one is expected'),
     (['--resolution', 'huge'], 'invalid choice'),
-    (['--data-root', '{folder}'], 'no val images of cityscapes')])
+    (['--data-root', '{folder}'], 'no val images of cityscapes'),
+    (['--only', 'BDD'], '--only BDD: the checkpoint knows cityscapes')])
 def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path, arguments, message):
     monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
     (tmp_path / 'file').write_text('')
@@ -370,6 +371,29 @@ def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, sta
     with pytest.raises(UserError, match=message) as error:
         run(toy, '--state', states[0], *filled)
     assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def without_cityscapes(toy, tmp_path):
+    """A data root with the images of BDD and IDD alone."""
+    for name in ('BDD', 'IDD'):
+        folder = get_domain(name).folder
+        (tmp_path / folder).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / folder).symlink_to(toy / folder)
+    return tmp_path
+
+
+def test_domains_whose_images_one_has_are_scored_alone(without_cityscapes, states, sequence, tmp_path):
+    with pytest.raises(UserError, match='no val images of cityscapes: .*; or score the other domains alone, with --only'):
+        run(without_cityscapes, '--state', states[2])
+    with pytest.raises(UserError, match='--only is for one checkpoint'):
+        run(without_cityscapes, '--state', *states, '--only', 'BDD')
+    found = evaluate(without_cityscapes, tmp_path, '--state', states[2], '--only', 'bdd100k', 'IDD', '--cross-heads',
+                     '--common-classes', '--save-panels', tmp_path / 'p.png')
+    only = lambda row: {name: row[name] for name in ('BDD', 'IDD')}
+    assert found['domains'] == only(sequence[1]['domains'])
+    assert found['cross_heads'] == {head: only(row) for head, row in sequence[1]['cross_heads'].items()}
+    assert (tmp_path / 'p.png').exists()
 
 
 def test_checkpoints_out_of_order_are_refused(toy, states):
@@ -458,13 +482,17 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
         compare.read_results([f'a={tmp_path}/x.json'])
 
 
-def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):
+@pytest.mark.parametrize('only', [[], ['--only', 'BDD']])
+def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path, monkeypatch, only):
+    drawn = []
+    monkeypatch.setattr(pictures, 'draw_row', lambda row, dataset, number, *_: drawn.append((dataset.domain.name, number)))
     (tmp_path / 'one').mkdir()
-    run(toy, '--state', states[1], '--json', tmp_path / 'one/results.json', '--limit-batches', 1)
+    run(toy, '--state', states[1], '--json', tmp_path / 'one/results.json', '--limit-batches', 1, *only)
     shutil.copytree(tmp_path / 'one', tmp_path / 'two')
     compare.main([f'one={tmp_path}/one', f'two={tmp_path}/two', '--data-root', str(toy), '--out', str(tmp_path),
                   '--device', 'cpu', '--images', 'BDD=1'])
     assert Image.open(tmp_path / 'comparison.png').size[0] > 1000
+    assert drawn == [('BDD', 1)]        # branch 1 of the network, even if it alone was scored
 
 
 def test_numbers_are_rounded_and_never_minus_zero():

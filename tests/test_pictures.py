@@ -153,7 +153,7 @@ def test_confusion_figures_are_percent_of_each_true_class(figures):
 
 
 def test_panels_show_the_prediction_of_each_step(toy, networks, figures):
-    sets = [data(toy, 'cityscapes'), data(toy, 'IDD')]
+    sets = {0: data(toy, 'cityscapes'), 1: data(toy, 'IDD')}
     pictures.save_panels('p.png', sets, {'one': networks[0][1], 'two': networks[1][1]}, CPU, [(0, 1), (0, 3), (1, 2)])
     rows = np.array(figures['p.png'].axes).reshape(3, 5)
     assert [axis.get_title() for axis in rows[0]] == ['input', 'truth', 'one', 'two', '']
@@ -174,7 +174,7 @@ def test_panels_show_the_prediction_of_each_step(toy, networks, figures):
 
 
 def test_images_are_chosen_by_name_index_or_number_of_classes(toy):
-    sets = [data(toy, 'cityscapes'), data(toy, 'IDD')]
+    sets = {0: data(toy, 'cityscapes'), 1: data(toy, 'IDD')}
     assert pictures.choose(sets, ['1', 'CS=3', 'toystadt_000000_000003']) == [(0, 1), (0, 2), (0, 3), (1, 1)]
     kinds = [len(set(np.unique(sets[1].load(index)[1])) - {26}) for index in range(4)]
     assert pictures.choose(sets, []) == [(0, pictures.richest(sets[0])), (1, int(np.argmax(kinds)))]
