@@ -102,6 +102,8 @@ def check_options(options):
                            (*options.state, *options.single_task))
     if options.only and len(options.state) > 1:
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
+    if options.only and options.single_task:
+        raise UserError('--single-task gives figures over all domains; leave out --only')
     options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
@@ -215,7 +217,7 @@ def run(options, place):
         steps.append({'state': str(options.state[number - 1]), 'domains': entries,
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
-    results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
+    results = {**({'only': options.only} if options.only else {}), 'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
     if options.common_classes:
         results['common_summary'] = summarise(entries, single, common=True)
     if options.cross_heads:

@@ -11,55 +11,83 @@ import json
 
 from mdil.benchmarks.scoring import COLUMNS
 from mdil.benchmarks.sequence_tables import all_figures, in_column, paired_table, summary_table
+from mdil.benchmarks.sequences import row_of
 from mdil.evaluation import tables
 from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.files import check_writable, write_text
 from mdil.utils.parser import Parser
 
-ALIKE = ('epochs', 'which', 'network', 'height', 'width', 'batch_size', 'lr', 'class_weights', 'precision', 'limit_batches')
+ALIKE = ('epochs', 'which', 'network', 'height', 'width', 'batch_size', 'lr', 'class_weights', 'precision',
+         'limit_batches', 'val_every')
+
+
+def refuse(constant):
+    raise ValueError(f'{constant} is no score')
 
 
 def read(path):
-    """The contents of a file of results."""
+    """(`found` of sequence_tables, {(order, row name): cost}, options, revision) of a file of results."""
     try:
         with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-        for rows in content['orders'].values():
-            for row in rows.values():
-                row['cost'], [figures['columns'] for figures in row['seeds'].values()]
-        content['options'], content['versions']
-    except (OSError, ValueError) as error:
+            content = json.load(file, parse_constant=refuse)
+        return *runs_in(content), {name: content['options'][name] for name in ALIKE}, content['versions']['git']
+    except UserError as error:          # a row that this revision does not know
+        raise UserError(f'{path}: {error}') from error
+    except OSError as error:
         raise UserError(f'cannot read {path}: {brief(error)}') from error
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f'{path} is not what --json of benchmarks.forgetting writes today '
                         f'(missing or wrong: {brief(error)})') from error
-    return content
 
 
-def check_alike(contents):
-    """UserError if rows were trained with different options; contents: {path: contents of the file}."""
-    first, *others = contents
-    for name in ALIKE:
-        for path in others:
-            one, other = (contents[file]['options'].get(name) for file in (first, path))
-            if one != other:
-                raise UserError(f'rows are not alike: {name} is {one} in {first} and {other} in {path}')
+def runs_in(content):
+    """(`found`, costs) of a file's content; KeyError, TypeError or ValueError if it is not as it should be."""
+    found, costs = {}, {}
+    for names, rows in content['orders'].items():
+        order = tuple(names.split())
+        for name, row in rows.items():
+            row_of(name)
+            rate = row['cost']['images_per_second']
+            costs[order, name] = {'added_parameters': int(row['cost']['added_parameters']), 'units': int(row['cost']['units']),
+                                  'images_per_second': rate and float(rate)}
+            if not row['seeds']:
+                raise ValueError(f'seeds of {name}')
+            for seed, figures in row['seeds'].items():
+                found[order, name, int(seed)] = {column: steps_in(in_column(figures, column), order) for column in COLUMNS}
+    if not found:
+        raise ValueError('no run')
+    return found, costs
 
 
-def merged(contents):
-    """`found` of sequence_tables, and {(order, row name): cost}; UserError for a run with two different results."""
+def steps_in(figures, order):
+    """[{domain: mIoU}] of a sequence's figures."""
+    steps = [{name: float(step[name]) for name in order if name in step} for step in figures['steps']]
+    if set(steps[-1]) != set(order):
+        raise ValueError(f'steps of {" ".join(order)}')
+    return steps
+
+
+def check_alike(read_files):
+    """UserError if rows were trained with different options; read_files: {path: what `read` returns}."""
+    (first, (*_, expected, _)), *others = read_files.items()
+    for path, (*_, options, _) in others:
+        odd = [name for name in ALIKE if options[name] != expected[name]
+               and (name != 'val_every' or expected['which'] == 'best')]
+        if odd:
+            raise UserError(f'rows are not alike: {odd[0]} is {expected[odd[0]]} in {first} and {options[odd[0]]} in {path}')
+
+
+def merged(read_files):
+    """`found` and costs of all files; UserError for a run with two different results."""
     found, costs, origin = {}, {}, {}
-    for path, content in contents.items():
-        for order, rows in content['orders'].items():
-            for name, row in rows.items():
-                costs.setdefault((tuple(order.split()), name), row['cost'])
-                for seed, figures in row['seeds'].items():
-                    key = tuple(order.split()), name, int(seed)
-                    columns = {column: in_column(figures, column)['steps'] for column in COLUMNS}
-                    if found.setdefault(key, columns) != columns:
-                        raise UserError(f'{origin[key]} and {path} differ on seed {seed} of "{name}" in the order '
-                                        f'{order}; leave one of them out')
-                    origin.setdefault(key, path)
+    for path, (runs, prices, *_) in read_files.items():
+        costs = {**prices, **costs}
+        for key, columns in runs.items():
+            if found.setdefault(key, columns) != columns:
+                order, name, seed = key
+                raise UserError(f'{origin[key]} and {path} differ on seed {seed} of "{name}" in the order '
+                                f'{" ".join(order)}; leave one of them out')
+            origin.setdefault(key, path)
     return found, costs
 
 
@@ -71,10 +99,10 @@ def main(argv=None):
     parser.add_argument('--markdown', metavar='FILE', help='write the tables')
     options = parser.parse_args(argv)
     if options.markdown:
-        check_writable('--markdown', options.markdown)
-    contents = {path: read(path) for path in options.files}
-    check_alike(contents)
-    found, costs = merged(contents)
+        check_writable('--markdown', options.markdown, inputs=options.files)
+    read_files = {path: read(path) for path in options.files}
+    check_alike(read_files)
+    found, costs = merged(read_files)
     names = list(dict.fromkeys(name for _, name, _ in found))
     if options.against and options.against not in names:
         raise UserError(f'--against {options.against!r} is no row of the files: {", ".join(names)}')
@@ -84,7 +112,7 @@ def main(argv=None):
         shown.append(summary_table(order, rows, {name: costs[order, name] for name in rows}, stated))
         if stated.against in rows:
             shown.append(paired_table(order, rows, stated))
-    about = 'From ' + ', '.join(f'{path} ({content["versions"]["git"]})' for path, content in contents.items()) + '.'
+    about = f'From {", ".join(f"{path} ({revision})" for path, (*_, revision) in read_files.items())}.'
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:
         write_text(options.markdown, tables.markdown_document(about, shown))

@@ -117,7 +117,8 @@ def summary_table(order, rows, costs, options):
               f'{costs[name]["added_parameters"] / 1e6:.2f}', str(costs[name]['units']),
               number(costs[name]['images_per_second'], 1)] for name, column, seeds in variants(rows)]
     return Table(f'{", then ".join(order)}: mIoU after the last step', f'forgetting-{"-".join(order)}',
-                 ['row', *columns, 'added M', 'units', 'images/s'], [lines])
+                 ['row', *columns, 'added M', 'units', 'images/s'], [lines],
+                 (f'{tables.DELTA} is against {baseline(options)}.',) if baseline(options) else ())
 
 
 def column_table(order, rows, options):

@@ -71,6 +71,8 @@ def read_results(items):
                 raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
             except (KeyError, TypeError, AttributeError):
                 raise UserError(f'{item}: {path} is not a result of eval.py --json') from None
+            if result.get('only'):
+                raise UserError(f'{item}: {path} is of eval.py --only; a comparison needs the scores of all domains')
             results.setdefault(name, []).append(result)
     check_alike(results)
     return results
@@ -195,10 +197,9 @@ def draw(results, options):
     firsts = {name: seeds[0] for name, seeds in results.items()}
     first, place = next(iter(firsts.values())), Place(pick_device(options.device))
     settings, paths = protocol(first), data_paths(options.data)
-    known = read_checkpoint(first['steps'][-1]['state']).domains or list(first['domains'])     # the JSON may be of --only
-    sets = {known.index(domain): split_of(get_domain(domain, paths), options.data_root, settings['split'],
+    sets = {number: split_of(get_domain(domain, paths), options.data_root, settings['split'],
                              (settings['height'], settings['width']), settings['resolution'])
-            for domain in first['domains']}
+            for number, domain in enumerate(first['domains'])}
     chosen = pictures.choose(sets, options.images)
     models = {name: load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
               for name, result in firsts.items()}

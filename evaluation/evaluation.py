@@ -151,15 +151,10 @@ def check_order(states, known):
                             f'{", ".join(names[number])}')
 
 
-def domain_at_hand(entry, data):
-    """The Domain named in a checkpoint's entry, built in or declared in `data`; UserError if it is neither."""
-    return get_domain(entry['name'], data)
-
-
-def read_named(path, options, find=domain_at_hand):
+def read_named(path, options):
     """(Checkpoint, its Domain objects) of a file; UserError if neither it nor `options.domains` names them.
 
-    options, find: as for `load_network_and_domains`.
+    options: as for `load_network_and_domains`.
     """
     checkpoint = read_checkpoint(path)
     count = len(checkpoint.found.num_classes)
@@ -167,19 +162,18 @@ def read_named(path, options, find=domain_at_hand):
     if len(names) < count:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no domain names; pass --domains')
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
-    domains = [find(entry, data_paths(options.data)) for entry in entries]
+    domains = [domain_of(entry, data_paths(options.data)) for entry in entries]
     check_known(checkpoint, domains)
     return checkpoint, domains
 
 
-def load_network_and_domains(path, options, place, find=domain_at_hand):
+def load_network_and_domains(path, options, place):
     """(Checkpoint, network on the place's device, its Domain objects) of a file.
 
     options: `domains` for a file that does not name them, `method` for a file whose keys fit several
-    networks, `data` for the paths of domains, and `precision`. find: returns the Domain for an entry
-    of the file; by default one that has labels to score against.
+    networks, `data` for the paths of domains, and `precision`.
     """
-    checkpoint, domains = read_named(path, options, find)
+    checkpoint, domains = read_named(path, options)
     model = load_network(checkpoint, options.method)
     if checkpoint.domains is None and place.main:
         print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
@@ -199,10 +193,9 @@ class Evaluator:
 
     def load_with_content(self, path):
         """(network on the device, its Domain objects, content of the file) of a checkpoint."""
-        find = domain_of if self.options.only else domain_at_hand       # what is not scored needs no declaration
-        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place, find)
+        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place)
         if self.options.common_classes:
-            for domain in domains:
+            for domain in domains if self.options.cross_heads else self.scored(domains).values():
                 common.to_common(domain)
         return model, domains, checkpoint.content
 

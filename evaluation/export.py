@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdil.datasets.domains import domain_of
 from mdil.datasets.loading import spaced
 from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import images_in, upright
@@ -102,7 +101,7 @@ def chosen_branch(options, predictor):
 def export_network(options):
     """Writes one domain's network; prints how much its outputs differ from PyTorch's."""
     place = Place(torch.device('cpu'))
-    checkpoint, model, domains = load_network_and_domains(options.state, options, place, domain_of)
+    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
     size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)

@@ -262,12 +262,17 @@ def named_classes(value):
 
 
 def class_names(entry):
-    """Whether a domain's {name, classes, class_names} names every class but void, or has no class_names."""
-    if 'class_names' not in entry:
-        return True
-    names = entry['class_names']
+    """Whether a domain's {name, classes, class_names, colors} names and colours every class but void, if any."""
+    names, colors = entry.get('class_names', [''] * (entry['classes'] - 1)), entry.get('colors', [])
     return (isinstance(names, list) and len(names) == entry['classes'] - 1
-            and all(isinstance(name, str) for name in names))
+            and all(isinstance(name, str) for name in names)
+            and isinstance(colors, (list, tuple)) and len(colors) in (0, len(names)) and all(map(is_color, colors)))
+
+
+def is_color(value):
+    """Whether `value` is an (R, G, B) of numbers from 0 to 255."""
+    return (isinstance(value, (list, tuple)) and len(value) == 3
+            and all(whole(part) and part <= 255 for part in value))
 
 
 def plain_options(value):

@@ -89,8 +89,10 @@ def test_a_domain_of_ones_own_is_learnt_after_another_and_loaded(learnt, village
 def test_a_step_after_someone_elses_domain_needs_its_file_alone(village, toy, tmp_path, capsys):
     first = mdil.learn('village', village, village[:1], classes={'mud': (1, 2, 3), 'hut': (4, 5, 6)}, savedir=tmp_path / '1', **TINY)
     step = lambda **options: mdil.learn(
-        'IDD', pairs_of(toy, 'IDD', 'train'), pairs_of(toy, 'IDD', 'val')[:1], domains=['village', 'IDD'], state=first.best,
-        savedir=tmp_path / '2', **{**TINY, 'num_epochs': 2, **options})
+        'IDD', pairs_of(toy, 'IDD', 'train'), pairs_of(toy, 'IDD', 'val')[:1], state=first.best,
+        savedir=tmp_path / '2', **{**TINY, 'num_epochs': 2, 'domains': ['village', 'IDD'], **options})
+    with pytest.raises(mdil.UserError, match='knows village, but should know Village; name its domains in its order'):
+        step(domains=['Village', 'IDD'])
     with pytest.raises(ZeroDivisionError):
         step(on_epoch=lambda line: 1 / 0)
     first.best.unlink()

@@ -56,7 +56,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path, changed, scores, words):
         merge.main([first, second])
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{}', '{"orders": {"CS": {"mdil": {"cost": {}, "seeds": {"0": {}}}}}}', '{"orders": 3}'])
+def test_files_that_are_read_are_not_written(tmp_path):
+    path = results(tmp_path / 'a.json', SINGLE)
+    with pytest.raises(UserError, match='a file that is read'):
+        merge.main([path, '--markdown', path])
+    with pytest.raises(UserError, match='not alike: val_every'):
+        merge.main([results(tmp_path / 'a.json', SINGLE, which='best'), results(tmp_path / 'b.json', SINGLE, which='best', val_every=9)])
+
+
+@pytest.mark.parametrize('odd', [float('nan'), None, 'x', [1]])
+def test_a_score_that_is_none_is_refused(tmp_path, odd):
+    with pytest.raises(UserError, match='a.json is not what --json'):
+        merge.main([results(tmp_path / 'a.json', {'single-task': {0: (odd, 40.0)}}), '--against', 'single-task'])
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', '{"orders": {"CS": {"mdil": {"cost": {}, "seeds": {"0": {}}}}}}', '{"orders": 3}', '{"orders": {}}'])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / 'other.json'
     path.write_text(content)

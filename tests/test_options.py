@@ -111,6 +111,8 @@ def test_a_domain_that_no_file_describes_needs_its_declaration(text):
     with pytest.raises(UserError, match="unknown domain 'usa'.* pass --data usa=FOLDER"):
         parse(f'{text} --savedir x')
     assert parse('--domains usa ImaGeNot IDD --state a.pth --savedir x').domains == ['usa', 'ImaGeNot', 'IDD']
+    old = parse('--dataset-new IDD --dataset-old usa --state a.pth --savedir x --current-task 1 --num-classes-new 27')
+    assert old.domains == ['usa', 'IDD']
 
 
 def test_a_recipe_is_a_set_of_options_and_explicit_ones_win():

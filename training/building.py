@@ -67,8 +67,12 @@ def domains_of(options, saved):
     saved: the content of the checkpoint to resume from, or None.
     """
     paths, entries = data_paths(options.data), {}
-    if not all(declared(name, paths) for name in options.domains):
+    undeclared = [name for name in options.domains if not declared(name, paths)]
+    if undeclared:
         entries = {entry['name']: entry for entry in (saved or read_checkpoint(options.state).content).get('domains', [])}
+        if entries and not set(undeclared) <= entries.keys():
+            raise UserError(f'{options.state} knows {", ".join(entries)}, but should know {", ".join(undeclared)}; name its '
+                            'domains in its order, or declare them with --data NAME=FOLDER')
     return [domain_of(entries.get(name, {'name': name}), paths) for name in options.domains]
 
 

@@ -111,12 +111,13 @@ def paper_method(paper, options):
 
 def check_counts(paper, options):
     """Refuses class counts and task numbers of the paper's options that do not fit the domains."""
-    names = 'num_classes', 'num_classes_old', 'num_classes_new', 'nb_tasks', 'current_task'
-    if not options.domains or all(paper[name] is None for name in names):
+    if not options.domains:
         return
-    paths = data_paths(options.data)
-    counts = [get_domain(name, paths).num_classes for name in options.domains]
-    for name, expected in zip(names, (counts, counts[:-1], counts[-1:], len(counts), len(counts) - 1)):
-        if paper[name] is not None and paper[name] != expected:
+    expected, paths = {'nb_tasks': len(options.domains), 'current_task': len(options.domains) - 1}, data_paths(options.data)
+    for name, part in (('num_classes', slice(None)), ('num_classes_old', slice(-1)), ('num_classes_new', slice(-1, None))):
+        if paper[name] is not None:
+            expected[name] = [get_domain(domain, paths).num_classes for domain in options.domains[part]]
+    for name, value in expected.items():
+        if paper[name] is not None and paper[name] != value:
             raise UserError(f'--{name.replace("_", "-")} {show(paper[name])} contradicts the domains {show(options.domains)}: '
-                            f'expected {show(expected) or "none"}')
+                            f'expected {show(value) or "none"}')
