@@ -180,7 +180,7 @@ def draw_panels(options, networks, known, datasets, chosen, place):
 
 
 def images_of(evaluator, domains):
-    """{number: images} of those of a network's Domain objects that are scored."""
+    """{number: images} of those of a network's Domain objects that are scored; UserError if some are missing."""
     try:
         return {number: evaluator.loader(domain).dataset for number, domain in evaluator.scored(domains).items()}
     except UserError as error:
@@ -217,7 +217,9 @@ def run(options, place):
         steps.append({'state': str(options.state[number - 1]), 'domains': entries,
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
-    results = {**({'only': options.only} if options.only else {}), 'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
+    results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
+    if options.only:
+        results['only'] = options.only
     if options.common_classes:
         results['common_summary'] = summarise(entries, single, common=True)
     if options.cross_heads:

@@ -8,9 +8,11 @@ Files whose rows were not trained alike are refused.
 """
 import argparse
 import json
+from typing import NamedTuple
 
+from mdil.benchmarks.forgetting import tables_of
 from mdil.benchmarks.scoring import COLUMNS
-from mdil.benchmarks.sequence_tables import all_figures, in_column, paired_table, summary_table
+from mdil.benchmarks.sequence_tables import all_figures, in_column
 from mdil.benchmarks.sequences import row_of
 from mdil.evaluation import tables
 from mdil.utils.errors import UserError, brief, run_main
@@ -21,22 +23,31 @@ ALIKE = ('epochs', 'which', 'network', 'height', 'width', 'batch_size', 'lr', 'c
          'limit_batches', 'val_every')
 
 
+class Results(NamedTuple):
+    """A file of results: `found` of sequence_tables, {(order, row name): cost}, options, revision."""
+    found: dict
+    costs: dict
+    options: dict
+    revision: str
+
+
 def refuse(constant):
+    """For json.load: NaN and infinities are no scores."""
     raise ValueError(f'{constant} is no score')
 
 
 def read(path):
-    """(`found` of sequence_tables, {(order, row name): cost}, options, revision) of a file of results."""
+    """The Results in a file."""
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file, parse_constant=refuse)
-        return *runs_in(content), {name: content['options'][name] for name in ALIKE}, content['versions']['git']
+        return Results(*runs_in(content), {name: content['options'][name] for name in ALIKE}, content['versions']['git'])
     except UserError as error:          # a row that this revision does not know
         raise UserError(f'{path}: {error}') from error
     except OSError as error:
-        raise UserError(f'cannot read {path}: {brief(error)}') from error
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
     except (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f'{path} is not what --json of benchmarks.forgetting writes today '
+        raise UserError(f'{path} is not what --json of benchmarks.forgetting writes '
                         f'(missing or wrong: {brief(error)})') from error
 
 
@@ -68,21 +79,22 @@ def steps_in(figures, order):
 
 
 def check_alike(read_files):
-    """UserError if rows were trained with different options; read_files: {path: what `read` returns}."""
-    (first, (*_, expected, _)), *others = read_files.items()
-    for path, (*_, options, _) in others:
+    """UserError if rows were trained with different options; read_files: {path: Results}."""
+    (first, expected), *others = ((path, results.options) for path, results in read_files.items())
+    for path, options in others:
         odd = [name for name in ALIKE if options[name] != expected[name]
                and (name != 'val_every' or expected['which'] == 'best')]
         if odd:
-            raise UserError(f'rows are not alike: {odd[0]} is {expected[odd[0]]} in {first} and {options[odd[0]]} in {path}')
+            raise UserError(f'rows are not alike: {odd[0]} is {expected[odd[0]]} in {first} and {options[odd[0]]} in {path}; '
+                            'leave out one of the files')
 
 
 def merged(read_files):
     """`found` and costs of all files; UserError for a run with two different results."""
     found, costs, origin = {}, {}, {}
-    for path, (runs, prices, *_) in read_files.items():
-        costs = {**prices, **costs}
-        for key, columns in runs.items():
+    for path, results in read_files.items():
+        costs = {**results.costs, **costs}
+        for key, columns in results.found.items():
             if found.setdefault(key, columns) != columns:
                 order, name, seed = key
                 raise UserError(f'{origin[key]} and {path} differ on seed {seed} of "{name}" in the order '
@@ -104,15 +116,13 @@ def main(argv=None):
     check_alike(read_files)
     found, costs = merged(read_files)
     names = list(dict.fromkeys(name for _, name, _ in found))
+    options.against = options.against and ' '.join(options.against.split())
     if options.against and options.against not in names:
         raise UserError(f'--against {options.against!r} is no row of the files: {", ".join(names)}')
     stated = argparse.Namespace(rows=names, seeds=sorted({seed for *_, seed in found}), against=options.against)
-    shown = []
-    for order, rows in all_figures(found, stated).items():
-        shown.append(summary_table(order, rows, {name: costs[order, name] for name in rows}, stated))
-        if stated.against in rows:
-            shown.append(paired_table(order, rows, stated))
-    about = f'From {", ".join(f"{path} ({revision})" for path, (*_, revision) in read_files.items())}.'
+    shown = [table for order, rows in all_figures(found, stated).items()
+             for table in tables_of(order, rows, {name: costs[order, name] for name in rows}, stated)]
+    about = f'From {", ".join(f"{path} ({results.revision})" for path, results in read_files.items())}.'
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:
         write_text(options.markdown, tables.markdown_document(about, shown))

@@ -154,7 +154,7 @@ def paired_table(order, rows, options):
             deltas = [[figures['delta_m'] for figures in pair] for pair in pairs]
             lines.append([f'{name}{TITLES[column]}', str(len(pairs)), *map(gain_cell, gains),
                           gain_cell([statistics.fmean(gain) for gain in zip(*gains)]),
-                          '-' if None in sum(deltas, []) else gain_cell([one - other for one, other in deltas])])
+                          '-' if any(None in pair for pair in deltas) else gain_cell([one - other for one, other in deltas])])
     return Table(f'{", then ".join(order)}: points more than {options.against} after the last step',
                  f'against-{"-".join(order)}', ['row', 'n', *order, 'mean', tables.DELTA], [lines],
                  (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))
@@ -165,7 +165,8 @@ def gain_cell(differences):
     p, verdict = paired.p_value(differences), paired.verdict(differences)
     if p is None:
         return spread(differences)
-    return f'{spread(differences)} (p {f"= {p:.2g}" if p >= LEAST_P else f"< {LEAST_P}"}{", " * bool(verdict)}{verdict})'
+    told = f'p = {p:.2g}' if p >= LEAST_P else f'p < {LEAST_P}'
+    return f'{spread(differences)} ({", ".join(filter(None, (told, verdict)))})'
 
 
 def learning_step(steps, domain):

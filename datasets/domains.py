@@ -142,14 +142,6 @@ def get_domain(name, paths=None):
     return read_domain(name, path if path.suffix == '.json' else path / 'domain.json')
 
 
-def unplaced(count):
-    """The Layout of a domain of `count` classes whose files are not known.
-
-    Its label files hold class indices, and 255 for void.
-    """
-    return Layout('', IMAGES, '', (Labels('', train_ids(count)),))
-
-
 def domain_of(entry, paths):
     """The Domain for an entry of a checkpoint or an exported file.
 
@@ -161,4 +153,4 @@ def domain_of(entry, paths):
         return get_domain(name, paths)
     count = len(entry['class_names'])
     colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
-    return Domain(name, name, tuple(entry['class_names']), colors, (unplaced(count),))
+    return Domain(name, name, tuple(entry['class_names']), colors, (Layout('', IMAGES, '', (Labels('', train_ids(count)),)),))

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset
-from mdil.datasets.domains import unplaced
 from mdil.datasets.loading import spaced
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
@@ -113,8 +112,6 @@ def trusted(predictor, index, prepared):
 def validation_set(predictor, index, root):
     """(validation images of a branch at the network's size, None), or (None, the reason) if they are not available."""
     domain = predictor.domains[index]
-    if domain.layouts[0] == unplaced(domain.num_classes - 1):
-        return None, f'pass --data {domain.name}=FOLDER'
     try:
         return SegmentationDataset(domain, root, 'val', predictor.size), None
     except UserError as error:

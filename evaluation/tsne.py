@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mdil.datasets import SegmentationDataset, get_domain
+from mdil.datasets import SegmentationDataset
+from mdil.datasets.domains import canonical
 from mdil.evaluation import features, pictures, tables
 from mdil.evaluation.evaluation import read_named
 from mdil.evaluation.predictor import trained_size
@@ -25,7 +26,7 @@ from mdil.models.checkpoint import load_network
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_atomically, write_json
 from mdil.utils.parallel import pick_device
-from mdil.utils.parser import Parser, complete_size, data_options, data_paths, positive, seed_number, size_options
+from mdil.utils.parser import Parser, complete_size, data_options, positive, seed_number, size_options
 
 
 @dataclass
@@ -95,12 +96,12 @@ def checkpoint_pair(item, step):
     return name, str(found[step - 1]), str(found[step])
 
 
-def domain_of(before, options):
+def compared_domain(before, options):
     """The Domain whose features are compared; UserError unless `before`, a (Checkpoint, Domains) pair, knows it."""
     checkpoint, domains = before
     if not domains:
         raise UserError(f'{checkpoint.source} holds only an encoder, no decoder')
-    wanted = get_domain(options.domain, data_paths(options.data)).name if options.domain else domains[0].name
+    wanted = canonical(options.domain) if options.domain else domains[0].name
     for domain in domains:
         if domain.name == wanted:
             return domain
@@ -234,7 +235,7 @@ def run(options):
         name, *pair = checkpoint_pair(item, options.step)
         pairs[name] = pair
     first = read_named(next(iter(pairs.values()))[0], options)
-    domain = domain_of(first, options)
+    domain = compared_domain(first, options)
     size = (options.height, options.width) if options.height else trained_size(first[0].content)
     dataset = SegmentationDataset(domain, options.data_root, options.split, size)
     pixels = choose_pixels(dataset, options)

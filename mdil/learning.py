@@ -75,9 +75,9 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
         sets an option without a value; False and None leave an option out. `domains` names all domains, in
         order, if `state` does not name those it knows.
 
-    Lists of pairs are also written to savedir, with `DOMAIN.json`. Later steps name it to validate the domain,
-    too: data={'DOMAIN': 'savedir/DOMAIN.json'}. If the call fails before the run has a result, the lists are removed again. In
-    the main thread, a signal makes the run save and raise KeyboardInterrupt; in other threads, signals are
+    Lists of pairs are also written to savedir, with `DOMAIN.json`. Later steps need it only to validate the
+    domain: data={'DOMAIN': 'savedir/DOMAIN.json'}. If the call fails before the run has a result, the lists
+    are removed again. In the main thread, a signal makes the run save and raise KeyboardInterrupt; in other threads, signals are
     left alone. The random states of Python, NumPy and torch are restored afterwards. Raises
     `mdil.UserError` for invalid input, TypeError for arguments of the wrong type.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import canonical
+from mdil.datasets.own import is_color
 from mdil.models.exported import SIDE, is_exported
 from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
@@ -258,21 +259,14 @@ def named_classes(value):
     """Whether `value` lists a network's domains as {name, classes}, with class_names or without."""
     return isinstance(value, list) and bool(value) and all(
         isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
-        and whole(entry.get('classes')) and class_names(entry) for entry in value)
+        and whole(entry.get('classes')) and described_classes(entry) for entry in value)
 
 
-def class_names(entry):
-    """Whether a domain's {name, classes, class_names, colors} names and colours every class but void, if any."""
-    names, colors = entry.get('class_names', [''] * (entry['classes'] - 1)), entry.get('colors', [])
-    return (isinstance(names, list) and len(names) == entry['classes'] - 1
-            and all(isinstance(name, str) for name in names)
-            and isinstance(colors, (list, tuple)) and len(colors) in (0, len(names)) and all(map(is_color, colors)))
-
-
-def is_color(value):
-    """Whether `value` is an (R, G, B) of numbers from 0 to 255."""
-    return (isinstance(value, (list, tuple)) and len(value) == 3
-            and all(whole(part) and part <= 255 for part in value))
+def described_classes(entry):
+    """Whether `class_names` and `colors` of a domain's entry, if any, are those of every class but void."""
+    parts = {'class_names': lambda name: isinstance(name, str), 'colors': is_color}
+    return all(isinstance(entry[part], list) and len(entry[part]) == entry['classes'] - 1 and all(map(fits, entry[part]))
+               for part, fits in parts.items() if part in entry)
 
 
 def plain_options(value):

@@ -199,6 +199,8 @@ def test_eval_with_the_branch_told_from_the_image(toy, steps, tmp_path, capsys):
     for name, entry in found['domains'].items():        # all right, so auto is what the own branch has
         assert found['auto']['domains'][name]['miou'] == pytest.approx(entry['miou'])
     assert 'The branch told from each image' in capsys.readouterr().out
+    alone = evaluate(toy, steps[1], tmp_path / 'alone.json', '--domain', 'auto', '--only', 'IDD')
+    assert alone['auto']['matrix'] == {'IDD': {'cityscapes': 0, 'IDD': 4}} and list(alone['domains']) == ['IDD']
     with pytest.raises(UserError, match='python -m mdil identify'):
         evaluate(toy, older(steps[1], tmp_path / 'old'), tmp_path / 'x.json', '--domain', 'auto')
 

@@ -70,9 +70,10 @@ def domains_of(options, saved):
     undeclared = [name for name in options.domains if not declared(name, paths)]
     if undeclared:
         entries = {entry['name']: entry for entry in (saved or read_checkpoint(options.state).content).get('domains', [])}
-        if entries and not set(undeclared) <= entries.keys():
-            raise UserError(f'{options.state} knows {", ".join(entries)}, but should know {", ".join(undeclared)}; name its '
-                            'domains in its order, or declare them with --data NAME=FOLDER')
+        missing = [name for name in undeclared if name not in entries]
+        if entries and missing:
+            raise UserError(f'{options.state} knows {", ".join(entries)}, not {", ".join(missing)}; name its domains in its '
+                            'order, or declare yours with --data NAME=FOLDER')
     return [domain_of(entries.get(name, {'name': name}), paths) for name in options.domains]
 
 

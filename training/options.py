@@ -195,9 +195,7 @@ def parse_train(argv=None):
     published = translate_paper(options)
     if not options.domains:
         raise UserError('say which domains: --domains NAME [NAME ...]; the last is trained')
-    paths = data_paths(options.data)
-    check_declared(options, paths)
-    options.domains = [canonical(name) for name in options.domains]
+    check_declared(options)
     if options.branch_from is not None:
         options.branch_from = canonical(options.branch_from)
     complete_size(options)
@@ -219,10 +217,10 @@ def parse_train(argv=None):
     return options
 
 
-def check_declared(options, paths):
+def check_declared(options):
     """UserError for a domain that is neither built in nor declared, unless it is an old one: --state describes those."""
     for name in options.domains[-1:] if options.state else options.domains:
-        get_domain(name, paths)
+        get_domain(name, data_paths(options.data))
 
 
 def flag(name, value=None):

@@ -111,13 +111,14 @@ def paper_method(paper, options):
 
 def check_counts(paper, options):
     """Refuses class counts and task numbers of the paper's options that do not fit the domains."""
-    if not options.domains:
+    names, paths = options.domains, data_paths(options.data)
+    if not names:
         return
-    expected, paths = {'nb_tasks': len(options.domains), 'current_task': len(options.domains) - 1}, data_paths(options.data)
-    for name, part in (('num_classes', slice(None)), ('num_classes_old', slice(-1)), ('num_classes_new', slice(-1, None))):
-        if paper[name] is not None:
-            expected[name] = [get_domain(domain, paths).num_classes for domain in options.domains[part]]
+    expected = {'nb_tasks': len(names), 'current_task': len(names) - 1}
+    for option, domains in (('num_classes', names), ('num_classes_old', names[:-1]), ('num_classes_new', names[-1:])):
+        if paper[option] is not None:
+            expected[option] = [get_domain(name, paths).num_classes for name in domains]
     for name, value in expected.items():
         if paper[name] is not None and paper[name] != value:
-            raise UserError(f'--{name.replace("_", "-")} {show(paper[name])} contradicts the domains {show(options.domains)}: '
+            raise UserError(f'--{name.replace("_", "-")} {show(paper[name])} contradicts the domains {show(names)}: '
                             f'expected {show(value) or "none"}')
