@@ -1,4 +1,4 @@
-"""The tables of several files of `python -m benchmarks.forgetting --json` as one, so that rows can be trained one by one.
+"""The tables of several result files of `python -m benchmarks.forgetting` as one: rows can be trained one by one.
 
     python -m benchmarks.merge benchmarks/results/forgetting/fast.json benchmarks/results/forgetting/fast-mdil.json \\
         --against "single-task-adapters --recipe fast"
@@ -41,7 +41,8 @@ def read(path):
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file, parse_constant=refuse)
-        return Results(*runs_in(content), {name: content['options'][name] for name in ALIKE}, content['versions']['git'])
+        options = {name: content['options'][name] for name in ALIKE}
+        return Results(*runs_in(content), options, content['versions']['git'])
     except UserError as error:          # a row that this revision does not know
         raise UserError(f'{path}: {error}') from error
     except OSError as error:
@@ -58,13 +59,14 @@ def runs_in(content):
         order = tuple(names.split())
         for name, row in rows.items():
             row_of(name)
-            rate = row['cost']['images_per_second']
-            costs[order, name] = {'added_parameters': int(row['cost']['added_parameters']), 'units': int(row['cost']['units']),
+            cost, rate = row['cost'], row['cost']['images_per_second']
+            costs[order, name] = {'added_parameters': int(cost['added_parameters']), 'units': int(cost['units']),
                                   'images_per_second': rate and float(rate)}
             if not row['seeds']:
                 raise ValueError(f'seeds of {name}')
             for seed, figures in row['seeds'].items():
-                found[order, name, int(seed)] = {column: steps_in(in_column(figures, column), order) for column in COLUMNS}
+                found[order, name, int(seed)] = {column: steps_in(in_column(figures, column), order)
+                                                 for column in COLUMNS}
     if not found:
         raise ValueError('no run')
     return found, costs
@@ -85,8 +87,8 @@ def check_alike(read_files):
         odd = [name for name in ALIKE if options[name] != expected[name]
                and (name != 'val_every' or expected['which'] == 'best')]
         if odd:
-            raise UserError(f'rows are not alike: {odd[0]} is {expected[odd[0]]} in {first} and {options[odd[0]]} in {path}; '
-                            'leave out one of the files')
+            raise UserError(f'rows are not alike: {odd[0]} is {expected[odd[0]]} in {first} and {options[odd[0]]} in '
+                            f'{path}; leave out one of the files')
 
 
 def merged(read_files):
@@ -104,7 +106,8 @@ def merged(read_files):
 
 
 def main(argv=None):
-    parser = Parser(prog='python -m benchmarks.merge', description='Shows results of benchmarks.forgetting as one table.')
+    parser = Parser(prog='python -m benchmarks.merge',
+                    description='Shows results of benchmarks.forgetting as one table.')
     parser.add_argument('files', nargs='+', metavar='FILE', help='what --json of benchmarks.forgetting wrote')
     parser.add_argument('--against', metavar='"METHOD OPTIONS"',
                         help='a row: a table of what the others have more than it, paired by seed, with p')

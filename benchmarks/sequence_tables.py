@@ -150,11 +150,13 @@ def paired_table(order, rows, options):
     for name, column, seeds in variants(rows):
         pairs = [(seeds[seed], base[seed]) for seed in seeds if seed in base]
         if (name, column) != (options.against, TRAINED) and pairs:
-            gains = [[one['steps'][-1][domain] - other['steps'][-1][domain] for one, other in pairs] for domain in order]
+            last = [[figures['steps'][-1] for figures in pair] for pair in pairs]
+            gains = [[one[domain] - other[domain] for one, other in last] for domain in order]
             deltas = [[figures['delta_m'] for figures in pair] for pair in pairs]
+            known = all(None not in pair for pair in deltas)
             lines.append([f'{name}{TITLES[column]}', str(len(pairs)), *map(gain_cell, gains),
                           gain_cell([statistics.fmean(gain) for gain in zip(*gains)]),
-                          '-' if any(None in pair for pair in deltas) else gain_cell([one - other for one, other in deltas])])
+                          gain_cell([one - other for one, other in deltas]) if known else '-'])
     return Table(f'{", then ".join(order)}: points more than {options.against} after the last step',
                  f'against-{"-".join(order)}', ['row', 'n', *order, 'mean', tables.DELTA], [lines],
                  (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))

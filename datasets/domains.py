@@ -153,4 +153,5 @@ def domain_of(entry, paths):
         return get_domain(name, paths)
     count = len(entry['class_names'])
     colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))
-    return Domain(name, name, tuple(entry['class_names']), colors, (Layout('', IMAGES, '', (Labels('', train_ids(count)),)),))
+    nowhere = Layout('', IMAGES, '', (Labels('', train_ids(count)),))
+    return Domain(name, name, tuple(entry['class_names']), colors, (nowhere,))

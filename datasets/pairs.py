@@ -91,11 +91,10 @@ def find_split(domain, root, split):
     for layout in domain.layouts:
         if split in layout.lists:
             return listed_split(layout, base, split)
-        if not layout.images and not layout.lists:
-            raise UserError(f'the images of {domain.name} are not declared here; pass --data {domain.name}=FOLDER, the '
-                            'folder with its domain.json')
         if not layout.images:
-            raise UserError(f'domain {domain.name} has no list of pairs for {split}: its domain.json names none')
+            raise UserError(f'domain {domain.name} has no list of pairs for {split}: its domain.json names none'
+                            if layout.lists else f'the images of {domain.name} are not declared here; pass --data '
+                            f'{domain.name}=FOLDER, the folder with its domain.json')
         found = split_of_folders(layout, *folders_of(layout, base, split))
         if found.pairs:
             return found

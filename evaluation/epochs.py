@@ -9,10 +9,10 @@ FILES = {BEST: 'best', LATEST: 'last'}
 
 
 def training_of(path):
-    """{'file', 'learnt', 'best', 'last'} of a checkpoint that lies next to its run's metrics.jsonl; None for any other.
+    """{'file', 'learnt', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None for any other.
 
-    file: 'best' or 'last', which of the two it is. learnt: names of the domains that the run learns. best, last: {'epoch', 'miou'} as validated while
-    training, with the mIoU in percent, averaged over the domains that the run learns.
+    file: 'best' or 'last', which of the two it is. learnt: names of the domains that the run learns.
+    best, last: {'epoch', 'miou'} as validated while training, with the mIoU in percent, averaged over those.
     """
     step = read_step(Path(path).parent)
     chosen = records.best_and_last(step.lines, step.learnt)

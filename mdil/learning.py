@@ -77,9 +77,9 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
 
     Lists of pairs are also written to savedir, with `DOMAIN.json`. Later steps need it only to validate the
     domain: data={'DOMAIN': 'savedir/DOMAIN.json'}. If the call fails before the run has a result, the lists
-    are removed again. In the main thread, a signal makes the run save and raise KeyboardInterrupt; in other threads, signals are
-    left alone. The random states of Python, NumPy and torch are restored afterwards. Raises
-    `mdil.UserError` for invalid input, TypeError for arguments of the wrong type.
+    are removed again. In the main thread, a signal makes the run save and raise KeyboardInterrupt; in other
+    threads, signals are left alone. The random states of Python, NumPy and torch are restored afterwards.
+    Raises `mdil.UserError` for invalid input, TypeError for arguments of the wrong type.
 
         >>> record = mdil.learn('cityscapes', data_root='DATA', savedir='runs/1', num_epochs=1, height=16, device='cpu')
         learning cityscapes (mdil, erfnet) at 32x16 on cpu: ...

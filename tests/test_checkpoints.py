@@ -272,9 +272,12 @@ def test_files_that_say_ours_are_of_mdil_and_their_runs_go_on(tmp_path):
     assert resume.differences({'method': 'ours'}, SimpleNamespace(method='lwf'))[0]
 
 
-@pytest.mark.parametrize('colors', [7, [(1, 2, 3)], ['red', 'blue'], [(1, 2), (3, 4)], [(1, 2, 256), (1, 2, 3)]])
+@pytest.mark.parametrize('colors', [7, [[1, 2, 3]], [], ['red', 'blue'], [[1, 2], [3, 4]], [[1, 2, 256], [1, 2, 3]]])
 def test_colours_that_are_none_are_refused(tmp_path, colors):
-    entry = {**own_domain(tmp_path / 'a', 'road', 'car').entry, 'colors': colors}
-    checkpoint.save({'version': 1, 'state_dict': build_model([3]).state_dict(), 'domains': [entry], 'method': 'mdil'}, tmp_path / 'x')
+    entry = own_domain(tmp_path / 'a', 'road', 'car').entry
+    content = {'version': 1, 'state_dict': build_model([3]).state_dict(), 'domains': [entry], 'method': 'mdil'}
+    checkpoint.save(content, tmp_path / 'x')
+    assert checkpoint.read_checkpoint(tmp_path / 'x').domains == ['own']
+    checkpoint.save({**content, 'domains': [{**entry, 'colors': colors}]}, tmp_path / 'x')
     with pytest.raises(UserError, match='domains'):
         checkpoint.read_checkpoint(tmp_path / 'x')

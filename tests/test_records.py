@@ -131,8 +131,9 @@ def test_eval_says_of_which_epoch_a_checkpoint_is(run, toy, tmp_path, capsys, fi
                      *SMALL])
     found = json.loads((tmp_path / 'x.json').read_text())['steps'][0]['training']
     best, last = records.best_and_last(records.read_metrics(folder), ['cityscapes'])
-    assert found == {'file': which, 'learnt': ['cityscapes'], **{name: {'epoch': line['epoch'], 'miou': line['val']['cityscapes']['miou']}
-                                       for name, line in (('best', best), ('last', last))}}
+    assert found == {'file': which, 'learnt': ['cityscapes'],
+                     **{name: {'epoch': line['epoch'], 'miou': line['val']['cityscapes']['miou']}
+                        for name, line in (('best', best), ('last', last))}}
     shown = ' '.join(capsys.readouterr().out.split())
     assert 'The best epoch and the last' in shown
     assert (f'1 (cityscapes) {which} {best["epoch"]} {tables.number(found["best"]["miou"])} 4 '

@@ -69,11 +69,12 @@ def domains_of(options, saved):
     paths, entries = data_paths(options.data), {}
     undeclared = [name for name in options.domains if not declared(name, paths)]
     if undeclared:
-        entries = {entry['name']: entry for entry in (saved or read_checkpoint(options.state).content).get('domains', [])}
+        content = saved or read_checkpoint(options.state).content
+        entries = {entry['name']: entry for entry in content.get('domains', [])}
         missing = [name for name in undeclared if name not in entries]
         if entries and missing:
-            raise UserError(f'{options.state} knows {", ".join(entries)}, not {", ".join(missing)}; name its domains in its '
-                            'order, or declare yours with --data NAME=FOLDER')
+            raise UserError(f'{options.state} knows {", ".join(entries)}, not {", ".join(missing)}; name its domains in '
+                            'its order, or declare yours with --data NAME=FOLDER')
     return [domain_of(entries.get(name, {'name': name}), paths) for name in options.domains]
 
 

@@ -218,7 +218,7 @@ def parse_train(argv=None):
 
 
 def check_declared(options):
-    """UserError for a domain that is neither built in nor declared, unless it is an old one: --state describes those."""
+    """UserError for a domain that is neither built in nor declared; --state describes old ones."""
     for name in options.domains[-1:] if options.state else options.domains:
         get_domain(name, data_paths(options.data))
 
