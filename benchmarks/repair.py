@@ -15,7 +15,7 @@ from mdil.benchmarks.scoring import make_evaluator, scores
 from mdil.benchmarks.sequences import checkpoint_of, plan, run_steps, steps_of
 from mdil.evaluation import repair, tables
 from mdil.evaluation.tables import Table, spread
-from mdil.models.branches import WHAT, Known
+from mdil.models.branches import WHAT, LoadedCheckpoint
 from mdil.training import records
 from mdil.utils.errors import run_main
 from mdil.utils.files import check_writable, write_json, write_text
@@ -61,7 +61,7 @@ def measured(steps, evaluator, options):
     found = {name: {'learnt': known[number][name]['miou'], 'before': known[-1][name]['miou']}
              for number, name in enumerate(known[-1])}
     for what in WHAT:
-        *older, new = (Known(checkpoint_of(step, options)) for step in steps)
+        *older, new = (LoadedCheckpoint(checkpoint_of(step, options)) for step in steps)
         repair.repair(new, repair.sources(older, new), what)
         for name, miou in repair.scores(new, evaluator).items():
             found[name][what] = miou

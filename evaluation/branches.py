@@ -82,7 +82,7 @@ def main(argv=None):
     options = parse(argv)
     if options.action != 'list':
         check_new('--out', options.out, options.overwrite, [options.state, *getattr(options, 'branches', [])])
-    known = branches.Known(options.state, options.domains, options.method, data_paths(options.data))
+    known = branches.LoadedCheckpoint(options.state, options.domains, options.method, data_paths(options.data))
     if options.action == 'list':
         print(listing(known))
         return

@@ -57,7 +57,7 @@ def folders_of(options, known):
 
 def with_statistics(options):
     """The checkpoint's content with statistics added for every domain that lacks them or is given in --images."""
-    known = branches.Known(options.state, options.domains, options.method, data_paths(options.data))
+    known = branches.LoadedCheckpoint(options.state, options.domains, options.method, data_paths(options.data))
     folders, content = folders_of(options, known), known.checkpoint.content
     found = dict(content.get('domain_statistics', {}))
     for name in known.names:

@@ -14,7 +14,7 @@ from mdil.evaluation import tables
 from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, checkpoint
-from mdil.models.branches import WHAT, Known, put_back
+from mdil.models.branches import WHAT, LoadedCheckpoint, put_back
 from mdil.models.fingerprint import branch_state
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
@@ -30,7 +30,7 @@ EVALUATION = {'split': 'val', 'resolution': 'published', 'published_metric': Fal
 @dataclass(frozen=True)
 class Source:
     """Where a domain's branch comes from: branch `number` of `known`; learnt: whether that file's step learnt it."""
-    known: Known
+    known: LoadedCheckpoint
     number: int
     learnt: bool
 
@@ -61,16 +61,16 @@ def parse(argv=None):
 
 
 def known_files(options):
-    """The Known of each file; a file without names takes the first of --domains."""
+    """The LoadedCheckpoint of each file; a file without names takes the first of --domains."""
     found = []
     for path in options.states:
         count = len(checkpoint.read_checkpoint(path).found.num_classes)
-        found.append(Known(path, options.domains[:count], options.method, data_paths(options.data)))
+        found.append(LoadedCheckpoint(path, options.domains[:count], options.method, data_paths(options.data)))
     return found
 
 
 def sources(older, new):
-    """{old domain of the Known `new`: its Source}, the first of the Knowns `older` (in step order) that has it.
+    """{old domain of the LoadedCheckpoint `new`: its Source}, the first of `older` (in step order) that has it.
 
     UserError if an old domain is in none of them, or if there is no old domain.
     """
@@ -100,7 +100,7 @@ def check_alike(known, number, new, name):
 
 
 def scores(known, evaluator):
-    """{domain: mIoU} of a Known, whose own network stays on the CPU."""
+    """{domain: mIoU} of a LoadedCheckpoint, whose own network stays on the CPU."""
     place, domains = evaluator.place, [evaluator.domain(name) for name in known.names]
     checkpoint.check_known(known.checkpoint, domains)
     model = copy.deepcopy(known.model).to(

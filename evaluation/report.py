@@ -146,7 +146,7 @@ def jpeg(pixels):
 
 
 @dataclass
-class Learnt:
+class StepNetwork:
     """The best network of a step, on the device, the names of its domains, and the options it was trained with."""
     title: str
     model: object
@@ -155,13 +155,13 @@ class Learnt:
 
 
 def networks(steps, place):
-    """A Learnt for each step that has a best checkpoint of a run of this code; a joined file says no data root."""
+    """A StepNetwork for each step that has a best checkpoint of a run of this code; a joined file says no data root."""
     found = []
     for number, step in enumerate(steps, 1):
         if (step.folder / BEST).exists():
             checkpoint = read_checkpoint(step.folder / BEST)
             if checkpoint.domains and 'data_root' in checkpoint.content.get('options', {}):
-                found.append(Learnt(f'after step {number} ({step.title})', load_network(checkpoint).to(place.device),
+                found.append(StepNetwork(f'after step {number} ({step.title})', load_network(checkpoint).to(place.device),
                                     checkpoint.domains, checkpoint.content['options']))
     return found
 
@@ -174,7 +174,7 @@ def dataset_of(name, trained, options):
 
 
 def domain_pictures(name, learnt, options, place):
-    """Pictures of a domain's image with the most classes: input, truth, prediction of each Learnt with the domain.
+    """Pictures of a domain's image with the most classes: input, truth, prediction of each StepNetwork with the domain.
 
     Returns {'pictures': [(caption, data: URL)], 'classes': [(name, color)] of the classes in them}.
     """

@@ -38,7 +38,7 @@ class Pixels:
 
 
 @dataclass
-class Moved:
+class FeatureShift:
     """A sequence's result: the domain that the step learnt, coordinates (N, 2) before and after it, {name: number}."""
     learnt: str
     before: np.ndarray
@@ -144,7 +144,7 @@ def embed(before, after, perplexity, seed):
 
 
 def compare(paths, domain, dataset, pixels, options):
-    """The Moved of a sequence; paths: its checkpoints before and after the step."""
+    """The FeatureShift of a sequence; paths: its checkpoints before and after the step."""
     device, found = pick_device(options.device), []
     for path in paths:
         checkpoint, domains = read_named(path, options)
@@ -157,7 +157,7 @@ def compare(paths, domain, dataset, pixels, options):
     numbers = {'cka': features.linear_cka(before, after), 'cosine': features.mean_cosine(before, after),
                'silhouette_before': features.silhouette(before, pixels.classes),
                'silhouette_after': features.silhouette(after, pixels.classes)}
-    return Moved(names[-1], *embed(before, after, options.perplexity, options.seed), numbers)
+    return FeatureShift(names[-1], *embed(before, after, options.perplexity, options.seed), numbers)
 
 
 def caption(numbers):
@@ -227,7 +227,7 @@ def table(results, dataset, pixels):
 
 
 def run(options):
-    """Compares all sequences; returns ({name: Moved}, dataset, Pixels, {name: paths before and after})."""
+    """Compares all sequences; returns ({name: FeatureShift}, dataset, Pixels, {name: paths before and after})."""
     if importlib.util.find_spec('sklearn') is None:
         raise UserError('scikit-learn is missing: pip install scikit-learn')
     pairs = {}

@@ -17,7 +17,7 @@ from mdil.evaluation.inputs import upright
 from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models import checkpoint
-from mdil.models.branches import Known
+from mdil.models.branches import LoadedCheckpoint
 from mdil.models.checkpoint import check_known
 from mdil.models.exported import SIDE
 from mdil.models.identify import identifier_of
@@ -82,7 +82,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(current(pick_device(str(device))))
     check_precision(precision, place.device)
-    known = Known(file, domains, method, data)
+    known = LoadedCheckpoint(file, domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))

@@ -33,7 +33,7 @@ PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
          'digests': (lambda value: isinstance(value, dict), 'a dict of digests')}
 
 
-class Known:
+class LoadedCheckpoint:
     """A checkpoint, its network, and `entries`: what the file says about each domain, {'name', 'classes', ...}.
 
     names: domain names, for a file that states none.
@@ -96,7 +96,7 @@ def digests_of(branch):
 
 
 def extract(known, name):
-    """The content of the branch file for the domain `name` of a Known."""
+    """The content of the branch file for the domain `name` of a LoadedCheckpoint."""
     number = known.index(name)
     entry = known.entries[number]
     about = {key: value[entry['name']] for key, value in known.about().items() if entry['name'] in value}
@@ -146,7 +146,7 @@ def check_classes(entry, path, paths):
 
 
 def put_on(known, branch, source):
-    """Adds a branch, read from `source`, to the network of a Known; UserError if it does not fit."""
+    """Adds a branch, read from `source`, to the network of a LoadedCheckpoint; UserError if it does not fit."""
     entry, base, model = branch['domain'], fingerprint(shared_state(known.model)), known.model
     name, network = entry['name'], branch.get('network', ERFNET)
     if network != known.network:
@@ -180,7 +180,7 @@ def joined(known, branches):
 
 
 def without(known, name):
-    """The content of a checkpoint of a Known without the domain `name`; UserError if it is the only one."""
+    """The content of a checkpoint of a LoadedCheckpoint without the domain `name`; UserError if it is the only one."""
     number, about = known.index(name), known.about()
     if len(known.entries) == 1:
         raise UserError(f'{known.checkpoint.source} knows only {known.names[0]}; nothing would be left')

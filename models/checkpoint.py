@@ -20,7 +20,7 @@ from mdil.datasets.domains import canonical
 from mdil.datasets.own import is_color
 from mdil.models.exported import SIDE, is_exported
 from mdil.models.identify import are_statistics
-from mdil.models.layouts import CLASSES, Found, check_fit, describe, file_key, load, load_encoder, recognise
+from mdil.models.layouts import CLASSES, StateLayout, check_fit, describe, file_key, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, get_method, method_name
 from mdil.models.networks import DEFAULT, get_network
 from mdil.utils.errors import UserError, brief
@@ -70,7 +70,7 @@ class Refused(Exception):
 class Checkpoint:
     """A file's network and what is known about it. domains: names, or None if the file has none."""
     source: str
-    found: Found
+    found: StateLayout
     domains: list = None
     method: str = None
     content: dict = field(default_factory=dict, repr=False)
@@ -344,7 +344,7 @@ def check_content(content, path):
 
 
 def declared(content, state, path):
-    """The Found of a network other than ERFNet, which its entries describe; UserError if they are missing or wrong."""
+    """The StateLayout of a network other than ERFNet, which its entries describe; UserError if they are missing or wrong."""
     lacking = [name for name in ('domains', 'method') if name not in content]
     if lacking:
         raise UserError(f'{path}: damaged, it has no {lacking[0]}')
@@ -358,7 +358,7 @@ def declared(content, state, path):
         if missing or count not in CLASSES:
             raise UserError(f'{path}: says {len(counts)} domains of {counts} classes, but that is not what it holds')
     norms = len(counts) if row.domain_bn else 1
-    return Found(state, counts, row.adapter, norms, f'{name}, {describe(counts, row.adapter, norms)}', network=name)
+    return StateLayout(state, counts, row.adapter, norms, f'{name}, {describe(counts, row.adapter, norms)}', network=name)
 
 
 def build_plain(name, row, path):

@@ -25,7 +25,7 @@ CLASSES = range(2, 257)        # labels are bytes
 
 
 @dataclass
-class Found:
+class StateLayout:
     """What a state dict holds, in native keys.
 
     num_classes: of each domain, [] for an encoder alone.
@@ -82,7 +82,7 @@ def native_keys(state):
 
 
 def recognise(state, source):
-    """The Found of a state dict read from `source`; UserError if it is not an ERFNet, ours or the published code's."""
+    """The StateLayout of a state dict read from `source`; UserError if it is not an ERFNet, ours or the published code's."""
     native, renamed, ignored = native_keys(state)
     heads = {int(match.group(1)): native[match.group(0)].shape for match in map(OUTPUT.match, native) if match}
     if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):
@@ -97,7 +97,7 @@ def recognise(state, source):
                     if any(f'.{kind}_conv_1.' in key for key in native)), None)
     norms = len({key.split('.')[3] for key in native if key.startswith('encoder.initial_block.bn_ini.')})
     counts = [heads[index][1] for index in range(len(heads))]
-    return Found(native, counts, adapter, norms, describe(counts, adapter, norms), renamed, ignored)
+    return StateLayout(native, counts, adapter, norms, describe(counts, adapter, norms), renamed, ignored)
 
 
 def describe(num_classes, adapter, norms):

@@ -16,7 +16,7 @@ NAME, VERSION = 'unchanged.json', 1
 
 
 @dataclass(frozen=True)
-class Moved:
+class TensorChanges:
     """Names of the tensors that differ, and how many tensors of each kind there are in all."""
     parameters: tuple
     buffers: tuple
@@ -35,7 +35,7 @@ class Moved:
 
 
 def compare(old, new, source):
-    """The Moved between two {name: digest} of one domain; UserError, naming `source`, unless both have the same names.
+    """The TensorChanges between two {name: digest} of one domain; UserError, naming `source`, unless both have the same names.
 
     Only batch counters, which early files lack, may be missing from one of them.
     """
@@ -46,7 +46,7 @@ def compare(old, new, source):
     both = sorted(old.keys() & new.keys())
     moved = [name for name in both if old[name] != new[name]]
     buffers = sum(map(is_buffer, both))
-    return Moved(tuple(name for name in moved if not is_buffer(name)), tuple(filter(is_buffer, moved)),
+    return TensorChanges(tuple(name for name in moved if not is_buffer(name)), tuple(filter(is_buffer, moved)),
                  len(both) - buffers, buffers)
 
 
@@ -58,7 +58,7 @@ def old_digests(model, count):
 
 
 def moved_since(record, model):
-    """{domain: Moved} of a record's old domains in a MultiDomainNet, whose first domains they are."""
+    """{domain: TensorChanges} of a record's old domains in a MultiDomainNet, whose first domains they are."""
     found, now = {}, old_digests(model, len(record['domains']))
     for domain, name in enumerate(record['domains']):
         names = [name for part in model.view_names(domain) for name in part.values()]

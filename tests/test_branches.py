@@ -36,7 +36,7 @@ def network(names, method='mdil'):
 
 def logits(path):
     """{domain: logits} of a checkpoint."""
-    known = branches.Known(path)
+    known = branches.LoadedCheckpoint(path)
     known.model.eval()
     with torch.no_grad():
         return {name: known.model(IMAGES, number) for number, name in enumerate(known.names)}
@@ -128,7 +128,7 @@ def test_a_branch_carries_all_that_the_checkpoint_holds_of_its_domain(parted, tm
 @pytest.mark.usefixtures('shallow')
 def test_a_branch_is_a_part_and_a_base_the_same_whatever_domains_it_has(three, tmp_path):
     run('extract', three, '--domain', 'BDD', '--out', tmp_path / 'bdd')
-    known = branches.Known(three)
+    known = branches.LoadedCheckpoint(three)
     numbers = sum(parameter.numel() for parameter in known.model.branch_parameters(1))
     assert 4 * numbers < (tmp_path / 'bdd').stat().st_size < 4 * numbers * 1.1
     base = fingerprint(shared_state(known.model))
@@ -152,7 +152,8 @@ def test_list_shows_domains_sizes_and_fingerprint(tmp_path, capsys):
     whole = save_network(tmp_path / 'whole', network(names), names, 'mdil')
     run('list', whole)
     out = capsys.readouterr().out
-    for text in ('cityscapes', '26 + void', '1,868,252', '7.13', fingerprint(shared_state(branches.Known(whole).model))[:16]):
+    shared = fingerprint(shared_state(branches.LoadedCheckpoint(whole).model))
+    for text in ('cityscapes', '26 + void', '1,868,252', '7.13', shared[:16]):
         assert text in out, text
 
 
@@ -232,7 +233,7 @@ def test_another_base_another_network_and_a_domain_twice_are_refused(three, part
         run('add', three, idd, '--out', tmp_path / 'out')
     with pytest.raises(UserError, match='branch of IDD, which is already there'):
         run('add', two, idd, idd, '--out', tmp_path / 'out')
-    other = branches.Known(two).model
+    other = branches.LoadedCheckpoint(two).model
     old = fingerprint(shared_state(other))
     other.shared_parameters()[0].data[0] += 1
     save_network(tmp_path / 'moved', other, ['cityscapes', 'BDD'], 'mdil')
@@ -240,7 +241,7 @@ def test_another_base_another_network_and_a_domain_twice_are_refused(three, part
         run('add', tmp_path / 'moved', idd, '--out', tmp_path / 'out')
     # Series adapters have the same shared weights as parallel ones.
     series = build_model([20, 20], 'series-adapters')
-    series.load_state_dict({**series.state_dict(), **shared_files(branches.Known(two).model)})
+    series.load_state_dict({**series.state_dict(), **shared_files(branches.LoadedCheckpoint(two).model)})
     save_network(tmp_path / 'series', series, ['cityscapes', 'BDD'], 'series-adapters')
     with pytest.raises(UserError, match='branch of IDD .mdil, 27 classes. does not fit .* .series-adapters.'):
         run('add', tmp_path / 'series', idd, '--out', tmp_path / 'out')

@@ -129,10 +129,10 @@ def test_every_step_adds_the_statistics_of_its_training_images(toy, steps):
 
 
 def test_a_branch_file_carries_its_domains_statistics(steps, tmp_path):
-    branch = branches.extract(branches.Known(steps[1]), 'IDD')
-    checkpoint.save(branches.without(branches.Known(steps[1]), 'IDD'), tmp_path / 'one')
+    branch = branches.extract(branches.LoadedCheckpoint(steps[1]), 'IDD')
+    checkpoint.save(branches.without(branches.LoadedCheckpoint(steps[1]), 'IDD'), tmp_path / 'one')
     assert list(checkpoint.read(tmp_path / 'one')['domain_statistics']) == ['cityscapes']
-    content = branches.joined(branches.Known(tmp_path / 'one'), [('x', branch)])
+    content = branches.joined(branches.LoadedCheckpoint(tmp_path / 'one'), [('x', branch)])
     assert list(content['domain_statistics']) == ['cityscapes', 'IDD']
 
 
