@@ -3,8 +3,10 @@
     python -m benchmarks.merge benchmarks/results/forgetting/fast.json benchmarks/results/forgetting/fast-mdil.json \\
         --against "single-task-adapters --recipe fast"
 
+    python -m benchmarks.merge benchmarks/results/forgetting/long.json --minus benchmarks/results/forgetting/fast.json
+
 Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed.
-Files whose rows were not trained alike are refused.
+Files whose rows were not trained alike are refused; --minus compares the same rows after other training.
 """
 import argparse
 import json
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 from mdil.benchmarks.forgetting import tables_of
 from mdil.benchmarks.scoring import COLUMNS
-from mdil.benchmarks.sequence_tables import all_figures, in_column
+from mdil.benchmarks.sequence_tables import all_figures, change_table, in_column
 from mdil.benchmarks.sequences import row_of
 from mdil.evaluation import tables
 from mdil.utils.errors import UserError, brief, run_main
@@ -105,26 +107,49 @@ def merged(read_files):
     return found, costs
 
 
+def rows_in(paths, against):
+    """({path: Results}, {order: {row name: {seed: figures}}}, costs, options as tables want them) of files that agree."""
+    read_files = {path: read(path) for path in paths}
+    check_alike(read_files)
+    found, costs = merged(read_files)
+    names = list(dict.fromkeys(name for _, name, _ in found))
+    if against and against not in names:
+        raise UserError(f'--against {against!r} is no row of {", ".join(paths)}; theirs are {", ".join(names)}')
+    stated = argparse.Namespace(rows=names, seeds=sorted({seed for *_, seed in found}), against=against)
+    return read_files, all_figures(found, stated), costs, stated
+
+
+def changes(figures, others, against, paths):
+    """The Tables of what rows have more than in the files --minus; UserError if no run is in both."""
+    shown = [change_table(order, rows, others[order], against, ', '.join(paths))
+             for order, rows in figures.items() if order in others
+             and (not against or against in rows and against in others[order])]
+    if not any(table.groups[0] for table in shown):
+        raise UserError(f'--minus {", ".join(paths)}: no run of the same order, row and seed is there')
+    return shown
+
+
 def main(argv=None):
     parser = Parser(prog='python -m benchmarks.merge',
                     description='Shows results of benchmarks.forgetting as one table.')
     parser.add_argument('files', nargs='+', metavar='FILE', help='what --json of benchmarks.forgetting wrote')
     parser.add_argument('--against', metavar='"METHOD OPTIONS"',
                         help='a row: a table of what the others have more than it, paired by seed, with p')
+    parser.add_argument('--minus', nargs='+', default=[], metavar='FILE',
+                        help='the same rows after other training: a table of what the rows have more than there (with '
+                             '--against: of what their lead over that row is more), paired by seed, with p')
     parser.add_argument('--markdown', metavar='FILE', help='write the tables')
     options = parser.parse_args(argv)
     if options.markdown:
-        check_writable('--markdown', options.markdown, inputs=options.files)
-    read_files = {path: read(path) for path in options.files}
-    check_alike(read_files)
-    found, costs = merged(read_files)
-    names = list(dict.fromkeys(name for _, name, _ in found))
-    options.against = options.against and ' '.join(options.against.split())
-    if options.against and options.against not in names:
-        raise UserError(f'--against {options.against!r} is no row of the files: {", ".join(names)}')
-    stated = argparse.Namespace(rows=names, seeds=sorted({seed for *_, seed in found}), against=options.against)
-    shown = [table for order, rows in all_figures(found, stated).items()
+        check_writable('--markdown', options.markdown, inputs=[*options.files, *options.minus])
+    against = options.against and ' '.join(options.against.split())
+    read_files, figures, costs, stated = rows_in(options.files, against)
+    shown = [table for order, rows in figures.items()
              for table in tables_of(order, rows, {name: costs[order, name] for name in rows}, stated)]
+    if options.minus:
+        others, their_figures, *_ = rows_in(options.minus, against)
+        shown += changes(figures, their_figures, against, options.minus)
+        read_files = {**read_files, **others}
     about = f'From {", ".join(f"{path} ({results.revision})" for path, results in read_files.items())}.'
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
     if options.markdown:

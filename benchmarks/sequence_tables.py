@@ -143,22 +143,51 @@ def column_cells(step, domain, seeds):
     return [spread(learnt), *map(spread, mious.values()), spread(lost), *shares]
 
 
+def last_figures(order, rows):
+    """{(row name, column): {seed: [mIoU of each domain after the last step, their mean, Delta_m% or None]}}."""
+    def of(figures):
+        mious = [figures['steps'][-1][domain] for domain in order]
+        return [*mious, statistics.fmean(mious), figures['delta_m']]
+    return {(name, column): {seed: of(figures) for seed, figures in seeds.items()}
+            for name, column, seeds in variants(rows)}
+
+
+def less(ours, others):
+    """{seed: ours - others, figure by figure} of two {seed: figures}; a figure is None where either is."""
+    return {seed: [None if None in pair else pair[0] - pair[1] for pair in zip(ours[seed], others[seed])]
+            for seed in ours if seed in others}
+
+
+def gains(order, rows, against):
+    """`last_figures` of every other row less those of the row `against`."""
+    found = last_figures(order, rows)
+    base = found.pop((against, TRAINED))
+    return {key: less(seeds, base) for key, seeds in found.items()}
+
+
 def paired_table(order, rows, options):
     """What each row has more than the row --against after the last step, paired by seed, with p."""
-    base = rows[options.against]
-    lines = []
-    for name, column, seeds in variants(rows):
-        pairs = [(seeds[seed], base[seed]) for seed in seeds if seed in base]
-        if (name, column) != (options.against, TRAINED) and pairs:
-            last = [[figures['steps'][-1] for figures in pair] for pair in pairs]
-            gains = [[one[domain] - other[domain] for one, other in last] for domain in order]
-            deltas = [[figures['delta_m'] for figures in pair] for pair in pairs]
-            known = all(None not in pair for pair in deltas)
-            lines.append([f'{name}{TITLES[column]}', str(len(pairs)), *map(gain_cell, gains),
-                          gain_cell([statistics.fmean(gain) for gain in zip(*gains)]),
-                          gain_cell([one - other for one, other in deltas]) if known else '-'])
-    return Table(f'{", then ".join(order)}: points more than {options.against} after the last step',
-                 f'against-{"-".join(order)}', ['row', 'n', *order, 'mean', tables.DELTA], [lines],
+    return differences_table(f'{", then ".join(order)}: points more than {options.against} after the last step',
+                             f'against-{"-".join(order)}', order, gains(order, rows, options.against))
+
+
+def change_table(order, rows, others, against, where):
+    """What each row has more after the last step than in `others`, the rows of other files, paired by seed, with p.
+
+    against: None, or the row whose figures are taken off first, in both.
+    """
+    ours, theirs = ((gains(order, each, against) if against else last_figures(order, each)) for each in (rows, others))
+    found = {key: less(ours[key], theirs[key]) for key in ours if key in theirs}
+    title = f'{", then ".join(order)}: points more ' + (f'than {against}' if against else 'after the last step')
+    return differences_table(f'{title}, less the same in {where}', f'change-{"-".join(order)}', order, found)
+
+
+def differences_table(title, name, order, found):
+    """The Table of {(row name, column): {seed: differences}}; rows without seeds are left out."""
+    lines = [[f'{row}{TITLES[column]}', str(len(seeds)),
+              *('-' if None in each else gain_cell(each) for each in zip(*seeds.values()))]
+             for (row, column), seeds in found.items() if seeds]
+    return Table(title, name, ['row', 'n', *order, 'mean', tables.DELTA], [lines],
                  (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))
 
 

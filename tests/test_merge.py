@@ -59,10 +59,40 @@ def test_what_cannot_be_compared_is_refused(tmp_path, changed, scores, words):
         merge.main([first, second])
 
 
+LATER = {**SINGLE, 'adapters-only': {seed: (20.0 + seed, 44.0 + seed) for seed in range(3)}}
+EARLIER = {'single-task': dict.fromkeys(range(3), (19.0, 38.0)),
+           'adapters-only': {0: (19.0, 45.0), 1: (19.0, 45.5), 5: (19.0, 1.0)}}
+
+
+@pytest.mark.parametrize('against, title, line', [
+    # (20, 44) - (19, 45) and (21, 45) - (19, 45.5)
+    ((), 'points more after the last step', '| adapters-only | 2 | 1.50 ± 0.71 (p = 0.2) | -0.75 ± 0.35 (p = 0.2) | 0.38 ± 0.53 (p = 0.5) |'),
+    # less what single-task gains: 1 and 2 on cityscapes, 2 on BDD
+    (('--against', 'single-task'), 'points more than single-task',
+     '| adapters-only | 2 | 0.00 ± 0.00 (p = 1) | -2.75 ± 0.35 (p = 0.058) | -1.38 ± 0.18 (p = 0.058) |'),
+])
+def test_rows_after_other_training_are_subtracted_seed_by_seed(tmp_path, against, title, line):
+    later, earlier = results(tmp_path / 'later.json', LATER), results(tmp_path / 'earlier.json', EARLIER, epochs={'': 1})
+    markdown = tmp_path / 'change.md'
+    merge.main([later, *against, '--minus', earlier, '--markdown', str(markdown)])
+    change = markdown.read_text().split(f'{title}, less the same in {earlier}')[1]
+    assert line in change
+    assert ('| single-task | 3 | 2.00 ± 1.00' in change) == (not against)
+
+
+def test_without_a_run_in_both_nothing_is_subtracted(tmp_path):
+    paths = [results(tmp_path / f'{name}.json', {name: {0: (1.0, 2.0)}}) for name in ('mdil', 'lwf')]
+    with pytest.raises(UserError, match='lwf.json: no run of the same order, row and seed'):
+        merge.main([paths[0], '--minus', paths[1]])
+    with pytest.raises(UserError, match="'mdil' is no row of .*lwf.json"):
+        merge.main([paths[0], '--against', 'mdil', '--minus', paths[1]])
+
+
 def test_files_that_are_read_are_not_written(tmp_path):
-    path = results(tmp_path / 'a.json', SINGLE)
-    with pytest.raises(UserError, match='a file that is read'):
-        merge.main([path, '--markdown', path])
+    paths = [results(tmp_path / f'{name}.json', SINGLE) for name in 'ab']
+    for path in paths:
+        with pytest.raises(UserError, match='a file that is read'):
+            merge.main([paths[0], '--minus', paths[1], '--markdown', path])
 
 
 @pytest.mark.parametrize('odd', [float('nan'), None, 'x', [1]])
@@ -80,5 +110,5 @@ def test_other_files_are_named(tmp_path, content):
 
 
 def test_a_row_that_no_file_has_is_named(tmp_path):
-    with pytest.raises(UserError, match='no row of the files: single-task'):
+    with pytest.raises(UserError, match='is no row of .*a.json; theirs are single-task'):
         merge.main([results(tmp_path / 'a.json', SINGLE), '--against', 'mdil'])
