@@ -108,7 +108,7 @@ def merged(read_files):
 
 
 def rows_in(paths, against):
-    """({path: Results}, {order: {row name: {seed: figures}}}, costs, options as tables want them) of files that agree."""
+    """({path: Results}, {order: {row name: {seed: figures}}}, costs, options of the tables) of files that agree."""
     read_files = {path: read(path) for path in paths}
     check_alike(read_files)
     found, costs = merged(read_files)

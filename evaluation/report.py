@@ -161,8 +161,9 @@ def networks(steps, place):
         if (step.folder / BEST).exists():
             checkpoint = read_checkpoint(step.folder / BEST)
             if checkpoint.domains and 'data_root' in checkpoint.content.get('options', {}):
-                found.append(StepNetwork(f'after step {number} ({step.title})', load_network(checkpoint).to(place.device),
-                                    checkpoint.domains, checkpoint.content['options']))
+                found.append(StepNetwork(f'after step {number} ({step.title})',
+                                         load_network(checkpoint).to(place.device),
+                                         checkpoint.domains, checkpoint.content['options']))
     return found
 
 

@@ -344,7 +344,7 @@ def check_content(content, path):
 
 
 def declared(content, state, path):
-    """The StateLayout of a network other than ERFNet, which its entries describe; UserError if they are missing or wrong."""
+    """The StateLayout of a network other than ERFNet, from its entries; UserError if they are missing or wrong."""
     lacking = [name for name in ('domains', 'method') if name not in content]
     if lacking:
         raise UserError(f'{path}: damaged, it has no {lacking[0]}')
@@ -358,7 +358,8 @@ def declared(content, state, path):
         if missing or count not in CLASSES:
             raise UserError(f'{path}: says {len(counts)} domains of {counts} classes, but that is not what it holds')
     norms = len(counts) if row.domain_bn else 1
-    return StateLayout(state, counts, row.adapter, norms, f'{name}, {describe(counts, row.adapter, norms)}', network=name)
+    kind = f'{name}, {describe(counts, row.adapter, norms)}'
+    return StateLayout(state, counts, row.adapter, norms, kind, network=name)
 
 
 def build_plain(name, row, path):

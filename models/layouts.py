@@ -82,7 +82,7 @@ def native_keys(state):
 
 
 def recognise(state, source):
-    """The StateLayout of a state dict read from `source`; UserError if it is not an ERFNet, ours or the published code's."""
+    """The StateLayout of a state dict from `source`; UserError if it is not an ERFNet, ours or the published code's."""
     native, renamed, ignored = native_keys(state)
     heads = {int(match.group(1)): native[match.group(0)].shape for match in map(OUTPUT.match, native) if match}
     if 'encoder.initial_block.conv.weight' not in native or sorted(heads) != list(range(len(heads))):

@@ -35,7 +35,7 @@ class TensorChanges:
 
 
 def compare(old, new, source):
-    """The TensorChanges between two {name: digest} of one domain; UserError, naming `source`, unless both have the same names.
+    """The TensorChanges between two {name: digest} of one domain; UserError, naming `source`, if their names differ.
 
     Only batch counters, which early files lack, may be missing from one of them.
     """
@@ -47,7 +47,7 @@ def compare(old, new, source):
     moved = [name for name in both if old[name] != new[name]]
     buffers = sum(map(is_buffer, both))
     return TensorChanges(tuple(name for name in moved if not is_buffer(name)), tuple(filter(is_buffer, moved)),
-                 len(both) - buffers, buffers)
+                         len(both) - buffers, buffers)
 
 
 def old_digests(model, count):
