@@ -96,10 +96,9 @@ def starts(steps):
 
 
 def rates(line, options):
-    """{name: learning rate} in an epoch: of the new domain, and of the shared weights if theirs differs."""
-    row, base = METHODS.get(method_name(options.get('method'))), options.get('lr')
-    domains = options.get('domains', [])
-    alone = row is None or row.trained(domains) == domains
+    """{name: learning rate} in an epoch: of what the trained domains own, and of the shared weights if theirs differs."""
+    base = options.get('lr')
+    alone = len(options.get('domains', [])) < 2
     if alone or not base or options.get('shared_lr') in (None, 0, base):
         return {'learnt weights': line['lr']}
     return {'learnt weights': line['lr'], 'shared weights': line['lr'] / base * options['shared_lr']}

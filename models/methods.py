@@ -13,8 +13,9 @@ class Method:
 
     adapter: the network's adapters, None, 'parallel' or 'series'.
     domain_bn: whether each domain has its own batch norms.
-    shared: how the shared weights learn after the first domain: 'slow' (at 5e-6, unless `--shared-lr` is
-        given), 'full' (at the rate of everything else) or 'frozen'.
+    shared: the rate of the shared weights where several domains share them, unless `--shared-lr` is given:
+        'slow' (5e-6), 'full' (that of everything else), 'divided' (that, divided by the number of domains,
+        as published) or 'frozen'.
     terms: the loss terms (classes of losses.terms), cross-entropy first.
     lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
     dropout: whether the student's encoder uses dropout after the first domain.
@@ -48,6 +49,7 @@ DISTILLED = CrossEntropy, Distillation
 # Options of the terms DISTILLED, and of a row like the paper's.
 DISTILLING = 'lambdac', 'temperature', 'distill_domains', 'distillation', 'teacher_mode', 'steps_per_batch', 'old_bn'
 PAPER = *DISTILLING, 'shared_lr', 'new_decoder', 'new_statistics', 'no_dropout'
+JOINT = 'rounds', 'shared_lr', 'no_dropout'
 
 METHODS = {
     'mdil': Method('the paper\'s method, parallel adapters, batch norms and a decoder per domain, distillation',
@@ -68,12 +70,11 @@ METHODS = {
     'adapters-shared-bn': Method('ablation: as mdil, batch norms shared by all domains', adapter='parallel',
                                  shared='slow', terms=DISTILLED,
                                  uses=(*DISTILLING, 'shared_lr', 'new_decoder', 'no_dropout')),
-    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True,
-                         uses=('rounds', 'no_dropout')),
+    'multi-task': Method('plain encoder, a decoder per domain, all data at once', joint=True, shared='divided', uses=JOINT),
     'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
-                                   domain_bn=True, joint=True, uses=('rounds', 'no_dropout')),
+                                   domain_bn=True, joint=True, shared='divided', uses=JOINT),
     'multi-task-adapters': Method("multi-task with the paper's network: adapters, batch norms and a decoder per domain",
-                                  adapter='parallel', domain_bn=True, joint=True, uses=('rounds', 'no_dropout')),
+                                  adapter='parallel', domain_bn=True, joint=True, shared='divided', uses=JOINT),
     'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
     'single-task-adapters': Method("the paper's network for one domain: what the method gains without any other domain",
                                    adapter='parallel', domain_bn=True, lonely=True, uses=('no_dropout',)),

@@ -345,8 +345,7 @@ def freeze(student, options):
 def parameter_groups(student, options):
     """Optimiser groups: shared weights and trained branches. Every parameter is in exactly one of them or frozen."""
     plan = plan_step(options)
-    # Domains that train together have equally many batches, and the shared weights learn from all of them.
-    shared_lr = options.shared_lr if plan.from_previous else options.lr / len(plan.trained)
+    shared_lr = options.shared_lr if len(options.domains) > 1 else options.lr
     branches = [p for domain in plan.trained for p in student.branch_parameters(domain)]
     groups = [{'name': 'shared', 'lr': shared_lr, 'params': student.shared_parameters()},
               {'name': 'branch', 'lr': options.lr, 'params': branches}]

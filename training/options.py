@@ -108,7 +108,7 @@ def method_options(parser):
     group.add_argument('--distill-domains', type=positive, metavar='K',
                        help='number of old domains to distil per batch, drawn at random (default: all)')
     group.add_argument('--shared-lr', type=rate, metavar='RATE',
-                       help='learning rate of the shared weights after the first domain (default: by method)')
+                       help='learning rate of the shared weights where several domains share them (default: by method)')
     group.add_argument('--no-dropout', action='store_true', default=argparse.SUPPRESS,
                        help='disable dropout in the layers that train (default: by method)')
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
@@ -245,7 +245,8 @@ def complete_method(options):
     options.lr = getattr(options, 'lr', later.lr)
     options.no_dropout = getattr(options, 'no_dropout', not later.dropout)
     if options.shared_lr is None:
-        options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'frozen': 0.0}[method.shared]
+        options.shared_lr = {'slow': SLOW_RATE, 'full': options.lr, 'divided': options.lr / len(options.domains),
+                             'frozen': 0.0}[method.shared]
 
 
 def complete_weights(options):
