@@ -159,8 +159,8 @@ def kept_and_lost(name, seeds):
         return ''
     left = {domain: mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
     kept = ' and '.join(f'{left[domain]:.1f} of {left[domain] + lost[domain]:.1f} on {domain}' for domain in old)
-    points = max(0.0, sum(lost[domain] for domain in old))
-    return f'{name} kept {kept}: {points:.1f} points of mIoU lost.'
+    points = mean([max(0.0, lost[domain]) for domain in old])      # a gain elsewhere makes up for no loss
+    return f'{name} kept {kept}: {points:.1f} points of mIoU lost' + (' on average.' if len(old) > 1 else '.')
 
 
 def newest(results):

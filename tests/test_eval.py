@@ -424,6 +424,12 @@ def test_a_last_step_that_learnt_no_domain_has_no_sentence_of_its_own(tmp_path, 
     assert capsys.readouterr().out.endswith('mdil kept 58.0 of 60.0 on CS: 2.0 points of mIoU lost.\n')
 
 
+def test_what_several_old_domains_lose_is_a_mean_that_gains_do_not_hide():
+    seeds = [{'summary': {'forgetting': {'CS': -2.0, 'BDD': 4.0}}, 'domains': {'CS': {'miou': 58.0}, 'BDD': {'miou': 9.0}}}]
+    assert compare.kept_and_lost('mdil', seeds) == (
+        'mdil kept 58.0 of 56.0 on CS and 9.0 of 13.0 on BDD: 2.0 points of mIoU lost on average.')
+
+
 def test_a_domain_that_one_seed_could_not_score_is_left_out_of_the_sentence():
     seeds = [{'summary': {'forgetting': {'CS': 2.0, 'BDD': lost}}, 'domains': {'CS': {'miou': 58.0}, 'BDD': {'miou': 9.0}}}
              for lost in (1.0, None)]
