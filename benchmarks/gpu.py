@@ -129,7 +129,6 @@ class Smoke:
                 (out / 'checkpoint.previous.pth.tar').replace(out / 'checkpoint.pth.tar')
                 self.train(*arguments, '--resume')
             states.append(torch.load(out / 'checkpoint.pth.tar', weights_only=True)['state_dict'])
-        torch.use_deterministic_algorithms(False)
         return {'largest_difference': max((states[0][key].double() - states[1][key].double()).abs().max().item()
                                           for key in states[0])}
 
@@ -410,7 +409,6 @@ def repeat(report, options):
                 report.add(f'{precision}{", deterministic" if deterministic else ""}',
                            same_bits=torch.equal(first, second), apart=(first - second).abs().max().item(),
                            images_per_second=spread([rate, other], 1))
-        torch.use_deterministic_algorithms(False)
 
 
 def five_batches(way, place, batch):

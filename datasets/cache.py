@@ -78,10 +78,10 @@ def find_or_build(dataset, folder, workers):
     target = folder / f'{name}-{digest(dataset)}'
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f'.{name}.lock'):
+        with locked(folder / f'.{name}.lock') as alone:
             if not target.is_dir():
                 outdated = filter(is_outdated, folder.glob(f'{name}-{HEX}'))
-                for old in (*outdated, *folder.glob(f'.{name}-{HEX}.*')):
+                for old in (*outdated, *folder.glob(f'.{name}-{HEX}.*')) if alone else ():
                     shutil.rmtree(old)
                 check_space(dataset, folder)
                 build(dataset, target, workers)
@@ -138,7 +138,11 @@ def build(dataset, target, workers):
                 labels.write(label.numpy())
         files = (path for pair in dataset.pairs for path in (pair.image, pair.label))
         (made / 'sources.json').write_text(json.dumps({os.path.abspath(path): stamp(path) for path in files}))
-        os.rename(made, target)
+        try:
+            os.rename(made, target)
+        except OSError:
+            if not target.is_dir():     # where files cannot be locked, another process may have been faster
+                raise
 
 
 @contextlib.contextmanager

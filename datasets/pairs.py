@@ -1,11 +1,11 @@
 """Pairing images with labels, by name or by a list of pairs."""
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from mdil.utils.errors import UserError, printable
+from mdil.utils.parallel import tell
 from mdil.utils.files import same_file
 
 
@@ -244,5 +244,5 @@ def report_unpaired(domain, split, found):
     for count, what, first in ((len(found.without_label), 'images without a label', found.without_label),
                                (len(found.without_image), 'labels without an image', found.without_image)):
         if count:
-            print(printable(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
-                            f'python -m mdil check lists them'), file=sys.stderr)
+            tell(printable(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
+                           f'python -m mdil check lists them'))

@@ -28,7 +28,7 @@ from mdil.training.options import LAMBDA, TEMPERATURE
 from mdil.training.step_loss import StepLoss, mean_over_batch
 from mdil.utils.errors import UserError
 from mdil.utils.files import check_new
-from mdil.utils.parallel import Place, current, pick_device
+from mdil.utils.parallel import Place, pick_device
 from mdil.utils.precision import check_precision, memory_format
 
 BATCH = 6       # images segmented at a time
@@ -80,7 +80,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         raise UserError(f'size {size}: (height, width) is expected, positive multiples of {SIDE}')
     if precision not in PRECISIONS:
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
-    place = Place(current(pick_device(str(device))))
+    place = Place(pick_device(str(device)))
     check_precision(precision, place.device)
     known = LoadedCheckpoint(file, domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]

@@ -1,4 +1,5 @@
 """datasets.cache: equal to loading without it, rebuilt when due, safe when builds meet or die."""
+import errno
 import io
 import json
 import multiprocessing
@@ -7,9 +8,11 @@ import pickle
 import shutil
 import signal
 import struct
+import tempfile
 import time
 import zlib
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from mdil.datasets.domains import DOMAINS, get_domain
 from mdil.datasets.loading import TrainBatches, make_loader
 from mdil.datasets.pairs import Pair
 from mdil.datasets.segmentation import FAST, SegmentationDataset, decode_png, halves, load_pair
+from mdil.utils import files
 from mdil.utils.errors import UserError
 
 FORK = multiprocessing.get_context('fork')
@@ -166,6 +170,22 @@ def test_build_is_only_a_little_ahead_of_the_disk(toy, loads):
     time.sleep(0.2)
     assert 1 <= len(loads) <= 5
     building.close()
+
+
+def test_two_that_build_it_where_files_cannot_be_locked_leave_each_other_alone(toy, tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(files.fcntl, 'flock', no_locks)
+    build, data = cache.build, train_set(toy)
+
+    def twice(dataset, target, workers):
+        monkeypatch.setattr(cache, 'build', build)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as half_built:
+            cached(data, tmp_path)
+            assert Path(half_built).is_dir()
+        build(dataset, target, workers)     # the slower one
+    monkeypatch.setattr(cache, 'build', twice)
+    assert_equal(cached(data, tmp_path), data)
 
 
 def test_is_built_once_for_each_split_and_size(toy, tmp_path, loads):

@@ -12,6 +12,7 @@ from torch import nn
 from mdil import train
 from mdil.benchmarks import speed
 from mdil.models.erfnet import Downsampler
+from mdil.training import building
 from mdil.training.options import parse_train
 from mdil.training.run import Run
 from mdil.training.step_loss import mean_over_batch
@@ -82,6 +83,32 @@ def test_half_a_launcher_for_several_is_one_line(monkeypatch, variables, message
     with pytest.raises(UserError, match=message) as error, parallel.session('cpu'):
         pass
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('main', [True, False])
+def test_only_the_process_that_writes_saves_within_an_epoch(main):
+    saved = []
+    run = SimpleNamespace(options=SimpleNamespace(checkpoint_minutes=0), written=0.0, save=lambda: saved.append(1),
+                          place=SimpleNamespace(main=main))
+    Run.save_when_due(run)
+    assert bool(saved) is main
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    launched(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=1)
+    with pytest.raises(UserError, match='--device cuda:0 is one GPU for all 2 processes; use --device cuda$'):
+        with parallel.session('cuda:0'):
+            pass
+
+
+def test_a_session_leaves_torchs_settings_as_they_were(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    with parallel.session('cpu'):
+        assert torch.backends.cudnn.benchmark
+        building.seed_everything(0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_processes_that_cannot_meet_say_where(monkeypatch):

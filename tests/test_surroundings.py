@@ -233,6 +233,17 @@ def test_torchrun_gives_one_line_and_the_status_of_its_processes(tmp_path):
     assert done.stderr.startswith('error: no train images of cityscapes')
 
 
+def test_torchrun_gives_its_processes_longer_to_save_than_its_own_30_seconds(monkeypatch):
+    for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE', 'OMP_NUM_THREADS', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT'):
+        monkeypatch.setenv(name, '')        # so that each is restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch, 'STOPPING', ())
+    monkeypatch.setattr(launch.logging, 'disable', lambda level: None)
+    seen = []
+    monkeypatch.setattr(launch.run, 'main', lambda argv: seen.append(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']))
+    assert launch.main([]) == 0 and seen == ['240']
+
+
 def test_torchrun_ends_as_the_first_of_its_processes_to_fail():
     def failed(status):
         return SimpleNamespace(get_first_failure=lambda: (3, SimpleNamespace(exitcode=status)))

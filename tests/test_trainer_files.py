@@ -283,6 +283,21 @@ def test_later_domains_are_learnt_at_once_from_the_first_and_joined(toy, tmp_pat
         assert torch.equal(joined['state_dict'][f'decoder.{number}.output_conv.weight'], learnt['decoder.1.output_conv.weight'])
 
 
+def test_one_gpu_means_one_of_several(tmp_path):
+    assert {option.parallel for option in map(parse_train, commands(script('mdil', '--dry-run')))} == {'none'}
+    assert {option.parallel for option in map(parse_train, commands(script('mdil', '--dry-run', 'GPUS=2')))} == {'auto'}
+
+
+@pytest.mark.parametrize('assigned, used', [('4,5', ['4', '5']), ('', ['0', '1'])])
+def test_domains_learnt_at_once_share_out_the_gpus_that_were_assigned(tmp_path, monkeypatch, assigned, used):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', assigned)
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\ncase "$*" in *train.py*--state*) echo "$CUDA_VISIBLE_DEVICES" >> "$0.gpus";; esac\n')
+    python.chmod(0o755)
+    script('parallel', f'OUT={tmp_path}', 'EPOCHS=1', 'GPUS=2', f'PYTHON={python}')
+    assert sorted((tmp_path / 'python.gpus').read_text().split()) == used
+
+
 def test_a_domain_that_cannot_be_learnt_at_once_is_named(tmp_path):
     """With a Python that ends with 2 where train.py learns camvid, as it does without its data, and with 0 else."""
     python = tmp_path / 'python'

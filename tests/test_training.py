@@ -165,6 +165,8 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     assert rates == {'shared': 2.5e-4, 'branch': 5e-4}
     told = parse_train(['--domains', 'CS', 'IDD', '--method', 'multi-task', '--savedir', 'x', '--shared-lr', '1e-3'])
     assert [group['lr'] for group in building.parameter_groups(student, told)] == [1e-3, 5e-4]
+    told.shared_lr = 0.0
+    assert plan_step(told).shared_frozen and plan_step(told).trained == (0, 1)
     data = building.build_data(options, Place(torch.device('cpu')))
     data[0].train.dataset.pairs = data[0].train.dataset.pairs[:3]
     data[0].train.batch_sampler.count = 3

@@ -187,13 +187,15 @@ interrupted() {
 
 pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }
 
-# Sets the array launcher: the command that starts train.py on all GPUS of all NODES, for the step in $1. The
-# machines connect to HOST, by default the first machine of the SLURM job. A SLURM batch script runs on that machine
-# only, so the launcher starts the others with srun; if srun started this script, it already runs on all of them.
+# Sets the array launcher: the command that starts train.py on all GPUS of all NODES, for the step in $1; and the
+# array parallel: the option that keeps train.py to one GPU, where GPUS=1. The machines connect to HOST, by default
+# the first machine of the SLURM job. A SLURM batch script runs on that machine only, so the launcher starts the
+# others with srun; if srun started this script, it already runs on all of them.
 set_launcher() {
     local host=$HOST id=mdil-${1//\//-}
-    launcher=("$PYTHON")
+    launcher=("$PYTHON") parallel=(--parallel none)
     [ "$((10#$GPUS * 10#$NODES))" -gt 1 ] || return 0
+    parallel=()
     launcher+=(-m mdil torchrun --nproc_per_node "$GPUS")
     if [ "$NODES" -eq 1 ]; then launcher+=(--standalone); return; fi
     if [ -z "$host" ]; then
@@ -212,7 +214,7 @@ run_train() {
     set_launcher "$savedir"
     run "${launcher[@]}" train.py --savedir "$savedir" ${epochs:+--num-epochs "$epochs"} --batch-size "$BATCH" \
         "${data[@]}" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
-        ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
+        ${parallel[@]+"${parallel[@]}"} ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
 }
 
 # The checkpoint of a step that SELECT chooses: state_of SAVEDIR.

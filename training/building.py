@@ -56,7 +56,7 @@ def seed_everything(seed, deterministic=False):
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = False
-        # Warn only: what is left is the backward pass of max pooling. Its windows do not overlap, so
+        # Warn only: what is left in ERFNet is the backward pass of max pooling. Its windows do not overlap there, so
         # each pixel gets one gradient and the order does not matter.
         torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -103,7 +103,7 @@ def build_data(options, place, saved=None):
 def counts_of(data, options):
     """Pixels of each class of a training set, if its weights need them or all files were read; else None."""
     if data.counts is None and needs_counts(data.domain, options.class_weights):
-        data.counts = histogram(data.domain, options.data_root, pairs=data.pairs)
+        data.counts = histogram(data.domain, options.data_root, workers=options.num_workers or 1, pairs=data.pairs)
     return data.counts
 
 
@@ -170,8 +170,8 @@ def leave_out_bad_files(data, workers):
                         f'e.g. {problems[0].message}')
     data.counts = sum(counts for problems, counts in found if not problems)
     if problems:
-        print(printable(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. '
-                        f'{problems[0].message}'), file=sys.stderr)
+        tell(printable(f'{data.domain.name} {data.split}: {len(problems)} bad files left out, e.g. '
+                       f'{problems[0].message}'))
 
 
 def train_loader(options, place, data, sizes):
@@ -196,8 +196,7 @@ def val_loader(options, place, domain, required):
     except UserError as error:
         if required:
             raise
-        if place.main:
-            print(f'{domain.name} is not validated: {error}', file=sys.stderr)
+        tell(f'{domain.name} is not validated: {error}')
         return None
     batches = EvalBatches(len(data), options.batch_size, place.rank, place.world, options.limit_batches)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')

@@ -36,5 +36,5 @@ def plan_step(options):
     trained = tuple(row.trained(range(count)))
     from_previous = len(trained) < count
     plan = StepPlan(trained, tuple(index for index in range(count) if index not in trained), from_previous,
-                    from_previous and (row.shared == 'frozen' or options.shared_lr == 0))
+                    count > 1 and (row.shared == 'frozen' or options.shared_lr == 0))
     return replace(plan, terms=tuple(term for term in row.terms if term.applies(options, plan)))

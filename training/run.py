@@ -186,7 +186,7 @@ class Run:
             'optimizer': self.optimizer.state_dict(), 'scheduler': self.schedule.state_dict(),
             'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
-            'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()}}
+            'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all() if self.place.device.type == 'cuda' else []}}
 
     def restore(self, state):
         """Continues from `state`, a dict that `state()` made with the same options; UserError if it does not fit."""
@@ -255,5 +255,5 @@ class Run:
     def save_when_due(self):
         """Writes a checkpoint within the epoch if --checkpoint-minutes have passed since the last."""
         minutes = self.options.checkpoint_minutes
-        if minutes is not None and time.monotonic() - self.written >= 60 * minutes:
+        if self.place.main and minutes is not None and time.monotonic() - self.written >= 60 * minutes:
             self.save()

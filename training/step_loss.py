@@ -12,7 +12,7 @@ class StepLoss(nn.Module):
 
     student: the MultiDomainNet, which knows all domains.
     teacher: the frozen model of the previous step, or None.
-    class_weights: for each domain a (C,) tensor, void 0, or None.
+    class_weights: for each domain a (C,) tensor, void 0.
     terms: the LossTerms.
     compiled: whether torch.compile makes one program of each part.
     """

@@ -189,10 +189,10 @@ def check_results(option, path, entries, inputs=()):
 
 @contextlib.contextmanager
 def locked(path, busy=None):
-    """Holds a lock on the file `path` within the context; the lock ends with the process.
+    """Holds a lock on the file `path` within the context, which gets whether it does; the lock ends with the process.
 
     While another process holds it, this one prints that it waits, or raises UserError(busy) if
-    `busy` is given. A second lock in the same process counts as another's. Loader workers, which
+    `busy` is given. On a file system without locks it prints a warning and goes on. A second lock in the same process counts as another's. Loader workers, which
     outlive a killed run by seconds, close the inherited file and so do not keep the lock.
     """
     try:
@@ -201,6 +201,7 @@ def locked(path, busy=None):
         raise UserError(f'{path} cannot be written ({error.strerror}); name another folder') from None
     HELD.add(file)
     with file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -211,4 +212,5 @@ def locked(path, busy=None):
         except OSError as error:
             print(f'{path.parent} cannot be locked ({error.strerror}); make sure that no other run uses it',
                   file=sys.stderr)
-        yield
+            held = False
+        yield held

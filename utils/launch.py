@@ -17,6 +17,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
+# Seconds after which torchrun kills what a signal has not ended; its own 30 are too few to validate or compile first.
+# Less than the 300 that the scripts ask of SLURM. Older versions of torch do not read it.
+GRACE = 240
+
 
 def end_of(failed):
     """Exit status for torchrun's ChildFailedError; UserError if a signal killed the process."""
@@ -28,7 +32,7 @@ def end_of(failed):
 
 
 def stop_once(number, _):
-    """The signal handler: torchrun passes the first signal on and waits until its processes have saved."""
+    """The signal handler: torchrun passes the first signal on and waits for its processes to save, up to GRACE."""
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
     raise SignalException(signal.Signals(number).name, signal.Signals(number))
@@ -37,6 +41,7 @@ def stop_once(number, _):
 def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
     logging.disable(logging.ERROR)      # hides torchrun's report
+    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', str(GRACE))
     os.environ.setdefault('OMP_NUM_THREADS', '1')       # torchrun would set it too, with a four-line warning
     for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # in newer and in older versions
         os.environ.setdefault(name, 'SIGQUIT')      # this module handles the other signals

@@ -38,9 +38,30 @@ class Place:
 def session(device, parallel='auto', precision='fp32', graphs=False):
     """The Place of this process; under torchrun it joins the process group for the session.
 
-    device: 'auto', or torch's name of a device. UserError if the device is missing or lacks the
-    precision, or if the options contradict one another or the launcher.
+    Afterwards torch's settings are as before. device: 'auto', or torch's name of a device. UserError if the device is
+    missing or lacks the precision, or if the options contradict one another or the launcher.
     """
+    with kept_settings(), placed(device, parallel, precision, graphs) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def kept_settings():
+    """Restores torch's process-wide settings that a session may change."""
+    cudnn = torch.backends.cudnn
+    benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def placed(device, parallel, precision, graphs):
+    """The Place of a session."""
     torch.backends.cudnn.benchmark = True       # pays off because all images have the same size
     allow_open_files()
     keep_freed_memory()
@@ -57,6 +78,8 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
         check_graphs(graphs, chosen)
         yield Place(chosen, graphs=graphs)
         return
+    if launched.world > 1 and device.startswith('cuda:'):
+        raise UserError(f'--device {device} is one GPU for all {launched.world} processes; use --device cuda')
     chosen = current(pick_device(f'cuda:{launched.local}' if device in ('auto', 'cuda') and torch.cuda.is_available()
                                  else device))
     if launched.rank == 0:

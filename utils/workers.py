@@ -69,7 +69,7 @@ def in_parallel(function, items, workers, title):
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
         raise UserError(f'{title}: a worker process was killed, perhaps for lack of memory; '
-                        'use fewer --workers') from None
+                        'use fewer processes (--num-workers or --workers)') from None
 
 
 def in_threads(function, items, threads):
