@@ -48,9 +48,9 @@ def parse(argv=None):
     parser.add_argument('state', metavar='CHECKPOINT', help='a checkpoint of train.py')
     parser.add_argument('--domain', required=True, metavar='NAME', help='the domain whose network is measured')
     parser.add_argument('--threads', nargs='+', type=positive, default=[1, 2],
-                        help='that each side computes with, in turn')
+                        help='numbers of threads to compute with, in turn')
     parser.add_argument('--rounds', type=positive, default=7, help='turns of each side')
-    parser.add_argument('--seconds', type=rate, default=1.0, help='that a turn takes at least')
+    parser.add_argument('--seconds', type=rate, default=1.0, help='minimum seconds per turn')
     parser.add_argument('--compile', action='store_true', help='torch.compile, too; it takes minutes')
     parser.add_argument('--json', metavar='FILE', help='where the figures go')
     data_options(parser)

@@ -7,7 +7,7 @@
 
 Every step is a run of train.py in OUT/<domains so far>/seed<S>/<method and options>-<digest of all
 options and of the step before>/, its output in log.txt there. Steps of equal options after equal
-steps are run once, whatever rows they are of; finished ones are skipped, broken ones go on. Every
+steps are run once, whatever rows they belong to; finished ones are skipped, interrupted ones resumed. Every
 state is then evaluated on all domains that it knows, in the three columns of benchmarks.scoring
 (scores-*.json next to it). Exit status 1 if a step failed; the tables are of what is there.
 """
@@ -30,7 +30,7 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
                                rate, seed_number, size_options)
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
-OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # say nothing of a result
+OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # do not affect results
 ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in that), '
               f'after {FIRST} those in the first; fine-tune-copies: every domain keeps the network that had learnt it; '
               'released: mdil --recipe released. '
@@ -93,10 +93,10 @@ def forgetting_parser():
                        help='orders of domains (default: "{}" and "{}")'.format(*ORDERS))
     group.add_argument('--seeds', nargs='+', type=seed_number, default=[0, 1, 2], metavar='N', help='seeds')
     group.add_argument('--against', metavar='"METHOD OPTIONS"',
-                       help='one of --rows: a table of what the others have more than it, paired by seed, with p')
+                       help='one of --rows: a table of how the other rows differ from it, paired by seed, with p')
     group.add_argument('--steps', type=positive, metavar='N', help='stop after step N')
     group.add_argument('--which', choices=tuple(FILES), default='latest',
-                       help='state of a step that is evaluated and gone on from: the latest, or the best on its domain')
+                       help='state of a step to evaluate and to start the next one from: the latest, or the best on its domain')
     training_options(parser)
     data_options(parser).add_argument('--cache', metavar='DIR', help='keep resized images and labels there')
     machine_options(parser).add_argument('--jobs', type=positive, default=1, metavar='N', help='steps that run at once')
@@ -114,12 +114,12 @@ def training_options(parser):
     group = parser.add_argument_group('training, the same for all rows')
     group.add_argument('--epochs', nargs='+', required=True, metavar='N|NAME=N',
                        help='epochs of every domain, or of each; multi-task=N for the joint run (default: the fewest)')
-    group.add_argument('--network', type=network_name, default=ERFNET, metavar='NAME', help='as of train.py')
+    group.add_argument('--network', type=network_name, default=ERFNET, metavar='NAME', help='as in train.py')
     size_options(group)
     group.set_defaults(height=128)
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--lr', type=rate, help="rate of new domains (default: train.py's)")
-    group.add_argument('--class-weights', default='computed', metavar='HOW', help='as of train.py')
+    group.add_argument('--class-weights', default='computed', metavar='HOW', help='as in train.py')
     group.add_argument('--val-every', type=positive, default=1, metavar='N', help='validate every N epochs')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per epoch, for trials')
 

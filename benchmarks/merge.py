@@ -134,10 +134,10 @@ def main(argv=None):
                     description='Shows results of benchmarks.forgetting as one table.')
     parser.add_argument('files', nargs='+', metavar='FILE', help='what --json of benchmarks.forgetting wrote')
     parser.add_argument('--against', metavar='"METHOD OPTIONS"',
-                        help='a row: a table of what the others have more than it, paired by seed, with p')
+                        help='a row: a table of how the other rows differ from it, paired by seed, with p')
     parser.add_argument('--minus', nargs='+', default=[], metavar='FILE',
-                        help='the same rows after other training: a table of what the rows have more than there (with '
-                             '--against: of what their lead over that row is more), paired by seed, with p')
+                        help='the same rows after other training: a table of how the rows differ from those (with '
+                             '--against: of how their leads over that row differ), paired by seed, with p')
     parser.add_argument('--markdown', metavar='FILE', help='write the tables')
     options = parser.parse_args(argv)
     if options.markdown:

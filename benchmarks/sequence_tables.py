@@ -17,8 +17,8 @@ from mdil.training.plan import plan_step
 from mdil.utils.parser import data_paths
 
 MARKERS = 'osD^v<>Pphd'
-LEAST = 1.0     # points: of a smaller loss no shares are told
-LEAST_P = 0.0001    # a smaller p is not told
+LEAST = 1.0     # points: smaller losses get no percentages
+LEAST_P = 0.0001    # smaller p are shown as below it
 TITLES = {TRAINED: '', ESTIMATED: ', estimated', KEPT: ', kept'}
 
 

@@ -30,7 +30,7 @@ JOINT = 'multi-task'
 FIRST = '--first'       # in a row: what follows are options of its first step
 FILES = {'latest': LATEST, 'best': BEST}
 LOG, DONE = 'log.txt', 'done'
-# Options that say nothing of what a step is: where it runs, and paths.
+# Options that do not identify a step: where it runs, and paths.
 PLACES = (resume.HARMLESS | resume.SAID | {'state'}) - {'precision'}
 
 
@@ -86,7 +86,7 @@ class Step:
     arguments: tuple = field(compare=False)
 
     def folder(self, options):
-        """Where it is kept."""
+        """The folder of its results."""
         before = self.start and (self.start.folder(options).name, options.which)
         digest = hashlib.sha256(json.dumps([self.key, before]).encode()).hexdigest()[:8]
         domains = '+'.join(quote(name, safe='') for name in self.domains)
@@ -117,7 +117,7 @@ def first_method(method):
 
 
 def epochs_of(options, name):
-    """Epochs of a domain; of the multi-task run, unless told, those of the domain with the fewest."""
+    """Epochs of a domain; of the multi-task run, by default, the fewest of any domain."""
     known = options.epochs
     if name not in known and name == JOINT:
         return min(known.values())
@@ -269,7 +269,7 @@ def run_steps(steps, options):
 
 
 def note(step, future, done, failures, bar):
-    """Takes down how a step ended; an error of its start that a user can fix counts as its failure."""
+    """Records whether a step succeeded; a UserError while it is started counts as a failure."""
     try:
         failure = future.result()
     except UserError as error:
