@@ -39,7 +39,7 @@ PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch
 
 def eval_parser():
     """The parser of eval.py."""
-    parser = Parser(prog='eval.py', refused=REFUSED,
+    parser = Parser(prog='eval.py', refused=REFUSED, several=True,
                     description='Evaluates checkpoints on the validation images of their domains.')
     group = parser.add_argument_group('what to evaluate')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from mdil import train
+from mdil.__main__ import TOOLS, run as run_tool
 from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.datasets.loading import EvalBatches, TrainBatches, check_shared_memory, make_loader
+from mdil.eval import eval_parser
 from mdil.evaluation import dashboard
 from mdil.models import checkpoint
 from mdil.training import building, records
-from mdil.training.options import parse_train
+from mdil.training.options import parse_train, train_parser
 from mdil.training.run import BEST, LATEST, Run
 from mdil.utils import launch
 from mdil.utils.errors import UserError, advice, first_to_fail
@@ -231,6 +233,28 @@ def test_torchrun_gives_one_line_and_the_status_of_its_processes(tmp_path):
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert done.stderr.startswith('error: no train images of cityscapes')
+
+
+ALONE = {'predict': ['--state', 'x', '--input', 'x', '--out', 'x'], 'check': ['--domains', 'CS'],
+         'create-labels': ['idd', '--datadir', 'x'], 'class-weights': ['--domains', 'CS'], 'toy-roads': ['--out', 'x'],
+         'compare': ['a=x', '--out', 'x'], 'report': ['x'], 'tsne': ['a=x', '--out', 'x'], 'describe': ['x'],
+         'branches': ['list', 'x'], 'verify': ['x', 'y'], 'repair': ['x', 'y', '--out', 'z'],
+         'identify': ['x', '--out', 'y'], 'export': ['x', 'y']}
+
+
+@pytest.mark.parametrize('name', sorted(TOOLS.keys() - {'train', 'eval', 'torchrun'}))
+def test_a_tool_that_works_in_one_process_does_not_start_in_several(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match=r'works in one process, but WORLD_SIZE=2 .*; start it without torchrun') as error:
+        run_tool([name, *ALONE[name]])
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_training_and_evaluation_start_in_several_processes(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert eval_parser().parse_args(['--state', 'x']).state == ['x']
+    assert train_parser().parse_args(['--domains', 'CS', '--savedir', 'x']).savedir == 'x'
 
 
 def test_torchrun_ends_as_the_first_of_its_processes_to_fail():
