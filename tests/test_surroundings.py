@@ -154,9 +154,15 @@ def test_a_rank_without_validation_images_validates_too(toy, monkeypatch):
     assert len(val) == 0 and set(train.validate(run)) == {'BDD'} and len(asked) == 1
 
 
+LINE = b'{"epoch": 1, "lr": 0.1, "train": {"loss": 0.5}, "val": {"CS": {"miou": 1.5, "loss": NaN}}}\n'
+
+
 @pytest.mark.parametrize('content, message', [
-    (b'{"epoch": 1}\nnonsense\n{"epoch": 2}\n', 'line 2 was not written by a run'), (b'\xff\xfe\n{"epoch": 1}\n', 'line 1'),
-    (b'[1]\n{"epoch": 1}\n', 'line 1'), (b'{"epoch": "1"}\n{"epoch": 2}\n', 'line 1')])
+    (LINE + b'nonsense\n' + LINE, 'line 2 was not written by a run'), (b'\xff\xfe\n' + LINE, 'line 1'),
+    *((LINE + LINE.replace(part, other) + LINE, 'line 2 was not written by a run') for part, other in (
+        (LINE, b'[1]\n'), (b'1,', b'"1",'), (b'"lr"', b'"rate"'), (b'"train"', b'"tr"'), (b'"val"', b'"v"'),
+        (b'{"loss": 0.5}', b'{}'), (b'0.5', b'"low"'), (b'"miou"', b'"iou"'), (b'1.5', b'null'),
+        (b'{"CS": {"miou": 1.5, "loss": NaN}}', b'[]'), (b'{"miou": 1.5, "loss": NaN}', b'1')))])
 def test_metrics_of_another_kind_are_refused_and_kept(tmp_path, content, message):
     (tmp_path / 'metrics.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -166,8 +172,8 @@ def test_metrics_of_another_kind_are_refused_and_kept(tmp_path, content, message
 
 @pytest.mark.parametrize('last', [b'{"epoch": 2, "tr', b'\0\0\0', b'\xff', b''])
 def test_a_last_line_cut_short_is_left_out(tmp_path, last):
-    (tmp_path / 'metrics.jsonl').write_bytes(b'{"epoch": 1}\n' + last)
-    assert records.read_metrics(tmp_path) == [{'epoch': 1}]
+    (tmp_path / 'metrics.jsonl').write_bytes(LINE + last)
+    assert [line['epoch'] for line in records.read_metrics(tmp_path)] == [1]
 
 
 def test_metrics_and_options_that_cannot_be_read_or_written(toy, tmp_path):
