@@ -339,8 +339,8 @@ def predict_all(options, predictor, sources, records):
         errors += [loaded.error for loaded in batch if loaded.error]
         batch = [loaded for loaded in batch if not loaded.error]
         todo = [(loaded, choice) for loaded, choice in zip(batch, choose(batch)) if loaded.prepared]
-        predictions = predictor.predict_prepared([loaded.prepared for loaded, _ in todo], [choice for _, choice in todo])
-        for (loaded, _), prediction in zip(todo, predictions):
+        images, choices = [loaded.prepared for loaded, _ in todo], [choice for _, choice in todo]
+        for (loaded, _), prediction in zip(todo, predictor.predict_prepared(images, choices)):
             save(options, loaded, prediction)
             records[loaded.item.key] = record(prediction)
             unknown += prediction.choice.unknown

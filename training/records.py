@@ -76,7 +76,7 @@ def read_metrics(folder):
 
 
 def checked(line):
-    """A parsed line of metrics.jsonl; raises an exception if it lacks what every run writes, or if that is no number."""
+    """`line`, parsed from metrics.jsonl; raises an exception if a number that every run writes is not in it."""
     numbers = [line['lr'], line['train']['loss'], *(entry[name] for entry in line['val'].values()
                                                     for name in ('miou', 'loss'))]
     if not isinstance(line['epoch'], int) or not all(isinstance(value, (int, float)) for value in numbers):
