@@ -12,6 +12,7 @@ give the step x domain matrix with forgetting and transfer. Void pixels never co
 labels are resized to --width x --height, as in the published protocol; --resolution native keeps
 the labels' own size. The default size is the training size, or 1024x512 if the file does not say.
 """
+from functools import partial
 from pathlib import Path
 
 from mdil.datasets.domains import canonical
@@ -39,7 +40,7 @@ PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch
 
 def eval_parser():
     """The parser of eval.py."""
-    parser = Parser(prog='eval.py', refused=REFUSED,
+    parser = Parser(prog='eval.py', refused=REFUSED, several=True,
                     description='Evaluates checkpoints on the validation images of their domains.')
     group = parser.add_argument_group('what to evaluate')
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
@@ -199,8 +200,9 @@ def size_of_training(files, contents):
 
 
 def run(options, place):
-    """Evaluates all checkpoints and makes the pictures; returns what --json writes."""
+    """Evaluates all checkpoints; returns what --json writes, and a function that draws the figure of --save-panels."""
     evaluator, steps = Evaluator(options, place), []
+    trainings = list(map(training_of, options.state))       # before hours of evaluation, as it may raise UserError
     networks, known, contents = zip(*map(evaluator.load_with_content, options.state))
     check_order(options.state, known)
     if options.height is None:
@@ -210,12 +212,10 @@ def run(options, place):
     datasets = images_of(evaluator, known[-1])
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
-    for number, (model, domains) in enumerate(zip(networks, known), 1):
+    for number, (state, model, domains, training) in enumerate(zip(options.state, networks, known, trainings), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
-        training = training_of(options.state[number - 1])
-        steps.append({'state': str(options.state[number - 1]), 'domains': entries,
-                      **({'training': training} if training else {})})
+        steps.append({'state': str(state), 'domains': entries, **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
     if options.only:
@@ -226,10 +226,9 @@ def run(options, place):
         results['cross_heads'] = evaluator.cross_heads(networks[-1], known[-1], scores)
     if identifier:
         results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
-    if options.save_panels and place.main:
-        draw_panels(options, networks, known, datasets, chosen, place)
     protocol = {name: getattr(options, name) for name in PROTOCOL}
-    return tables.without_nan({**results, 'protocol': protocol, 'versions': records.environment(place.device)})
+    return (tables.without_nan({**results, 'protocol': protocol, 'versions': records.environment(place.device)}),
+            partial(draw_panels, options, networks, known, datasets, chosen, place))
 
 
 def report(results, options):
@@ -253,9 +252,11 @@ def main(argv=None):
     options = eval_parser().parse_args(argv)
     check_options(options)
     with session(options.device, precision=options.precision, graphs=options.cuda_graphs) as place:
-        results = run(options, place)
+        results, draw = run(options, place)
         if place.main:
             report(results, options)
+            if options.save_panels:     # last, because a figure that fails must not cost the results
+                draw()
 
 
 if __name__ == '__main__':

@@ -106,7 +106,10 @@ def check_places(options):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An Item with its image (and its look if the domain is detected from it), or why it could not be loaded."""
+    """An Item with its image (and its look if the domain is detected from it), or why it could not be loaded.
+
+    Of a finished frame, only the look is kept: the choice for later frames depends on it.
+    """
     item: Item
     image: Image.Image = None
     prepared: Prepared = None
@@ -114,13 +117,15 @@ class Loaded:
     error: UserError = None
 
 
-def load(item, predictor):
-    """The Loaded image of an Item."""
+def load(work, predictor):
+    """The Loaded image of (Item, whether it is finished)."""
+    item, finished = work
     try:
         image = item.load()
     except UserError as error:
         return Loaded(item, error=error)
-    return Loaded(item, image, predictor.prepare(image), appearance(image) if predictor.identifier else None)
+    look = appearance(image) if predictor.identifier else None
+    return Loaded(item, look=look) if finished else Loaded(item, image, predictor.prepare(image), look)
 
 
 def targets(options, name):
@@ -217,15 +222,20 @@ def read_object(path):
     return found if isinstance(found, dict) else {}
 
 
-def wanted(options, sources, records, skipped):
-    """Yields the Items that still lack a result; adds the keys of the others to the list `skipped`."""
+def wanted(options, sources, records, skipped, drive):
+    """Yields (Item, False) for the Items that lack a result; adds the keys of the finished ones to the list `skipped`.
+
+    Of a drive, as told by the function `drive` (see Chooser), yields the finished frames too, as (Item, True).
+    """
     for source in sources:
         for item in items_of(source):
             paths = targets(options, item.name).values()
             if options.overwrite or options.json and item.key not in records or not all(map(Path.exists, paths)):
-                yield item
+                yield item, False
             else:
                 skipped.append(item.key)
+                if drive(item):
+                    yield item, True
 
 
 def batched(iterable, size):
@@ -303,11 +313,12 @@ class Chooser:
 
     def guess(self, loaded):
         """The Guess about one image; with --sequence and in videos, it uses the frames so far."""
-        known, item, look = self.predictor.identifier, loaded.item, loaded.look[None]
-        if not item.video and not self.sequence:
-            return known.guess(look)
-        place = item.video or Path(item.key).parent
-        return self.sequences.setdefault(place, Sequence(known)).guess(look)
+        known, drive = self.predictor.identifier, self.drive(loaded.item)
+        return (self.sequences.setdefault(drive, Sequence(known)) if drive else known).guess(loaded.look[None])
+
+    def drive(self, item):
+        """The video or folder whose frames so far choose the branch for an Item; None if it is chosen otherwise."""
+        return None if self.stated else item.video or (Path(item.key).parent if self.sequence else None)
 
 
 def never_unknown(predictor):
@@ -321,18 +332,19 @@ def never_unknown(predictor):
 def predict_all(options, predictor, sources, records):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
-    items = tqdm(wanted(options, sources, records, skipped), unit='image', disable=None,
+    items = tqdm(wanted(options, sources, records, skipped, choose.drive), unit='image', disable=None,
                  total=None if any(source.is_video for source in sources) else len(sources))
     for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers),
                          options.batch_size):
         errors += [loaded.error for loaded in batch if loaded.error]
         batch = [loaded for loaded in batch if not loaded.error]
-        for loaded, prediction in zip(batch, predictor.predict_prepared([loaded.prepared for loaded in batch],
-                                                                        choose(batch))):
+        todo = [(loaded, choice) for loaded, choice in zip(batch, choose(batch)) if loaded.prepared]
+        images, choices = [loaded.prepared for loaded, _ in todo], [choice for _, choice in todo]
+        for (loaded, _), prediction in zip(todo, predictor.predict_prepared(images, choices)):
             save(options, loaded, prediction)
             records[loaded.item.key] = record(prediction)
             unknown += prediction.choice.unknown
-        count += len(batch)
+        count += len(todo)
     there = f', {len(skipped)} were there already' if skipped else ''
     odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
     return f'{count} images predicted{odd}{there}', errors

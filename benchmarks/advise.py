@@ -8,7 +8,6 @@ differ, expected and true mIoU are those of the classes that all domains share (
 branch is calibrated on every second image of its own validation set, starting with the first; the
 tested images are every second one, starting with the second.
 """
-import argparse
 
 import torch
 from tqdm import tqdm
@@ -36,9 +35,7 @@ def parse(argv=None):
     parser.add_argument('--overwrite', action='store_true', help='replace it')
     data_options(parser)
     machine_options(parser, workers=0)
-    options = parser.parse_args(argv)
-    options.method = None
-    return options
+    return parser.parse_args(argv)
 
 
 @torch.inference_mode()
@@ -60,8 +57,7 @@ def parts_of(model, index, branch, domain, dataset, first, place):
 def ask(state, options, place):
     """(names of the checkpoint's domains, {tested domain: expected and true mIoU, and more})."""
     asked = [get_domain(name, data_paths(options.data)) for name in options.domains]
-    all_known = argparse.Namespace(**{**vars(options), 'domains': None})
-    checkpoint, model, domains = load_network_and_domains(state, all_known, place)
+    checkpoint, model, domains = load_network_and_domains(state, place, data_paths(options.data))
     identifier, found = identifier_of(checkpoint.content, domains, state), {}
     splits = {domain.name: SegmentationDataset(domain, options.data_root, 'val', trained_size(checkpoint.content))
               for domain in (*asked, *domains)}

@@ -30,7 +30,7 @@ from mdil.training.records import environment
 from mdil.utils.errors import run_main
 from mdil.utils.files import check_writable, write_json
 from mdil.utils.parallel import Place
-from mdil.utils.parser import Parser, data_options, positive, rate
+from mdil.utils.parser import Parser, data_options, data_paths, positive, rate
 from mdil.utils.precision import cpu_features, memory_format
 
 EAGER, PLACE = 'eager float32', Place(torch.device('cpu'))
@@ -55,7 +55,6 @@ def parse(argv=None):
     parser.add_argument('--json', metavar='FILE', help='where the figures go')
     data_options(parser)
     options = parser.parse_args(argv)
-    options.domains, options.method, options.precision = None, None, 'fp32'
     if options.json:
         check_writable('--json', options.json, inputs=[options.state])
     return options
@@ -63,7 +62,7 @@ def parse(argv=None):
 
 def network_of(options):
     """(the domain's network in eval mode, its Domain, its training size (height, width))."""
-    checkpoint, model, domains = load_network_and_domains(options.state, options, PLACE)
+    checkpoint, model, domains = load_network_and_domains(options.state, PLACE, data_paths(options.data))
     predictor = Predictor(model, domains, trained_size(checkpoint.content), PLACE)
     index = predictor.index(options.domain)
     return model.single(index).requires_grad_(False), domains[index], predictor.size

@@ -151,33 +151,32 @@ def check_order(states, known):
                             f'{", ".join(names[number])}')
 
 
-def read_named(path, options):
-    """(Checkpoint, its Domain objects) of a file; UserError if neither it nor `options.domains` names them.
+def read_named(path, paths, names=()):
+    """(Checkpoint, its Domain objects) of a file; UserError if neither it nor `names` names them.
 
-    options: as for `load_network_and_domains`.
+    paths: {domain: Path}, as of --data.
     """
     checkpoint = read_checkpoint(path)
     count = len(checkpoint.found.num_classes)
-    names = checkpoint.domains or (options.domains or [])[:count]
+    names = checkpoint.domains or names[:count]
     if len(names) < count:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no domain names; pass --domains')
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
-    domains = [domain_of(entry, data_paths(options.data)) for entry in entries]
+    domains = [domain_of(entry, paths) for entry in entries]
     check_known(checkpoint, domains)
     return checkpoint, domains
 
 
-def load_network_and_domains(path, options, place):
+def load_network_and_domains(path, place, paths, names=(), method=None, precision='fp32'):
     """(Checkpoint, network on the place's device, its Domain objects) of a file.
 
-    options: `domains` for a file that does not name them, `method` for a file whose keys fit several
-    networks, `data` for the paths of domains, and `precision`.
+    paths, names: as for `read_named`. method: for a file whose keys fit several networks.
     """
-    checkpoint, domains = read_named(path, options)
-    model = load_network(checkpoint, options.method)
+    checkpoint, domains = read_named(path, paths, names)
+    model = load_network(checkpoint, method)
     if checkpoint.domains is None and place.main:
         print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
-    return checkpoint, model.to(place.device, memory_format=memory_format(place.device, options.precision)), domains
+    return checkpoint, model.to(place.device, memory_format=memory_format(place.device, precision)), domains
 
 
 class Evaluator:
@@ -193,9 +192,11 @@ class Evaluator:
 
     def load_with_content(self, path):
         """(network on the device, its Domain objects, content of the file) of a checkpoint."""
-        checkpoint, model, domains = load_network_and_domains(path, self.options, self.place)
-        if self.options.common_classes:
-            for domain in domains if self.options.cross_heads else self.scored(domains).values():
+        options = self.options
+        checkpoint, model, domains = load_network_and_domains(path, self.place, self.paths, options.domains,
+                                                              options.method, options.precision)
+        if options.common_classes:
+            for domain in domains if options.cross_heads else self.scored(domains).values():
                 common.to_common(domain)
         return model, domains, checkpoint.content
 

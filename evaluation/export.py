@@ -28,7 +28,7 @@ from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
-from mdil.utils.parser import Parser
+from mdil.utils.parser import Parser, data_paths
 
 COMPARED = 20           # images of the --calibrate folder on which to compare the int8 network with PyTorch
 CALIBRATION = 100       # images, evenly spaced in that folder; each takes a second on a slow core
@@ -46,7 +46,6 @@ def parse(argv=None):
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='path of your own domain')
     options = parser.parse_args(argv)
-    options.domains, options.method, options.precision = None, None, 'fp32'
     check(options)
     return options
 
@@ -101,7 +100,7 @@ def chosen_branch(options, predictor):
 def export_network(options):
     """Writes one domain's network; prints how much its outputs differ from PyTorch's."""
     place = Place(torch.device('cpu'))
-    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    checkpoint, model, domains = load_network_and_domains(options.state, place, data_paths(options.data))
     size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)

@@ -154,7 +154,8 @@ def load_predictor(options, place):
     """The Predictor for a checkpoint or an exported network, as the options of predict.py say."""
     if is_exported(options.state):
         return exported_predictor(options)
-    checkpoint, model, domains = load_network_and_domains(options.state, options, place)
+    checkpoint, model, domains = load_network_and_domains(options.state, place, data_paths(options.data),
+                                                          options.domains, options.method, options.precision)
     check_stated(options.domains, [domain.name for domain in domains], options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
     auto = options.domain == 'auto' or options.domain is None and len(domains) > 1

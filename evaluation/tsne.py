@@ -26,7 +26,7 @@ from mdil.models.checkpoint import load_network
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_atomically, write_json
 from mdil.utils.parallel import pick_device
-from mdil.utils.parser import Parser, complete_size, data_options, positive, seed_number, size_options
+from mdil.utils.parser import Parser, complete_size, data_options, data_paths, positive, seed_number, size_options
 
 
 @dataclass
@@ -54,7 +54,7 @@ def tsne_parser():
                        help='folders with steps of one sequence each, or two checkpoints')
     group.add_argument('--step', type=positive, metavar='K', help='the step, 2 or later (default: the last)')
     group.add_argument('--domain', metavar='NAME', help='whose features (default: the first domain)')
-    group.add_argument('--domains', nargs='+', metavar='NAME',
+    group.add_argument('--domains', nargs='+', default=[], metavar='NAME',
                        help='domains in order (published files do not name them)')
     group.add_argument('--split', default='val', help='split of the data set')
     size_options(group, None)
@@ -147,7 +147,7 @@ def compare(paths, domain, dataset, pixels, options):
     """The FeatureShift of a sequence; paths: its checkpoints before and after the step."""
     device, found = pick_device(options.device), []
     for path in paths:
-        checkpoint, domains = read_named(path, options)
+        checkpoint, domains = read_named(path, data_paths(options.data), options.domains)
         names = [known.name for known in domains]
         if domain.name not in names:
             raise UserError(f'{path} knows {", ".join(names)}, not {domain.name}')
@@ -234,7 +234,7 @@ def run(options):
     for item in options.sequences:
         name, *pair = checkpoint_pair(item, options.step)
         pairs[name] = pair
-    first = read_named(next(iter(pairs.values()))[0], options)
+    first = read_named(next(iter(pairs.values()))[0], data_paths(options.data), options.domains)
     domain = compared_domain(first, options)
     size = (options.height, options.width) if options.height else trained_size(first[0].content)
     dataset = SegmentationDataset(domain, options.data_root, options.split, size)

@@ -23,7 +23,7 @@ TOOLS = {
     'repair': ('mdil.evaluation.repair', 'restore what later steps changed in old domains'),
     'identify': ('mdil.evaluation.identify', 'add to a checkpoint what --domain auto needs'),
     'export': ('mdil.evaluation.export', 'export a domain to ONNX, torch.export or OpenVINO, or all as published'),
-    'torchrun': ('mdil.utils.launch', 'start several processes of a tool, each on its own GPU'),
+    'torchrun': ('mdil.utils.launch', 'start several processes of train.py or eval.py, each on its own GPU'),
 }
 
 

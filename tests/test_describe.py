@@ -57,8 +57,8 @@ def test_card_of_a_run(tmp_path, capsys):
                                                      'recipe': 'corrected', 'limit_batches': None,
                                                      'lambdac': 0.1, 'rounds': 2})
     torch.save(content, path)
-    lines = [{'epoch': epoch, 'val': {'cityscapes': {'miou': 60.0 + epoch, 'loss': 0.5},
-                                      'IDD': {'miou': 41.25, 'loss': 1}}} for epoch in (1, 2, 3)]
+    lines = [{'epoch': epoch, 'lr': 0.1, 'train': {'loss': 0.5}, 'val': {
+        'cityscapes': {'miou': 60.0 + epoch, 'loss': 0.5}, 'IDD': {'miou': 41.25, 'loss': 1}}} for epoch in (1, 2, 3)]
     (path.parent / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     describe.main([str(path), '--height', '64'])
     out = ' '.join(capsys.readouterr().out.split())

@@ -374,6 +374,25 @@ def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, sta
     assert '\n' not in str(error.value)
 
 
+def test_a_damaged_record_of_the_training_is_told_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path):
+    monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
+    (tmp_path / '2').mkdir()
+    shutil.copy(states[1], tmp_path / '2')
+    (tmp_path / '2/metrics.jsonl').write_text('{"epoch": 1, "train": {"loss": 1}, "lr": 1}\n\n')
+    with pytest.raises(UserError, match='2/metrics.jsonl: line 1 was not written by a run; move the file away'):
+        run(toy, '--state', states[0], tmp_path / '2' / states[1].name)
+
+
+def test_results_are_written_before_the_figure_that_may_fail(monkeypatch, toy, states, tmp_path, capsys):
+    def full(*_):
+        raise UserError('the disk is full')
+    monkeypatch.setattr(pictures, 'save_panels', full)
+    with pytest.raises(UserError, match='the disk is full'):
+        run(toy, '--state', states[0], '--json', tmp_path / 'r.json', '--save-panels', tmp_path / 'p.png')
+    assert json.loads((tmp_path / 'r.json').read_text())['domains'].keys() == {'cityscapes'}
+    assert 'Scores of each domain' in capsys.readouterr().out
+
+
 @pytest.fixture
 def without_cityscapes(toy, tmp_path):
     """A data root with the images of BDD and IDD alone."""

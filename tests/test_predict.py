@@ -301,6 +301,56 @@ def test_an_interrupted_run_goes_on_where_it_ended(monkeypatch, state, photos, t
     assert saved == ['a', 'sub/b', 'sub/c']
 
 
+def drive_of(frames, folder, video):
+    """The images `frames` as a drive in `folder`: a video, or a folder of numbered images."""
+    if not video:
+        for number, frame in enumerate(frames):
+            frame.save(folder / f'{number}.png')
+        return folder
+    av = pytest.importorskip('av', reason='av reads videos')
+    with av.open(str(folder / 'drive.mkv'), 'w') as container:
+        stream = container.add_stream('ffv1', rate=5)       # without loss, which would change the looks
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, 'bgr0'
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return folder / 'drive.mkv'
+
+
+@pytest.mark.parametrize('video, workers', [(False, 0), (True, 2)])
+def test_a_resumed_drive_chooses_as_if_it_had_not_been_interrupted(knowing, mixed, tmp_path, monkeypatch, capsys, video,
+                                                                  workers):
+    """Without its first frames, the last one would be of another domain."""
+    (tmp_path / 'drive').mkdir()
+    drive = drive_of([Image.open(mixed[0] / f'{name}.png').convert('RGB') for name in (
+        'cityscapes-0', 'cityscapes-1', 'cityscapes-2', 'cityscapes-3', 'IDD-0')], tmp_path / 'drive', video)
+
+    def predicted(name):
+        """{frame: (record, labels)} of the results called `name`."""
+        run(knowing, tmp_path / name, '--input', drive, '--sequence', '--json', tmp_path / f'{name}.json',
+            '--batch-size', 2, '--num-workers', workers)
+        found = json.loads((tmp_path / f'{name}.json').read_text())
+        return {key: (entry, pixels(path).tolist()) for (key, entry), path in zip(
+            sorted(found.items()), sorted((tmp_path / name).rglob('*.png')), strict=True)}
+    whole, count, real = predicted('whole'), 0, predict.save
+    assert [entry['domain'] for entry, _ in whole.values()] == ['cityscapes'] * 5
+
+    def dying(*arguments):
+        nonlocal count
+        count += 1
+        if count > 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(predict, 'save', dying)
+        predicted('broken')
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / 'broken').rglob('*.png')}
+    capsys.readouterr()
+    assert len(kept) == 4 and predicted('broken') == whole
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / 'broken').rglob('*.png')}.items()
+    assert '1 images predicted, 4 were there already' in capsys.readouterr().err
+
+
 def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):
     (photos / 'list.txt').write_text('\ufeffsub/c.png\n\na.png\n')       # some editors write that mark
     run(state, tmp_path / 'out', '--input', photos / 'list.txt', '--domain', 'CS')

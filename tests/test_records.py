@@ -107,7 +107,8 @@ def test_the_best_model_is_that_of_the_highest_mean_over_what_is_learnt(monkeypa
 
 
 def line_of(epoch, **mious):
-    return {'epoch': epoch, 'val': {name: {'miou': miou, 'loss': 1.0} for name, miou in mious.items()}, 'train': {}}
+    return {'epoch': epoch, 'val': {name: {'miou': miou, 'loss': 1.0} for name, miou in mious.items()},
+            'train': {'loss': 1.0}, 'lr': 0.1}
 
 
 def test_the_best_epoch_is_that_of_what_is_learnt():

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from mdil import train
+from mdil.__main__ import TOOLS, run as run_tool
 from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.datasets.loading import EvalBatches, TrainBatches, check_shared_memory, make_loader
+from mdil.eval import eval_parser
 from mdil.evaluation import dashboard
 from mdil.models import checkpoint
 from mdil.training import building, records
-from mdil.training.options import parse_train
+from mdil.training.options import parse_train, train_parser
 from mdil.training.run import BEST, LATEST, Run
 from mdil.utils import launch
 from mdil.utils.errors import UserError, advice, first_to_fail
@@ -152,9 +154,15 @@ def test_a_rank_without_validation_images_validates_too(toy, monkeypatch):
     assert len(val) == 0 and set(train.validate(run)) == {'BDD'} and len(asked) == 1
 
 
+LINE = b'{"epoch": 1, "lr": 0.1, "train": {"loss": 0.5}, "val": {"CS": {"miou": 1.5, "loss": NaN}}}\n'
+
+
 @pytest.mark.parametrize('content, message', [
-    (b'{"epoch": 1}\nnonsense\n{"epoch": 2}\n', 'line 2 was not written by a run'), (b'\xff\xfe\n{"epoch": 1}\n', 'line 1'),
-    (b'[1]\n{"epoch": 1}\n', 'line 1'), (b'{"epoch": "1"}\n{"epoch": 2}\n', 'line 1')])
+    (LINE + b'nonsense\n' + LINE, 'line 2 was not written by a run'), (b'\xff\xfe\n' + LINE, 'line 1'),
+    *((LINE + LINE.replace(part, other) + LINE, 'line 2 was not written by a run') for part, other in (
+        (LINE, b'[1]\n'), (b'1,', b'"1",'), (b'"lr"', b'"rate"'), (b'"train"', b'"tr"'), (b'"val"', b'"v"'),
+        (b'{"loss": 0.5}', b'{}'), (b'0.5', b'"low"'), (b'"miou"', b'"iou"'), (b'1.5', b'null'),
+        (b'{"CS": {"miou": 1.5, "loss": NaN}}', b'[]'), (b'{"miou": 1.5, "loss": NaN}', b'1')))])
 def test_metrics_of_another_kind_are_refused_and_kept(tmp_path, content, message):
     (tmp_path / 'metrics.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -164,8 +172,8 @@ def test_metrics_of_another_kind_are_refused_and_kept(tmp_path, content, message
 
 @pytest.mark.parametrize('last', [b'{"epoch": 2, "tr', b'\0\0\0', b'\xff', b''])
 def test_a_last_line_cut_short_is_left_out(tmp_path, last):
-    (tmp_path / 'metrics.jsonl').write_bytes(b'{"epoch": 1}\n' + last)
-    assert records.read_metrics(tmp_path) == [{'epoch': 1}]
+    (tmp_path / 'metrics.jsonl').write_bytes(LINE + last)
+    assert [line['epoch'] for line in records.read_metrics(tmp_path)] == [1]
 
 
 def test_metrics_and_options_that_cannot_be_read_or_written(toy, tmp_path):
@@ -242,6 +250,28 @@ def test_torchrun_gives_its_processes_longer_to_save_than_its_own_30_seconds(mon
     seen = []
     monkeypatch.setattr(launch.run, 'main', lambda argv: seen.append(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']))
     assert launch.main([]) == 0 and seen == ['240']
+
+
+ALONE = {'predict': ['--state', 'x', '--input', 'x', '--out', 'x'], 'check': ['--domains', 'CS'],
+         'create-labels': ['idd', '--datadir', 'x'], 'class-weights': ['--domains', 'CS'], 'toy-roads': ['--out', 'x'],
+         'compare': ['a=x', '--out', 'x'], 'report': ['x'], 'tsne': ['a=x', '--out', 'x'], 'describe': ['x'],
+         'branches': ['list', 'x'], 'verify': ['x', 'y'], 'repair': ['x', 'y', '--out', 'z'],
+         'identify': ['x', '--out', 'y'], 'export': ['x', 'y']}
+
+
+@pytest.mark.parametrize('name', sorted(TOOLS.keys() - {'train', 'eval', 'torchrun'}))
+def test_a_tool_that_works_in_one_process_does_not_start_in_several(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='works in one process, but WORLD_SIZE=2 .*; start it without') as error:
+        run_tool([name, *ALONE[name]])
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_training_and_evaluation_start_in_several_processes(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert eval_parser().parse_args(['--state', 'x']).state == ['x']
+    assert train_parser().parse_args(['--domains', 'CS', '--savedir', 'x']).savedir == 'x'
 
 
 def test_torchrun_ends_as_the_first_of_its_processes_to_fail():

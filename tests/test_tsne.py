@@ -161,3 +161,12 @@ def test_bad_input_is_said(toy, sequences, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         tsne.main([*SMALL, '--data-root', str(toy), '--out', str(tmp_path / 'x'), *arguments])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_domain_names_needs_them(toy, tmp_path):
+    torch.save({'state_dict': build_model([20]).state_dict()}, tmp_path / 'bare')
+    pair = f'x={tmp_path}/bare,{tmp_path}/bare'
+    with pytest.raises(UserError, match='no domain names; pass --domains'):
+        run(toy, tmp_path / 'out', pair)
+    run(toy, tmp_path / 'out', pair, '--domains', 'CS', '--height', '64')
+    assert json.loads((tmp_path / 'out.json').read_text())['domain'] == 'cityscapes'

@@ -54,7 +54,7 @@ def recipe_settings(recipe, domains, method=DEFAULT):
 
 def train_parser():
     """The parser of train.py."""
-    parser = Parser(prog='train.py', refused=REFUSED,
+    parser = Parser(prog='train.py', refused=REFUSED, several=True,
                     description='Trains one step: the last of --domains. --state must know the others.')
     step_options(parser)
     input_options(parser)

@@ -67,15 +67,21 @@ def read_metrics(folder):
                         'curves') from None
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            if not isinstance(line['epoch'], int):
-                raise ValueError
-            lines.append(line)
-        except (ValueError, TypeError, LookupError):
+            lines.append(checked(json.loads(text)))
+        except (ValueError, TypeError, LookupError, AttributeError):
             if number < len(texts):
                 raise UserError(f'{path}: line {number} was not written by a run; move the file away, or fix '
                                 'it') from None
     return lines
+
+
+def checked(line):
+    """`line`, parsed from metrics.jsonl; raises an exception if a number that every run writes is not in it."""
+    numbers = [line['lr'], line['train']['loss'], *(entry[name] for entry in line['val'].values()
+                                                    for name in ('miou', 'loss'))]
+    if not isinstance(line['epoch'], int) or not all(isinstance(value, (int, float)) for value in numbers):
+        raise ValueError('not a line of a run')
+    return line
 
 
 def best_and_last(lines, learnt):

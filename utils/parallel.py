@@ -151,6 +151,14 @@ def launch_number(name):
     raise UserError(f'{name}={text!r} in the environment is not a whole number; unset it, or start with torchrun')
 
 
+def check_alone(tool):
+    """UserError if this is one of several processes: each would do all the work of `tool` and write the same files."""
+    world = launch_number('WORLD_SIZE') or 1
+    if world > 1:
+        raise UserError(f'{tool} works in one process, but WORLD_SIZE={world} in the environment; start it without '
+                        'torchrun, or unset the variable')
+
+
 def join(device):
     """Joins the launcher's process group; if torchrun is killed, this process gets SIGTERM, saves and ends."""
     backend = {'cuda': 'nccl', 'cpu': 'gloo'}.get(device.type)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mdil.utils.errors import UserError
+from mdil.utils.parallel import check_alone
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -23,15 +24,20 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line, a UserError without the usage text.
 
     refused: {option: reason} for options that do not exist but that users may expect; the
-    error about such an option gives the reason.
+    error about such an option gives the reason. several: whether the tool shares its work among
+    the processes of torchrun; for any other tool, parsing in one of several processes is an error.
     """
 
-    def __init__(self, refused=None, **keywords):
+    def __init__(self, refused=None, several=False, **keywords):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **keywords)
-        self.refused = refused or {}
+        self.refused, self.several = refused or {}, several
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([home_in(text) for text in (sys.argv[1:] if args is None else args)], namespace)
+        args = [home_in(text) for text in (sys.argv[1:] if args is None else args)]
+        parsed = super().parse_known_args(args, namespace)
+        if not self.several:
+            check_alone(self.prog)
+        return parsed
 
     def error(self, message):
         reasons = '; '.join(f'{option}: {reason}' for option, reason in self.refused.items()
