@@ -61,7 +61,7 @@ def live(progress, *arguments):
 
 
 @dataclass
-class Place:
+class CrashRun:
     """A run with its --savedir, `folder`; `root` holds the data and the file that counts the run's batches."""
     root: Path
     folder: Path
@@ -91,9 +91,9 @@ class Place:
         return process.returncode, said.strip()
 
     def copy(self, name):
-        """A Place whose folder is a copy of this one's."""
+        """A CrashRun whose folder is a copy of this one's."""
         shutil.copytree(self.folder, self.root / name)
-        return Place(self.root, self.root / name)
+        return CrashRun(self.root, self.root / name)
 
 
 @dataclass
@@ -223,7 +223,7 @@ def kill_many(root, options, straight):
     with tqdm(total=options.kills, unit='kill', leave=False, disable=None) as bar:
         while tally.kills < options.kills and not tally.lost:
             tally.runs += 1
-            place = Place(root, root / f'run{tally.runs}')
+            place = CrashRun(root, root / f'run{tally.runs}')
             killed_run(place, options.kills, chance, tally, bar)
             odd = not tally.lost and difference(straight, result(place.folder))
             if odd:
@@ -300,7 +300,7 @@ def verdict(place, straight, status, said, goes_on=True):
 
 
 def damaged(stopped, straight):
-    """Yields (name, outcome, good) for every kind of damage to the files of the Place `stopped`."""
+    """Yields (name, outcome, good) for every kind of damage to the files of the CrashRun `stopped`."""
     for name, harm, more, goes_on in DAMAGE:
         place = stopped.copy('damaged')
         harm(place)
@@ -330,7 +330,7 @@ def mount(folder, *options):
 
 def full_disk(root, straight):
     """Yields (name, outcome, good) for a small file system that fills up, then becomes read-only, then grows."""
-    place = Place(root, root / 'disk' / 'run')
+    place = CrashRun(root, root / 'disk' / 'run')
     place.folder.parent.mkdir()
     reason = mount(place.folder.parent, 'size=60m')
     if reason:
@@ -352,13 +352,13 @@ def full_disk(root, straight):
 def below_a_file(root, straight):
     """(name, outcome, good) of a --savedir that cannot exist, whatever the user's rights."""
     (root / 'file').write_text('')
-    place = Place(root, root / 'file' / 'run')
+    place = CrashRun(root, root / 'file' / 'run')
     return '--savedir below a file', *verdict(place, straight, *place.finish(), goes_on=False)
 
 
 def stopped_run(root):
-    """A Place whose run was stopped by SIGTERM after STOP batches or a few more."""
-    place = Place(root, root / 'stopped')
+    """A CrashRun whose run was stopped by SIGTERM after STOP batches or a few more."""
+    place = CrashRun(root, root / 'stopped')
     process = place.start()
     while process.poll() is None and place.batches < STOP:
         time.sleep(0.01)
@@ -396,7 +396,7 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_toy_roads(root / 'data', train=IMAGES, val=2, height=32, width=64, seed=1)
-        alone = Place(root, root / 'alone')
+        alone = CrashRun(root, root / 'alone')
         status, said = alone.finish()
         if status:
             raise UserError(f'the uninterrupted run ended with exit status {status}: {said}')

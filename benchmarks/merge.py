@@ -82,7 +82,7 @@ def steps_in(figures, order):
     return steps
 
 
-def check_alike(read_files):
+def check_same_training(read_files):
     """UserError if rows were trained with different options; read_files: {path: Results}."""
     (first, expected), *others = ((path, results.options) for path, results in read_files.items())
     for path, options in others:
@@ -110,7 +110,7 @@ def merged(read_files):
 def rows_in(paths, against):
     """({path: Results}, {order: {row name: {seed: figures}}}, costs, options of the tables) of files that agree."""
     read_files = {path: read(path) for path in paths}
-    check_alike(read_files)
+    check_same_training(read_files)
     found, costs = merged(read_files)
     names = list(dict.fromkeys(name for _, name, _ in found))
     if against and against not in names:

@@ -106,7 +106,7 @@ def canonical(name):
     return domain_names().get(name.lower(), name)
 
 
-def declared(name, paths):
+def is_declared(name, paths):
     """Whether the domain is built in, or a user's own that `paths` declare."""
     return canonical(name) in DOMAINS or name in paths
 
@@ -149,7 +149,7 @@ def domain_of(entry, paths):
     label files hold class indices, and 255 for void.
     """
     name = entry['name']
-    if declared(name, paths) or 'class_names' not in entry:
+    if is_declared(name, paths) or 'class_names' not in entry:
         return get_domain(name, paths)
     count = len(entry['class_names'])
     colors = tuple(map(tuple, entry.get('colors', [(0, 0, 0)] * count)))

@@ -29,7 +29,7 @@ def read_domain(name, file, built_in=None):
     try:
         spec = json.loads(file.read_text(encoding='utf-8-sig'), object_pairs_hook=without_repeats)
         folder = file.parent.absolute()
-        return declared(name, folder, spec) if built_in is None else with_lists(built_in, folder, spec)
+        return declared_domain(name, folder, spec) if built_in is None else with_lists(built_in, folder, spec)
     except FileNotFoundError:
         raise UserError(f'domain {name!r}: {file} does not exist; write it as docs/data.md shows') from None
     except OSError as error:
@@ -48,7 +48,7 @@ def without_repeats(pairs):
     return found
 
 
-def declared(name, folder, spec):
+def declared_domain(name, folder, spec):
     """The Domain that `spec`, the content of a domain.json in `folder`, declares."""
     if not isinstance(spec, dict):
         raise Wrong('an object {"images": ..., "labels": ..., "classes": [...]} is expected')

@@ -74,7 +74,7 @@ def read_results(items):
             if result.get('only'):
                 raise UserError(f'{item}: {path} is of eval.py --only; a comparison needs the scores of all domains')
             results.setdefault(name, []).append(result)
-    check_alike(results)
+    check_comparable(results)
     return results
 
 
@@ -87,7 +87,7 @@ def protocol(result):
             'images at most': limit and limit * stated['batch_size']}
 
 
-def check_alike(results):
+def check_comparable(results):
     """UserError if results differ in their domains or protocol or, within one name, in their steps."""
     everything = [result for seeds in results.values() for result in seeds]
     if len({tuple(result['domains']) for result in everything}) > 1:

@@ -37,7 +37,7 @@ GAP = (math.nan, math.nan)
 
 
 @dataclass
-class Step:
+class StepRecord:
     """What a run has written so far: `record` is the content of opts.json or {}, `lines` those of metrics.jsonl."""
     folder: Path
     record: dict
@@ -70,12 +70,12 @@ class Plot:
 
 
 def read_step(folder):
-    """The Step in `folder`."""
+    """The StepRecord in `folder`."""
     try:
         record = json.loads((Path(folder) / 'opts.json').read_text())
     except (OSError, ValueError):
         record = {}
-    return Step(Path(folder), record if isinstance(record, dict) else {}, records.read_metrics(folder))
+    return StepRecord(Path(folder), record if isinstance(record, dict) else {}, records.read_metrics(folder))
 
 
 def history(folder):

@@ -80,7 +80,7 @@ def sources(older, new):
             if name in new.names[:-1] and name not in found:
                 learnt = number == len(known.names) - 1 or METHODS[known.method].joint
                 found[name] = Source(known, number, learnt)
-                check_alike(known, number, new, name)
+                check_same_branch(known, number, new, name)
     missing = [name for name in new.names[:-1] if name not in found]
     if missing or not found:
         raise UserError(f'{new.checkpoint.source} knows {", ".join(new.names)}; '
@@ -88,7 +88,7 @@ def sources(older, new):
     return found
 
 
-def check_alike(known, number, new, name):
+def check_same_branch(known, number, new, name):
     """UserError unless a domain's branch has tensors of the same names and shapes in `known` and `new`."""
     if known.network != new.network:
         raise UserError(f'{known.checkpoint.source} holds {known.network}, {new.checkpoint.source} holds {new.network}')

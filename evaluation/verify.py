@@ -21,7 +21,7 @@ import torch
 from mdil.datasets.domains import canonical
 from mdil.models import unchanged
 from mdil.models.checkpoint import check_stated, load_network, read, read_checkpoint, state_in
-from mdil.models.fingerprint import digests
+from mdil.models.fingerprint import tensor_digests
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, write_json
@@ -118,7 +118,7 @@ def compare_networks(options):
         if classes[0] != classes[1]:
             raise UserError(f'{name} has {classes[0]} classes in {old.source} and {classes[1]} in {new.source}')
         views = one.single(number), other.single(index)
-        moved = unchanged.compare(*(digests(stated(view, file)) for view, file in zip(views, (old, new))),
+        moved = unchanged.compare(*(tensor_digests(stated(view, file)) for view, file in zip(views, (old, new))),
                                   f'{name} in {new.source}')
         result[name] = entry(moved, difference(*views))
     return result
@@ -180,7 +180,7 @@ def compare_mapped(options):
     for domain, prefixes in read_map(options.map).items():
         before = mapped(old, prefixes, options.state[0], domain)
         after = {key: new[key] for key in before if key in new}
-        moved = unchanged.compare(digests(before), digests(after), f'{domain} in {options.state[1]}')
+        moved = unchanged.compare(tensor_digests(before), tensor_digests(after), f'{domain} in {options.state[1]}')
         result[domain] = entry(moved)
     return result
 

@@ -45,7 +45,7 @@ class Adapted(nn.Module):
         return y + self.adapter(x if self.kind == 'parallel' else y)
 
 
-def fits(module):
+def takes_adapter(module):
     """Whether `module` is a convolution over several pixels that an adapter fits.
 
     It must be padded so that a 1x1 convolution with its stride has an output of the same size.
@@ -58,7 +58,7 @@ def fits(module):
 
 def with_adapters(network, kind):
     """`network` with an adapter at each fitting convolution outside its heads; kind: 'parallel', 'series' or None."""
-    found = [(name, module) for name, module in outside_heads(network) if fits(module)] if kind else []
+    found = [(name, module) for name, module in outside_heads(network) if takes_adapter(module)] if kind else []
     if kind and not found:
         raise UserError(f'{type(network).__name__} has no convolution that an adapter fits: choose a method without '
                         'adapters, such as fine-tune')

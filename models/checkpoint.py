@@ -326,7 +326,7 @@ def read_checkpoint(path):
     if state is not content:
         check_content(content, path)
     network = content.get('network', DEFAULT) if 'version' in content and state is not content else DEFAULT
-    found = recognise(state, path) if network == DEFAULT else declared(content, state, path)
+    found = recognise(state, path) if network == DEFAULT else declared_layout(content, state, path)
     return Checkpoint(str(path), found, stated_domains(content, found, path), method_name(content.get('method')),
                       content)
 
@@ -343,7 +343,7 @@ def check_content(content, path):
         raise UserError(f'{path}: says {content["epoch"]} epochs are done of {content["options"]["num_epochs"]}')
 
 
-def declared(content, state, path):
+def declared_layout(content, state, path):
     """The StateLayout of a network other than ERFNet, from its entries; UserError if they are missing or wrong."""
     lacking = [name for name in ('domains', 'method') if name not in content]
     if lacking:

@@ -21,14 +21,14 @@ def digest_of(value):
     return found.hexdigest()
 
 
-def digests(content):
+def tensor_digests(content):
     """{name: digest} of every tensor and plain value in nested dicts and lists."""
     return {name: digest_of(value) for name, value in leaves(content)}
 
 
 def fingerprint(content):
     """One digest of nested dicts and lists: of the names and values in them, whatever the order of dict keys."""
-    return hashlib.sha256(json.dumps(sorted(digests(content).items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(tensor_digests(content).items())).encode()).hexdigest()
 
 
 def branch_state(model, domain):

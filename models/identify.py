@@ -120,10 +120,10 @@ def are_statistics(value):
     """Whether `value` is a dict {domain: what `statistics` returns}."""
     return isinstance(value, dict) and all(
         isinstance(entry, dict) and entry.keys() == ENTRIES.keys() and all(
-            fits(entry[name], shape) for name, shape in ENTRIES.items()) for entry in value.values())
+            has_form(entry[name], shape) for name, shape in ENTRIES.items()) for entry in value.values())
 
 
-def fits(part, shape):
+def has_form(part, shape):
     """Whether `part` is a number above 0 (shape ()), or a finite tensor of that shape."""
     if not shape:
         return isinstance(part, (int, float)) and not isinstance(part, bool) and part > 0

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdil.models.fingerprint import COUNTER, digests, is_buffer
+from mdil.models.fingerprint import COUNTER, tensor_digests, is_buffer
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_json
 
@@ -53,8 +53,8 @@ def compare(old, new, source):
 def old_digests(model, count):
     """{name in our files: digest} of every tensor of the first `count` domains, shared ones included."""
     state = model.state_dict()
-    return digests({name: state[name] for domain in range(count)
-                    for names in model.view_names(domain) for name in names.values()})
+    return tensor_digests({name: state[name] for domain in range(count)
+                           for names in model.view_names(domain) for name in names.values()})
 
 
 def moved_since(record, model):

@@ -16,7 +16,7 @@ from mdil.datasets.segmentation import FAST, decode_png, open_image, open_label
 from mdil.losses import cross_entropy_parts
 from mdil.models import checkpoint
 from mdil.training.building import DomainData
-from mdil.training.digest import check_unchanged, digests
+from mdil.training.digest import check_unchanged, data_digests
 from mdil.utils.errors import UserError
 
 SIZE = (16, 32)
@@ -246,7 +246,7 @@ def test_other_weights_are_refused_and_moved_data_is_not(folder, tmp_path):
 
 def test_renamed_classes_are_refused_and_a_run_of_before_digests_goes_on():
     domain = get_domain('camvid')
-    found = [digests([DomainData(0, replace(domain, classes=(name, *domain.classes[1:])), torch.ones(12))])
+    found = [data_digests([DomainData(0, replace(domain, classes=(name, *domain.classes[1:])), torch.ones(12))])
              for name in ('sky', 'heaven')]
     with pytest.raises(UserError, match=r'changed since it stopped: class names \(camvid\); restore'):
         check_unchanged(*found, 'x')

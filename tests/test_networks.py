@@ -13,7 +13,7 @@ from mdil import eval as evaluation, predict, train
 from mdil.datasets import DOMAINS
 from mdil.evaluation import branches, describe, export, features, verify
 from mdil.models import METHODS, build_model, checkpoint, unchanged
-from mdil.models.adapters import Adapted, Adapter, fits, with_adapters
+from mdil.models.adapters import Adapted, Adapter, takes_adapter, with_adapters
 from mdil.models.exported import Exported
 from mdil.models.networks import NETWORKS, Network, Scaling, from_torchvision
 from mdil.models.weights import start_from_weights
@@ -223,7 +223,7 @@ def test_unknown_networks_and_those_without_batch_norms_are_refused(monkeypatch)
     with pytest.raises(UserError, match='no batch norm outside its head.*fine-tune'):
         build_model([3], 'domain-bn', 'norm-free')
     uneven = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 4, padding=1), nn.Conv2d(3, 3, 1)
-    assert [fits(conv) for conv in uneven] == [False, True, False, False]       # padded to the size, and spatial
+    assert [takes_adapter(conv) for conv in uneven] == [False, True, False, False]       # padded to the size, and spatial
     with pytest.raises(UserError, match='no convolution that an adapter fits'):
         build_model([3], 'mdil', 'norm-free')
     assert build_model([3, 4], 'fine-tune', 'norm-free')(torch.rand(1, 3, 8, 8), 1).shape == (1, 4, 8, 8)

@@ -9,7 +9,7 @@ import torch
 from mdil import eval as evaluation
 from mdil import train
 from mdil.evaluation import epochs, report, tables
-from mdil.evaluation.dashboard import Step
+from mdil.evaluation.dashboard import StepRecord
 from mdil.evaluation.evaluation import Score
 from mdil.evaluation.scalars import Scalars
 from mdil.training import options, records
@@ -120,7 +120,7 @@ def test_the_best_epoch_is_that_of_what_is_learnt():
 
 def test_the_report_shows_the_last_epoch_beside_the_best():
     lines = [line_of(1, CS=90, BDD=20), line_of(2, CS=80, BDD=45), line_of(3, CS=70, BDD=40)]
-    step = Step(None, {'options': {'domains': ['CS', 'BDD'], 'method': 'mdil'}}, lines)
+    step = StepRecord(None, {'options': {'domains': ['CS', 'BDD'], 'method': 'mdil'}}, lines)
     assert report.training_table([step]).groups[0] == [
         ['1 (BDD), best', '2', '80.00', '45.00'], ['1 (BDD), last', '3', '70.00', '40.00']]
 

@@ -15,7 +15,7 @@ from mdil.datasets.augment import augment_batch, draw
 from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
 from mdil.datasets.class_weights import histogram, needs_counts, training_weights
-from mdil.datasets.domains import declared, domain_of
+from mdil.datasets.domains import domain_of, is_declared
 from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
@@ -67,7 +67,7 @@ def domains_of(options, saved):
     saved: the content of the checkpoint to resume from, or None.
     """
     paths, entries = data_paths(options.data), {}
-    undeclared = [name for name in options.domains if not declared(name, paths)]
+    undeclared = [name for name in options.domains if not is_declared(name, paths)]
     if undeclared:
         content = saved or read_checkpoint(options.state).content
         entries = {entry['name']: entry for entry in content.get('domains', [])}

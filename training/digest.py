@@ -13,7 +13,7 @@ KINDS = {'pairs': 'which images and labels there are', 'images': 'sizes of image
          'values': 'meaning of label values', 'classes': 'class names', 'weights': 'class weights'}
 
 
-def digests(data):
+def data_digests(data):
     """{kind in KINDS: {domain and split: digest}} of a list of DomainData.
 
     File names count relative to the domain's folder, so the data may be moved; file times do not count.

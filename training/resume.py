@@ -97,7 +97,7 @@ def check_run(content, path):
         raise UserError(f'{path}: {name} holds values that are not finite')
 
 
-def check_alike(saved, own, name):
+def check_same_form(saved, own, name):
     """ValueError unless `saved` has the same nesting, names, types and shapes as `own`."""
     if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
         if saved.shape != own.shape:
@@ -109,12 +109,12 @@ def check_alike(saved, own, name):
         if odd:
             raise ValueError(f'{odd[0]} is in one {name} only')
         for key in own:
-            check_alike(saved[key], own[key], f'{name} {key}')
+            check_same_form(saved[key], own[key], f'{name} {key}')
     elif isinstance(own, (list, tuple)):
         if len(own) != len(saved):
             raise ValueError(f'{name} has {len(saved)} entries, {len(own)} are expected')
         for number, pair in enumerate(zip(saved, own)):
-            check_alike(*pair, f'{name} {number}')
+            check_same_form(*pair, f'{name} {number}')
 
 
 def check_optimizer(saved, optimizer, complete):
@@ -131,7 +131,7 @@ def check_optimizer(saved, optimizer, complete):
         raise ValueError(f'the moments of parameter {min(map(str, odd))} are missing or surplus')
     for number, moments in saved['state'].items():
         like = {'step': torch.tensor(0.0), 'exp_avg': parameters[number], 'exp_avg_sq': parameters[number]}
-        check_alike(moments, like, f'optimiser state {number}')
+        check_same_form(moments, like, f'optimiser state {number}')
         wrong = faults(like, moments)
         if wrong or moments['step'] < 0 or (moments['exp_avg_sq'] < 0).any():
             raise ValueError(f'optimiser state {number}: {(wrong or ["a value is negative where none can be"])[0]}')
@@ -148,7 +148,7 @@ def checked_schedule(saved, schedule):
     own = schedule.state_dict()
     # Versions of torch differ in the other entries.
     state = {name: value for name, value in saved['scheduler'].items() if name in own}
-    check_alike(state, {name: own[name] for name in state}, 'scheduler')
+    check_same_form(state, {name: own[name] for name in state}, 'scheduler')
     check_equal(state['base_lrs'], schedule.base_lrs, 'base rates')
     rates = [base * factor(saved['epoch']) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
     groups = [group['lr'] for group in saved['optimizer']['param_groups']]
@@ -163,7 +163,7 @@ def check_scaler(saved, scaler):
     own = scaler.state_dict()
     if not saved or not own:        # --precision has changed, which is allowed
         return
-    check_alike(saved, own, 'scaler')
+    check_same_form(saved, own, 'scaler')
     for name in own.keys() - {'scale', '_growth_tracker'}:
         check_equal(saved[name], own[name], name)
     if not (0 < saved['scale'] < math.inf and checkpoint.whole(saved['_growth_tracker'])):

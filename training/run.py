@@ -94,7 +94,7 @@ class Run:
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
         self.data = building.build_data(options, place, saved)
-        self.digests = digest.digests(self.data) if place.main else {}
+        self.digests = digest.data_digests(self.data) if place.main else {}
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
@@ -227,7 +227,7 @@ class Run:
         resume.check_scaler(state['scaler'], self.scaler)
         for name, network in (('state_dict', self.student), ('teacher', self.teacher)):
             own = network.state_dict() if network is not None else {}
-            resume.check_alike(state[name] or {}, own, name)
+            resume.check_same_form(state[name] or {}, own, name)
             if wrong := faults(own, state[name] or {}):
                 raise ValueError(wrong[0])
         lacking = self.loss_names - state['totals'].keys()
