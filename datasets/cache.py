@@ -117,7 +117,7 @@ def digest(dataset):
 def check_space(dataset, folder):
     """UserError if the cache of `dataset` does not fit on the disk of `folder`."""
     height, width = dataset.size
-    needed, free = len(dataset) * 4 * height * width + 2 ** 20, shutil.disk_usage(folder).free
+    needed, free = len(dataset) * dataset.sample_bytes() + 2 ** 20, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f'the cache of {dataset.domain.name} {dataset.split} at {width}x{height} needs '
                         f'{needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; choose another folder, '

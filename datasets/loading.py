@@ -85,8 +85,7 @@ class EvalBatches:
 
 def check_shared_memory(dataset, batch_size, workers, folder='/dev/shm'):
     """UserError if the batches that loader processes may queue exceed the shared memory: they would hang."""
-    height, width = dataset.size
-    needed = (2 * workers + 2) * batch_size * 4 * height * width
+    needed = (2 * workers + 2) * batch_size * dataset.sample_bytes()
     with contextlib.suppress(FileNotFoundError):        # without such a folder, they do not use it
         free = shutil.disk_usage(folder).free
         if needed > free:

@@ -238,6 +238,10 @@ class SegmentationDataset(Dataset):
     def __len__(self):
         return len(self.pairs)
 
+    def sample_bytes(self):
+        """Bytes of an image and its label, as loaded."""
+        return 4 * self.size[0] * self.size[1]
+
     def load(self, index):
         """Image (3, H, W) and label (H, W) of `index`, resized, not augmented."""
         return load_pair(self.pairs[index], self.size) if self.stored is None else self.stored[index]

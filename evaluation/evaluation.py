@@ -119,6 +119,11 @@ def cross_confusion(model, number, loader, classes, truths, place, precision, na
 class NativeLabels(SegmentationDataset):
     """A domain's split with images resized to (height, width) and labels at their files' own size."""
 
+    def sample_bytes(self):
+        """Bytes of an image and its label, if all labels are as large as the first."""
+        width, height = open_label(self.pairs[0]).size
+        return 3 * self.size[0] * self.size[1] + height * width
+
     def load(self, index):
         """Image (3, height, width) and label (H, W) number `index`, uint8."""
         pair = self.pairs[index]

@@ -18,6 +18,7 @@ from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.datasets.loading import EvalBatches, TrainBatches, check_shared_memory, make_loader
 from mdil.eval import eval_parser
 from mdil.evaluation import dashboard
+from mdil.evaluation.evaluation import split_of
 from mdil.models import checkpoint
 from mdil.training import building, records
 from mdil.training.options import parse_train, train_parser
@@ -52,6 +53,8 @@ def test_a_small_shared_memory_is_said_before_loaders_would_hang(toy):
     with pytest.raises(UserError, match='MiB free, but 2 loader processes need .*--shm-size.*lower --num-workers'):
         check_shared_memory(data, 10 ** 9, 2)
     check_shared_memory(data, 10 ** 9, 2, folder='/none/such')
+    native = split_of(DOMAINS['BDD'], toy, 'val', (32, 64), 'native')
+    assert native.sample_bytes() == sum(tensor.numel() for tensor in native.load(0)) > 4 * 32 * 64
     for batches in (TrainBatches(8, 10 ** 9, 0), EvalBatches(8, 10 ** 9)):
         with pytest.raises(UserError, match='shared memory'):
             make_loader(data, batches, 2, False)
