@@ -189,7 +189,8 @@ def begin(options, place, saved):
     records.keep_metrics(run.folder, run.epoch)
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
-    print(f'learning {options.domains[-1]} ({options.method}, {options.network}{name}) at '
+    learnt = ', '.join(data.domain.name for data in run.trained)
+    print(f'learning {learnt} ({options.method}, {options.network}{name}) at '
           f'{options.width}x{options.height} on {place.device}: {run.loaded}')
     shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn)
     if shared:
