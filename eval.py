@@ -46,12 +46,12 @@ def eval_parser():
     group.add_argument('--state', nargs='+', required=True, metavar='FILE', help='checkpoints, in step order')
     nameless_options(group, ' of the last checkpoint')
     group.add_argument('--only', nargs='+', default=[], metavar='NAME',
-                       help='score these domains alone, such as those whose images you have (one checkpoint)')
+                       help='score only these domains, for example if you have only their images (one checkpoint)')
     group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
                        help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
     group.add_argument('--cross-heads', action='store_true',
-                       help='also score every head of the last checkpoint on every domain with its classes (with '
-                            '--common-classes: on all)')
+                       help='also score each decoder of the last checkpoint on every domain with the same classes '
+                            '(with --common-classes: on all domains)')
     group.add_argument('--domain', choices=('auto',),
                        help='auto: also score the branch that the last checkpoint chooses for each image')
     group.add_argument('--split', default='val', help='split of the data sets')
@@ -104,13 +104,13 @@ def check_options(options):
     if options.only and len(options.state) > 1:
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
     if options.only and options.single_task:
-        raise UserError('--single-task gives figures over all domains; leave out --only')
+        raise UserError('--single-task needs the scores of all domains; leave out --only')
     options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
-        raise UserError('two kinds of results would go into one file: ' + ', '.join(map(str, paths)))
+        raise UserError('two results would be written to the same file: ' + ', '.join(map(str, paths)))
     if options.save_panels:
         pictures.figure_format(options.save_panels)
     elif options.images:
@@ -130,7 +130,7 @@ def single_task_scores(items, evaluator):
                             '--domains NAME), then pass --single-task NAME=mIoU')
         model, (domain, *others) = evaluator.load(item)
         if others:
-            raise UserError(f'--single-task {item} knows {len(others) + 1} domains, one is expected')
+            raise UserError(f'--single-task {item} contains {len(others) + 1} domains; a checkpoint with one is expected')
         scores[domain.name] = evaluator.entry(evaluator.score(model, 0, domain).matrix, domain, domain)
     return scores
 

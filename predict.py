@@ -53,8 +53,8 @@ def predict_parser():
                        help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a '
                             'new one is worth training')
     group.add_argument('--domain', metavar='NAME|auto',
-                       help='domain whose branch is used, or auto: chosen for each image (default: auto, if the file '
-                            'knows several)')
+                       help='domain whose branch is used, or auto: choose it for each image (default: auto, if the '
+                            'checkpoint has several domains)')
     group.add_argument('--sequence', action='store_true',
                        help='the images of each folder are frames of one drive, in order: the domain is chosen from '
                             'all of them so far (videos: always)')
@@ -80,17 +80,17 @@ def predict_parser():
 def check_options(options):
     """Completes the size; refuses conflicting options."""
     if options.advise and (options.input or options.out or options.native or options.domain):
-        raise UserError('--advise FOLDER segments nothing; leave out --input, --out, --native and --domain')
+        raise UserError('--advise FOLDER does not segment images; leave out --input, --out, --native and --domain')
     if options.advise and is_exported(options.state):
-        raise UserError(f'--advise needs a checkpoint; {options.state}, an exported network, does not know what images '
-                        'of its domain look like')
+        raise UserError(f'--advise needs a checkpoint; {options.state} is an exported network, which does not say '
+                        'what images of its domain look like')
     if not options.advise and not (options.input and options.out):
         raise UserError('say what to segment and where to write it: --input PATH --out DIR')
     complete_size(options)
     if options.native and options.height:
-        raise UserError('--native keeps the size of the images, --height and --width change it; leave one of them out')
+        raise UserError('--native keeps the size of the images, but --height and --width change it; leave one of them out')
     if options.sequence and options.domain not in (None, 'auto'):
-        raise UserError(f'--sequence is for --domain auto; --domain {options.domain} does not look at the images')
+        raise UserError(f'--sequence works only with --domain auto, not with --domain {options.domain}')
     options.size = options.height and (options.height, options.width)
 
 
@@ -205,7 +205,7 @@ def claim(options, predictor, sources):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
     if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
-        raise UserError(f'--out {options.out} holds {left[0].name}, made with other settings, which would stay; choose '
+        raise UserError(f'--out {options.out} holds {left[0].name}, which was made with other settings and would remain; choose '
                         'another --out')
     if other or not before:
         for answer in there:        # otherwise a run resumed after an interruption would keep these old files
@@ -259,7 +259,7 @@ def file_values(domain):
     lowest = {index: value for value, index in sorted(kind.values.items(), reverse=True)}
     lacking = [name for index, name in enumerate(domain.classes) if index not in lowest]
     if lacking:
-        raise UserError(f'--label-ids files: no label value of {domain.name} stands for {lacking[0]!r}; use train')
+        raise UserError(f'--label-ids files: {domain.name} has no label value for the class {lacking[0]!r}; use --label-ids train')
     values = np.array([lowest[index] for index in range(domain.void)])
     return (values[:, None] >> [16, 8, 0] if kind.by_color else values).astype(np.uint8)
 

@@ -166,8 +166,8 @@ def find_saved(options):
         found = results_in(Path(options.savedir))
         if found:
             raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to continue from; '
-                            'use another --savedir, or start anew with --overwrite')
-        tell(f'--resume: nothing in {options.savedir}, starting fresh')
+                            'use another --savedir, or start from scratch with --overwrite')
+        tell(f'--resume: no checkpoint in {options.savedir}, starting from scratch')
     else:
         resume.check_options(saved, options)
     return saved

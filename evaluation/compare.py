@@ -29,8 +29,8 @@ from mdil.utils.parser import Parser, data_options, data_paths
 def parse(argv=None):
     parser = Parser(prog='python -m mdil compare', description='Compares evaluated sequences.')
     parser.add_argument('results', nargs='+', metavar='NAME=FOLDER',
-                        help="folders with a results.json of eval.py, a pattern in quotes, or such a file; several of "
-                             'one NAME are seeds')
+                        help="folders with a results.json of eval.py, a quoted pattern, or such a file; several with "
+                             'the same NAME are seeds')
     parser.add_argument('--out', required=True, metavar='DIR', help='where the tables and the picture go')
     parser.add_argument('--picture', action=argparse.BooleanOptionalAction, default=True,
                         help='draw comparison.png, which needs data and checkpoints')

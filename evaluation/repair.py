@@ -83,8 +83,8 @@ def sources(older, new):
                 check_same_branch(known, number, new, name)
     missing = [name for name in new.names[:-1] if name not in found]
     if missing or not found:
-        raise UserError(f'{new.checkpoint.source} knows {", ".join(new.names)}; '
-                        + (f'no file before it knows {", ".join(missing)}' if missing else 'it has no old domain'))
+        raise UserError(f'{new.checkpoint.source} contains {", ".join(new.names)}; '
+                        + (f'no earlier file contains {", ".join(missing)}' if missing else 'it has no old domain'))
     return found
 
 
@@ -113,9 +113,9 @@ def repair(new, found, what):
     lines = []
     for name, source in found.items():
         moved = put_back(source.known.model, source.number, new.model, new.names.index(name), what)
-        line = f'{name}: {len(moved)} tensors put back from {source.known.checkpoint.source}'
+        line = f'{name}: {len(moved)} tensors restored from {source.known.checkpoint.source}'
         if not source.learnt:
-            line += f', in which it was old already; the file of the step that learnt {name} may hold more'
+            line += f', where it was an old domain already; the file of the step that learnt {name} may be better'
         lines.append(line)
     return lines
 

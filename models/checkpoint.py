@@ -310,7 +310,7 @@ def state_in(content, path):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
     if content.get('kind') == 'branch':
         raise UserError(f'{path} is a branch file, one domain without the shared weights; python -m mdil branches add '
-                        'puts it onto a checkpoint')
+                        'adds it to a checkpoint')
     name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
     state = content.get(name, content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and isinstance(key, str)

@@ -219,7 +219,7 @@ def build_network(name, num_classes, adapter, domain_bn):
     network = get_network(name).build(num_classes, adapter)
     if domain_bn and not any(isinstance(module, _BatchNorm) for _, module in outside_heads(network)):
         raise UserError(f'{name} has no batch norm outside its head, so domains cannot have their own; choose a method '
-                        'without, such as fine-tune')
+                        'with shared batch norms, such as fine-tune')
     check_outputs(name, network, num_classes)
     return network
 
@@ -231,5 +231,5 @@ def check_outputs(name, network, num_classes):
                  if layer not in outside and getattr(module, 'out_channels', None) == num_classes)
     for layer in network.output_layers:
         if layer not in fit:
-            raise UserError(f'{name}: its output layer {layer!r} is no convolution of a head that gives '
-                            f'{num_classes} classes; such are: {", ".join(fit) or "none"}')
+            raise UserError(f'{name}: its output layer {layer!r} is not a convolution of a head with '
+                            f'{num_classes} outputs; those that are: {", ".join(fit) or "none"}')

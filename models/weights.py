@@ -17,7 +17,7 @@ def start_from_weights(model, network, weights):
     """
     declared = get_network(network)
     if weights == IMAGENET and declared.imagenet is None:
-        raise UserError(f'--weights {weights}: {network} declares none; pass a file, or leave it out')
+        raise UserError(f'--weights {weights}: {network} has none of its own; pass a file, or leave out --weights')
     source = f'{weights} ({network})' if weights == IMAGENET else weights
     given = declared.imagenet() if weights == IMAGENET else state_in(read(weights), weights)
     own, wanted = plain_state(model.single(0))

@@ -96,7 +96,7 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
 
 
 def test_advice_segments_nothing(knowing, photos, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match='--advise FOLDER segments nothing'):
+    with pytest.raises(UserError, match='--advise FOLDER does not segment images'):
         run(knowing, '--advise', photos, '--out', tmp_path / 'out')
     with pytest.raises(UserError, match='say what to segment'):
         run(knowing, '--out', tmp_path / 'out')
@@ -106,5 +106,5 @@ def test_advice_needs_images_and_a_checkpoint(knowing, photos, tmp_path):  # noq
     (tmp_path / 'drive.mp4').touch()
     with pytest.raises(UserError, match='no images in .*, only videos'):
         run(knowing, '--advise', tmp_path / 'drive.mp4')
-    with pytest.raises(UserError, match='--advise needs a checkpoint; idd.onnx, an exported network'):
+    with pytest.raises(UserError, match='--advise needs a checkpoint; idd.onnx is an exported network'):
         run('idd.onnx', '--advise', photos)

@@ -350,7 +350,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
 @pytest.mark.parametrize('arguments, message', [
     (['--json', '{file}/x.json'], '--json .*x.json cannot be written to: .*name another place'),
     (['--csv', '{folder}'], '--csv .* is a folder, a file name is expected'),
-    (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two kinds of results would go into one file'),
+    (['--json', '{folder}/x', '--csv', '{folder}/x'], 'two results would be written to the same file'),
     (['--json', '{folder}/metrics.jsonl'], '--json .*metrics.jsonl is the name of a file that runs write'),
     (['--save-overlays', '{file}'], '--save-overlays .* cannot be written to'),
     (['--save-panels', '{folder}/panels.bmp2'], 'figures are .png, .pdf or .svg, not .bmp2'),
@@ -360,11 +360,11 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--single-task', 'CS=0'], 'an mIoU in percent, above 0'),
     (['--single-task', 'CS=good'], 'neither NAME=mIoU nor a checkpoint'),
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
-    (['--single-task', '{two}'], 'knows 2 domains, one is expected'),
+    (['--single-task', '{two}'], 'contains 2 domains; a checkpoint with one is expected'),
     (['--resolution', 'huge'], 'invalid choice'),
     (['--data-root', '{folder}'], 'no val images of cityscapes'),
     (['--only', 'BDD'], '--only BDD: the checkpoint knows cityscapes'),
-    (['--only', 'CS', '--single-task', 'CS=50'], '--single-task gives figures over all domains; leave out --only')])
+    (['--only', 'CS', '--single-task', 'CS=50'], '--single-task needs the scores of all domains; leave out --only')])
 def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path, arguments, message):
     monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
     (tmp_path / 'file').write_text('')

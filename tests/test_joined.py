@@ -110,7 +110,7 @@ def test_what_a_released_step_overwrote_is_put_back(toy, base, tmp_path, capsys,
     repair.main(list(map(str, [start, step / LATEST, '--out', tmp_path / 'out', '--what', what, '--data-root', toy,
                                '--height', '32', '--device', 'cpu', '--num-workers', '0'])))
     out = capsys.readouterr().out
-    assert 'cityscapes: 117 tensors put back' in out and 'mIoU before' in out and '+0.00' in out.splitlines()[-1]
+    assert 'cityscapes: 117 tensors restored' in out and 'mIoU before' in out and '+0.00' in out.splitlines()[-1]
     assert verify.main([str(start), str(tmp_path / 'out')]) == status
     assert ('equal' if status == 0 else 'changed; 110 of 278 parameters moved') in capsys.readouterr().out
     before, after = tensors(step / LATEST), tensors(tmp_path / 'out')

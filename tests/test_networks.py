@@ -312,7 +312,7 @@ def test_files_of_weights(tmp_path):
     (['--domains', 'CS', 'IDD', '--state', 'x', '--weights', 'imagenet'], '--weights is for the first step; IDD'),
     (['--domains', 'CS', '--state', 'x', '--weights', 'y'], '--state and --weights'),
     (['--domains', 'CS', '--weights', 'imagenet'], 'erfnet_encoder_pretrained.pth.tar .*pass that file'),
-    (['--domains', 'CS', '--weights', 'imagenet', '--network', 'tiny'], 'tiny declares none')])
+    (['--domains', 'CS', '--weights', 'imagenet', '--network', 'tiny'], 'tiny has none of its own')])
 def test_weights_that_cannot_be_are_refused(words, message, toy, tmp_path):
     with pytest.raises(UserError, match=message):
         learn(toy, tmp_path / 'x', *words)

@@ -168,7 +168,7 @@ def test_an_option_that_the_method_does_not_use_is_refused_even_at_its_default(m
         with pytest.raises(UserError) as error:
             parse(text)
         fitting = [other for other in METHODS if name in METHODS[other].uses]
-        assert str(error.value) == (f'--method {method} does not use {option}; leave out what it does not use, '
+        assert str(error.value) == (f'--method {method} does not use {option}; leave it out, '
                                     f'or choose a method that does: {", ".join(fitting)}')
 
 

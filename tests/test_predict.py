@@ -190,7 +190,7 @@ def test_auto_needs_statistics_and_says_how_to_add_them(state, photos, tmp_path)
     for arguments in ([], ['--domain', 'auto']):
         with pytest.raises(UserError, match='cityscapes, IDD look like.*python -m mdil identify'):
             run(state, tmp_path / 'out', '--input', photos, *arguments)
-    with pytest.raises(UserError, match='--sequence is for --domain auto'):
+    with pytest.raises(UserError, match='--sequence works only with --domain auto'):
         run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS', '--sequence')
 
 
@@ -231,10 +231,10 @@ def test_label_files_of_your_own_domain(model, state, photos, tmp_path, monkeypa
 
 def test_a_class_without_a_label_value_is_refused_before_anything_is_written(state, photos, tmp_path, monkeypatch):
     lacking = own_domain(tmp_path, values={'1': 'road'})
-    with pytest.raises(UserError, match="no label value of own stands for 'car'"):
+    with pytest.raises(UserError, match="own has no label value for the class 'car'"):
         predict.file_values(lacking)
     monkeypatch.setattr(predict, 'file_values', lambda domain, values=predict.file_values: values(lacking))
-    with pytest.raises(UserError, match='stands for'):
+    with pytest.raises(UserError, match='has no label value for'):
         run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS', '--label-ids', 'files')
     assert not list((tmp_path / 'out').iterdir())
 
@@ -269,7 +269,7 @@ def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, pho
         with pytest.raises(UserError, match=f'made with other settings: {said}.*another --out.*--overwrite'):
             run(file, tmp_path / 'out', *arguments)
     assert before.items() <= answers().items()
-    with pytest.raises(UserError, match='holds .*png, made with other settings, which would stay; choose another --out'):
+    with pytest.raises(UserError, match='holds .*png, which was made with other settings and would remain; choose another --out'):
         run(knowing, tmp_path / 'out', '--input', photos / 'a.png', '--domain', 'CS', '--overwrite')
     assert before.items() <= answers().items()
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):

@@ -38,7 +38,7 @@ def run(*arguments):
 def test_each_domain_comes_from_the_step_that_learnt_it(steps, tmp_path, capsys):
     run(*steps, '--out', tmp_path / 'out')
     text = capsys.readouterr().out
-    assert f'cityscapes: 117 tensors put back from {steps[0]}\n' in text and f'BDD: 117 tensors put back from {steps[1]}\n' in text
+    assert f'cityscapes: 117 tensors restored from {steps[0]}\n' in text and f'BDD: 117 tensors restored from {steps[1]}\n' in text
     after, (one, two, three) = logits(tmp_path / 'out'), map(logits, steps)
     for name, before in (('cityscapes', one), ('BDD', two), ('IDD', three)):
         assert torch.equal(before[name], after[name]), name
@@ -52,7 +52,7 @@ def test_each_domain_comes_from_the_step_that_learnt_it(steps, tmp_path, capsys)
 def test_a_later_file_helps_but_is_said_to(steps, tmp_path, capsys):
     run(*steps[1:], '--out', tmp_path / 'out')
     lines = capsys.readouterr().out.splitlines()
-    assert 'cityscapes: 117 tensors put back' in lines[0] and 'old already; the file of the step that learnt cityscapes' in lines[0]
+    assert 'cityscapes: 117 tensors restored' in lines[0] and 'old domain already; the file of the step that learnt cityscapes' in lines[0]
     assert equal(logits(steps[1]), logits(tmp_path / 'out'))
     together = save_network(tmp_path / 'together', network(NAMES[:2]), NAMES[:2], 'multi-task-adapters')
     run(together, steps[2], '--out', tmp_path / 'other')        # a joint step has learnt all its domains
@@ -66,7 +66,7 @@ def test_statistics_leave_parameters_and_the_branch_takes_all(steps, tmp_path, c
     new = save_network(tmp_path / 'new', model, NAMES, 'mdil')
     for what, moved, status in (('statistics', 117, 1), ('branch', 285, 0)):
         run(*steps[:2], new, '--out', tmp_path / what, '--what', what)
-        assert f'cityscapes: {moved} tensors put back' in capsys.readouterr().out
+        assert f'cityscapes: {moved} tensors restored' in capsys.readouterr().out
         assert verify.main([str(steps[0]), str(tmp_path / what)]) == status
 
 
@@ -84,7 +84,7 @@ def test_published_files_are_repaired_once_their_domains_are_named(steps, tmp_pa
 
 def test_what_cannot_be_repaired_is_said(steps, tmp_path):
     plain = save_network(tmp_path / 'plain', fill(build_model([20], 'fine-tune')), ['cityscapes'], 'fine-tune')
-    for states, message in (([steps[0]], 'repair needs'), ([steps[0], steps[2]], 'no file before it knows BDD'),
+    for states, message in (([steps[0]], 'repair needs'), ([steps[0], steps[2]], 'no earlier file contains BDD'),
                             ([steps[0], steps[0]], 'it has no old domain'),
                             ([plain, steps[1]], r'branch of cityscapes \(fine-tune\) differs from that in .*\(mdil\)')):
         with pytest.raises(UserError, match=message):

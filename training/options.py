@@ -73,7 +73,7 @@ def step_options(parser):
     group.add_argument('--method', type=method_name, choices=tuple(METHODS),
                        help="training method (default: mdil, the paper's, also called ours)")
     group.add_argument('--network', type=network_name, metavar='NAME',
-                       help=f'network of the first step, later ones keep it: {", ".join(NETWORKS)}, or {TIMM}ENCODER '
+                       help=f'network of the first step, kept by later steps: {", ".join(NETWORKS)}, or {TIMM}ENCODER '
                             f'(default: {ERFNET})')
     group.add_argument('--weights', metavar='none|imagenet|FILE',
                        help='initial weights of the encoder in the first step (default: none, random)')
@@ -92,7 +92,7 @@ def input_options(parser):
     group.add_argument('--skip-bad-files', action='store_true', help='read all files first, leave out the bad ones')
     group.add_argument(
         '--class-weights', default='published', metavar='HOW',
-        help='cross-entropy weights: published (computed where there are none), computed, none, or a JSON file')
+        help='cross-entropy weights: published (computed if there are none), computed, none, or a JSON file')
 
 
 def method_options(parser):
@@ -131,7 +131,7 @@ def method_options(parser):
                        help='label of pixels that a shift uncovers: void, or class 0 on the right and below, '
                             'as published')
     group.add_argument('--rounds', choices=('largest', 'smallest'),
-                       help='multi-task epochs: as many batches of each domain as the largest or smallest has')
+                       help='length of a multi-task epoch: as many batches of each domain as the largest or the smallest has')
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
                        help='learning rate: poly, the published decay, or one-cycle, which rises for a quarter of the '
                             'epochs before it falls')
@@ -180,8 +180,8 @@ def display_options(parser):
     """Adds options for live curves and TensorBoard."""
     group = parser.add_argument_group('live curves (visdom)')
     group.add_argument('--port', type=natural, help='port of a running visdom server')
-    group.add_argument('--server', default='http://localhost', help='its address')
-    group.add_argument('--env', metavar='NAME', help='its environment to draw into (default: by method and domains)')
+    group.add_argument('--server', default='http://localhost', help='address of the visdom server')
+    group.add_argument('--env', metavar='NAME', help='visdom environment to draw into (default: by method and domains)')
     group = parser.add_argument_group('scalars (TensorBoard)')
     group.add_argument('--tensorboard', action='store_true',
                        help='write losses, rates and scores to --savedir/tensorboard; needs the package tensorboard')
@@ -194,7 +194,7 @@ def parse_train(argv=None):
         raise UserError('--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard')
     published = translate_paper(options)
     if not options.domains:
-        raise UserError('say which domains: --domains NAME [NAME ...]; the last is trained')
+        raise UserError('--domains NAME [NAME ...] is missing; the last of them is trained')
     check_declared(options)
     if options.branch_from is not None:
         options.branch_from = canonical(options.branch_from)
@@ -234,7 +234,8 @@ def check_uses(options):
     if given:
         named = ' '.join(flag(name, getattr(options, name)) for name in given)
         fitting = ', '.join(name for name, row in METHODS.items() if set(given) <= set(row.uses))
-        raise UserError(f'--method {options.method} does not use {named}; leave out what it does not use'
+        raise UserError(f'--method {options.method} does not use {named}; leave '
+                        + ('it out' if len(given) == 1 else 'them out')
                         + (f', or choose a method that does: {fitting}' if fitting else ''))
 
 

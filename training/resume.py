@@ -63,7 +63,7 @@ def find(folder, names):
         except UserError as error:
             reasons.append(str(error))
     if reasons:
-        raise UserError(f'--resume: {"; ".join(reasons)}; move the file away to start fresh')
+        raise UserError(f'--resume: {"; ".join(reasons)}; move the file away to start from scratch')
     return None
 
 
