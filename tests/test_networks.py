@@ -209,7 +209,7 @@ def test_what_is_erfnets_alone_says_so(toy, first, tmp_path):
 @pytest.mark.parametrize('layer', ['nope', 'scale.0', ''])
 def test_an_output_layer_that_is_none_is_refused_before_training(monkeypatch, layer):
     monkeypatch.setitem(NETWORKS, 'mine', from_torchvision(LRASPP, (layer,), 'mine'))
-    with pytest.raises(UserError, match=f"mine: its output layer 'net.classifier.{layer}' is no .* such are: "
+    with pytest.raises(UserError, match=f"mine: its output layer 'net.classifier.{layer}' is not .* those that are: "
                                         "net.classifier.high_classifier, net.classifier.low_classifier$"):
         build_model([20], 'mdil', 'mine')
 
