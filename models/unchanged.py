@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdil.models.fingerprint import COUNTER, tensor_digests, is_buffer
+from mdil.models.fingerprint import COUNTER, is_buffer, tensor_digests
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_json
 

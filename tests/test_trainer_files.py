@@ -288,7 +288,7 @@ def test_one_gpu_means_one_of_several(tmp_path):
     assert {option.parallel for option in map(parse_train, commands(script('mdil', '--dry-run', 'GPUS=2')))} == {'auto'}
 
 
-@pytest.mark.parametrize('assigned, used', [('4,5', ['4', '5']), ('', ['0', '1'])])
+@pytest.mark.parametrize('assigned, used', [('4,5', ['4', '5']), ('4', ['4', '4']), ('4,5,6', ['4', '5']), ('', ['0', '1'])])
 def test_domains_learnt_at_once_share_out_the_gpus_that_were_assigned(tmp_path, monkeypatch, assigned, used):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', assigned)
     python = tmp_path / 'python'

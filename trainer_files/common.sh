@@ -193,9 +193,8 @@ pass_signal() { kill -"$1" "$2" 2>/dev/null || true; }
 # others with srun; if srun started this script, it already runs on all of them.
 set_launcher() {
     local host=$HOST id=mdil-${1//\//-}
-    launcher=("$PYTHON") parallel=(--parallel none)
-    [ "$((10#$GPUS * 10#$NODES))" -gt 1 ] || return 0
-    parallel=()
+    launcher=("$PYTHON") parallel=()
+    if [ "$((10#$GPUS * 10#$NODES))" -le 1 ]; then parallel=(--parallel none); return; fi
     launcher+=(-m mdil torchrun --nproc_per_node "$GPUS")
     if [ "$NODES" -eq 1 ]; then launcher+=(--standalone); return; fi
     if [ -z "$host" ]; then
@@ -214,7 +213,8 @@ run_train() {
     set_launcher "$savedir"
     run "${launcher[@]}" train.py --savedir "$savedir" ${epochs:+--num-epochs "$epochs"} --batch-size "$BATCH" \
         "${data[@]}" --height "$HEIGHT" --width "$WIDTH" --seed "$SEED" --num-workers "$WORKERS" --resume \
-        ${parallel[@]+"${parallel[@]}"} ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" ${train_args[@]+"${train_args[@]}"}
+        ${parallel[@]+"${parallel[@]}"} ${RECIPE:+--recipe "$RECIPE"} ${NETWORK:+--network "$NETWORK"} "$@" \
+        ${train_args[@]+"${train_args[@]}"}
 }
 
 # The checkpoint of a step that SELECT chooses: state_of SAVEDIR.

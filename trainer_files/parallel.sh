@@ -27,9 +27,12 @@ base=$(state_of "$base_folder")
 # Trains the domain of step $1 from the base, on one GPU, and extracts its branch.
 learn_branch() {
     local domain=${domains[$1 - 1]} folder=$out/step$1-${domains[$1 - 1]}
-    local number=$((($1 - 2) % 10#$GPUS)) visible
-    IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-}"      # those that a scheduler assigned
-    [ "$GPUS" -le 1 ] || export CUDA_VISIBLE_DEVICES=${visible[number]:-$number}
+    local gpus
+    if [ "$GPUS" -gt 1 ]; then      # of those that a scheduler assigned, or of all
+        IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((10#$GPUS - 1)))}"
+        gpus=("${gpus[@]:0:10#$GPUS}")
+        export CUDA_VISIBLE_DEVICES=${gpus[($1 - 2) % ${#gpus[@]}]}
+    fi
     GPUS=1 NODES=1 BRANCH=1
     run_train "$folder" "$(epochs_of "$1")" --domains "${domains[0]}" "$domain" --state "$base" "${method[@]}"
     run "$PYTHON" -m mdil branches extract "$(state_of "$folder")" --domain "$domain" --out "$folder/$domain.branch" --overwrite

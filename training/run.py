@@ -186,7 +186,8 @@ class Run:
             'optimizer': self.optimizer.state_dict(), 'scheduler': self.schedule.state_dict(),
             'scaler': self.scaler.state_dict(),
             'teacher': self.teacher and self.teacher.state_dict(), 'options': vars(self.options),
-            'random': {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all() if self.place.device.type == 'cuda' else []}}
+            'random': {'torch': torch.get_rng_state(),
+                       'cuda': torch.cuda.get_rng_state_all() if self.place.device.type == 'cuda' else []}}
 
     def restore(self, state):
         """Continues from `state`, a dict that `state()` made with the same options; UserError if it does not fit."""

@@ -192,8 +192,9 @@ def locked(path, busy=None):
     """Holds a lock on the file `path` within the context, which gets whether it does; the lock ends with the process.
 
     While another process holds it, this one prints that it waits, or raises UserError(busy) if
-    `busy` is given. On a file system without locks it prints a warning and goes on. A second lock in the same process counts as another's. Loader workers, which
-    outlive a killed run by seconds, close the inherited file and so do not keep the lock.
+    `busy` is given. On a file system without locks it prints a warning and goes on. A second lock in
+    the same process counts as another's. Loader workers, which outlive a killed run by seconds, close
+    the inherited file and so do not keep the lock.
     """
     try:
         file = open(path, 'ab+', buffering=0)      # also for reading: opening a FIFO to write only would block
