@@ -130,7 +130,8 @@ def single_task_scores(items, evaluator):
                             '--domains NAME), then pass --single-task NAME=mIoU')
         model, (domain, *others) = evaluator.load(item)
         if others:
-            raise UserError(f'--single-task {item} contains {len(others) + 1} domains; a checkpoint with one is expected')
+            raise UserError(f'--single-task {item} contains {len(others) + 1} domains; a checkpoint with one is '
+                            'expected')
         scores[domain.name] = evaluator.entry(evaluator.score(model, 0, domain).matrix, domain, domain)
     return scores
 

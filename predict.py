@@ -88,7 +88,8 @@ def check_options(options):
         raise UserError('say what to segment and where to write it: --input PATH --out DIR')
     complete_size(options)
     if options.native and options.height:
-        raise UserError('--native keeps the size of the images, but --height and --width change it; leave one of them out')
+        raise UserError('--native keeps the size of the images, but --height and --width change it; leave out '
+                        'one of them')
     if options.sequence and options.domain not in (None, 'auto'):
         raise UserError(f'--sequence works only with --domain auto, not with --domain {options.domain}')
     options.size = options.height and (options.height, options.width)
@@ -205,8 +206,8 @@ def claim(options, predictor, sources):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
     if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
-        raise UserError(f'--out {options.out} holds {left[0].name}, which was made with other settings and would remain; choose '
-                        'another --out')
+        raise UserError(f'--out {options.out} holds {left[0].name}, which was made with other settings and would '
+                        'remain; choose another --out')
     if other or not before:
         for answer in there:        # otherwise a run resumed after an interruption would keep these old files
             answer.unlink()
@@ -259,7 +260,8 @@ def file_values(domain):
     lowest = {index: value for value, index in sorted(kind.values.items(), reverse=True)}
     lacking = [name for index, name in enumerate(domain.classes) if index not in lowest]
     if lacking:
-        raise UserError(f'--label-ids files: {domain.name} has no label value for the class {lacking[0]!r}; use --label-ids train')
+        raise UserError(f'--label-ids files: {domain.name} has no label value for the class {lacking[0]!r}; use '
+                        '--label-ids train')
     values = np.array([lowest[index] for index in range(domain.void)])
     return (values[:, None] >> [16, 8, 0] if kind.by_color else values).astype(np.uint8)
 
@@ -325,8 +327,8 @@ def never_unknown(predictor):
     """A note on domains that have no threshold, so that an image that fits one best is never called unknown; or ''."""
     bounds = predictor.identifier.thresholds.tolist() if predictor.identifier else []
     names = [domain.name for domain, bound in zip(predictor.domains, bounds) if bound == float('inf')]
-    return (f'; images that fit {" or ".join(names)} best are never marked unknown (fewer than {FEWEST} training images)'
-            if names else '')
+    return (f'; images that fit {" or ".join(names)} best are never marked unknown (fewer than {FEWEST} training '
+            'images)' if names else '')
 
 
 def predict_all(options, predictor, sources, records):

@@ -31,12 +31,13 @@ from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, 
 
 ORDERS = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
 OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', 'figure'    # do not affect results
-ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in that), '
-              f'after {FIRST} those in the first; fine-tune-copies: every domain keeps the network that had learnt it; '
-              'released: mdil --recipe released. '
+ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in '
+              f'that), after {FIRST} those in the first; fine-tune-copies: every domain keeps the network that had '
+              'learnt it; released: mdil --recipe released. '
               'Columns: as the step left the network (trained); with nothing but the running statistics of batch norms '
-              "estimated anew from each domain's own training images; with nothing but those kept that they had when its "
-              'own step ended, shared batch norms too. What they give back of a loss is statistics, the rest is weights.')
+              "estimated anew from each domain's own training images; with nothing but those kept that they had when "
+              'its own step ended, shared batch norms too. What they give back of a loss is statistics, the rest is '
+              'weights.')
 
 
 def describe(evaluator, options):
@@ -44,8 +45,8 @@ def describe(evaluator, options):
     epochs = ', '.join(f'{name} {count}'.strip() for name, count in options.epochs.items())
     versions = records.environment(evaluator.place.device)
     return (tables.describe({name: getattr(evaluator.options, name) for name in PROTOCOL})
-            + f' {options.network}, random initial weights; epochs: {epochs}; batches of {options.batch_size}; class weights '
-            f'{options.class_weights}; {options.precision}; seeds {", ".join(map(str, options.seeds))}'
+            + f' {options.network}, random initial weights; epochs: {epochs}; batches of {options.batch_size}; '
+            f'class weights {options.class_weights}; {options.precision}; seeds {", ".join(map(str, options.seeds))}'
             + (' (mean and sample standard deviation)' if len(options.seeds) > 1 else '')
             + f'; the {options.which} state of every step. New when learnt: mean over the domains after the first, '
             'each at its own step. Added: parameters of the last domain. Units: forward passes per image of the last '
@@ -72,7 +73,8 @@ def report(plans, found, evaluator, options):
                   for order, rows in figures.items()}
         stated = {name: value for name, value in vars(options).items() if name not in OWN_PATHS}
         write_json(options.json, tables.without_nan(
-            {'options': {**stated, 'orders': list(orders)}, 'versions': records.environment(evaluator.place.device), 'orders': orders}))
+            {'options': {**stated, 'orders': list(orders)}, 'versions': records.environment(evaluator.place.device),
+             'orders': orders}))
     if options.curves:
         draw_curves(plans, options)
     longer = {order: rows for order, rows in figures.items() if len(order) > 1}
@@ -96,7 +98,8 @@ def forgetting_parser():
                        help='one of --rows: a table of how the other rows differ from it, paired by seed, with p')
     group.add_argument('--steps', type=positive, metavar='N', help='stop after step N')
     group.add_argument('--which', choices=tuple(FILES), default='latest',
-                       help='state of a step to evaluate and to start the next one from: the latest, or the best on its domain')
+                       help='state of a step to evaluate and to start the next one from: the latest, or the best on '
+                            'its domain')
     training_options(parser)
     data_options(parser).add_argument('--cache', metavar='DIR', help='keep resized images and labels there')
     machine_options(parser).add_argument('--jobs', type=positive, default=1, metavar='N', help='steps that run at once')

@@ -58,7 +58,8 @@ def variants(rows):
     for name, seeds in rows.items():
         for column in COLUMNS:
             found = {seed: in_column(figures, column) for seed, figures in seeds.items()}
-            if column == TRAINED or any(differ(found[seed]['steps'], figures['steps']) for seed, figures in seeds.items()):
+            if column == TRAINED or any(differ(found[seed]['steps'], figures['steps'])
+                                        for seed, figures in seeds.items()):
                 yield name, column, found
 
 
@@ -79,7 +80,8 @@ def added(step, row, options):
     """Parameters that the last of the step's domains added: its branch, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
     if row.copies or METHODS[step.method].lonely:
-        return sum(parameter.numel() for parameter in build_model(counts[-1:], step.method, options.network).parameters())
+        model = build_model(counts[-1:], step.method, options.network)
+        return sum(parameter.numel() for parameter in model.parameters())
     model = build_model(counts, step.method, options.network)
     return sum(parameter.numel() for parameter in model.branch_parameters(len(counts) - 1))
 
@@ -126,7 +128,8 @@ def column_table(order, rows, options):
     lines = []
     for name, seeds in rows.items():
         for step, found in enumerate(next(iter(seeds.values()))['steps']):
-            lines += [[f'{label(name, seeds, options)}, {step + 1}', domain, *column_cells(step, domain, seeds.values())]
+            row = f'{label(name, seeds, options)}, {step + 1}'
+            lines += [[row, domain, *column_cells(step, domain, seeds.values())]
                       for domain in order if domain in found]
     return Table(f'{", then ".join(order)}: mIoU after every step, and percent of the loss that comes back',
                  f'columns-{"-".join(order)}', ['row, step', 'domain', 'when learnt', *COLUMNS, 'lost',
@@ -234,7 +237,7 @@ def draw_curves(plans, options):
 
 
 def draw_rows(figures, options):
-    """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation over seeds."""
+    """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation."""
     figure = pictures.new_figure(figsize=(5 * len(figures) + 2.5, 4.4))
     styles = {name: f'C{number % 10}{MARKERS[number % len(MARKERS)]}' for number, name in enumerate(options.rows)}
     for axis, (order, rows) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items()):
@@ -242,8 +245,8 @@ def draw_rows(figures, options):
             new = [one['new'] for one in seeds.values()]
             lost = [statistics.fmean(one['forgetting'].values()) for one in seeds.values() if one['forgetting']]
             if lost:
-                axis.errorbar(statistics.fmean(lost), statistics.fmean(new), deviation(new), deviation(lost), styles[name],
-                              markersize=7, label=name, alpha=0.8)
+                axis.errorbar(statistics.fmean(lost), statistics.fmean(new), deviation(new), deviation(lost),
+                              styles[name], markersize=7, label=name, alpha=0.8)
             else:
                 axis.axhline(statistics.fmean(new), color=styles[name][:2], linestyle='--', linewidth=1, label=name)
         axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',

@@ -111,9 +111,10 @@ def is_single(name):
 
 
 def first_method(method):
-    """The method that the first step of `method` is run as: the same for all of the same network, a lonely one if any."""
+    """The method of the first step of `method`: the same for all of the same network, a lonely one if any."""
     network = lambda name: (METHODS[name].adapter, METHODS[name].domain_bn)
-    return min((name for name in METHODS if network(name) == network(method)), key=lambda name: not METHODS[name].lonely)
+    return min((name for name in METHODS if network(name) == network(method)),
+               key=lambda name: not METHODS[name].lonely)
 
 
 def epochs_of(options, name):
@@ -153,7 +154,7 @@ def changes(found, default):
 
 
 def parsed_row(common, args):
-    """{option: value} of the arguments `common` and a row's own; UserError if these are not of how a domain is learnt."""
+    """{option: value} of the arguments `common` and a row's own; UserError unless they say how a domain is learnt."""
     about = f'--rows: {" ".join(args)}'
     try:
         found = parsed([*common, *args])

@@ -96,7 +96,7 @@ def starts(steps):
 
 
 def rates(line, options):
-    """{name: learning rate} in an epoch: of what the trained domains own, and of the shared weights if theirs differs."""
+    """{name: learning rate} in an epoch: of what trained domains own, and of the shared weights if theirs differs."""
     base = options.get('lr')
     alone = len(options.get('domains', [])) < 2
     if alone or not base or options.get('shared_lr') in (None, 0, base):

@@ -265,8 +265,8 @@ def named_classes(value):
 def described_classes(entry):
     """Whether `class_names` and `colors` of a domain's entry, if any, are those of every class but void."""
     parts = {'class_names': lambda name: isinstance(name, str), 'colors': is_color}
-    return all(isinstance(entry[part], list) and len(entry[part]) == entry['classes'] - 1 and all(map(fits, entry[part]))
-               for part, fits in parts.items() if part in entry)
+    return all(isinstance(entry[part], list) and len(entry[part]) == entry['classes'] - 1
+               and all(map(fits, entry[part])) for part, fits in parts.items() if part in entry)
 
 
 def plain_options(value):
@@ -389,12 +389,13 @@ def check_known(checkpoint, domains):
     if checkpoint.domains is not None:
         known = list(map(canonical, checkpoint.domains))
         if known != names:
-            raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know {", ".join(names)}; name its '
-                            'domains in its order (in training, before the one to learn), or choose another checkpoint')
+            raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know {", ".join(names)}; name '
+                            'its domains in its order (in training, before the one to learn), or choose another '
+                            'checkpoint')
     if checkpoint.found.num_classes != counts:
         raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
-                        f'{", ".join(map(str, counts))} classes, void included; name its domains in its order, with the '
-                        'class lists that it was trained with')
+                        f'{", ".join(map(str, counts))} classes, void included; name its domains in its order, with '
+                        'the class lists that it was trained with')
     for entry, domain in zip(checkpoint.content.get('domains', []) if checkpoint.domains else [], domains):
         check_class_names(entry, domain, checkpoint.source)
 

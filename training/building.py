@@ -2,7 +2,6 @@
 import copy
 import os
 import random
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,8 +72,8 @@ def domains_of(options, saved):
         entries = {entry['name']: entry for entry in content.get('domains', [])}
         missing = [name for name in undeclared if name not in entries]
         if entries and missing:
-            raise UserError(f'{options.state} knows {", ".join(entries)}, not {", ".join(missing)}; name its domains in '
-                            'its order, or declare yours with --data NAME=FOLDER')
+            raise UserError(f'{options.state} knows {", ".join(entries)}, not {", ".join(missing)}; name its domains '
+                            'in its order, or declare yours with --data NAME=FOLDER')
     return [domain_of(entries.get(name, {'name': name}), paths) for name in options.domains]
 
 
@@ -96,7 +95,7 @@ def build_data(options, place, saved=None):
             data = DomainData(index, domain, plain_weights(domain))
         data.val = val_loader(options, place, domain, required=index in train_sets)
         found.append(data)
-        judge_data(data, place)
+        judge_data(data)
     return found
 
 
@@ -107,19 +106,19 @@ def counts_of(data, options):
     return data.counts
 
 
-def judge_data(data, place):
+def judge_data(data):
     """Reports what is odd about a domain's labels, if they were counted; UserError if they are unfit to train on."""
     sets = [loader.dataset for loader in (data.train, data.val) if loader]
     for found in sets:
         faults, remarks = ([], []) if found.counts is None else judge(data.domain, found.split, found.counts)
         if faults:
             raise UserError(f'{data.domain.name} {found.split}: {faults[0]}')
-        if remarks and place.main:
-            print(*(f'{data.domain.name} {found.split}: {remark}' for remark in remarks), sep='\n', file=sys.stderr)
+        for remark in remarks:
+            tell(f'{data.domain.name} {found.split}: {remark}')
     shared = shared_files(*([pair.image for pair in found.pairs] for found in sets)) if len(sets) == 2 else []
-    if shared and place.main:
-        print(printable(f'{data.domain.name}: {len(shared)} validation images are also training images, e.g. '
-                        f'{shared[0]}'), file=sys.stderr)
+    if shared:
+        tell(printable(f'{data.domain.name}: {len(shared)} validation images are also training images, e.g. '
+                       f'{shared[0]}'))
 
 
 def epoch_samples(options, size, sizes):

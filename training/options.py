@@ -131,7 +131,8 @@ def method_options(parser):
                        help='label of pixels that a shift uncovers: void, or class 0 on the right and below, '
                             'as published')
     group.add_argument('--rounds', choices=('largest', 'smallest'),
-                       help='length of a multi-task epoch: as many batches of each domain as the largest or the smallest has')
+                       help='length of a multi-task epoch: as many batches of each domain as the largest or the '
+                            'smallest has')
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
                        help='learning rate: poly, the published decay, or one-cycle, which rises for a quarter of the '
                             'epochs before it falls')

@@ -254,7 +254,7 @@ class Interrupt:
             self.idle = False
 
     def stop(self, place):
-        """Whether to stop now. Several ranks agree, one batch after the signal: a GPU need not finish this one first."""
+        """Whether to stop now. Several ranks agree, one batch after the signal: a GPU need not finish this one."""
         if place.world == 1:
             return self.asked
         flag = torch.full((), float(self.asked), device=place.device)

@@ -59,8 +59,8 @@ class StepLoss(nn.Module):
             mass = torch.full_like(value, len(images))
             value = value * mass, mass
         elif isinstance(value, (int, float)):       # such as the sum over no parameters
-            raise UserError(f'the loss term {term} is {value}, not a tensor; the copies that DataParallel makes have no '
-                            'parameters: use torchrun, or --parallel none')
+            raise UserError(f'the loss term {term} is {value}, not a tensor; the copies that DataParallel makes have '
+                            'no parameters: use torchrun, or --parallel none')
         return torch.stack(value)[None]
 
 
