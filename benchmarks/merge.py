@@ -5,8 +5,9 @@
 
     python -m benchmarks.merge benchmarks/results/forgetting/long.json --minus benchmarks/results/forgetting/fast.json
 
-Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed.
-Files whose rows were not trained alike are refused; --minus compares the same rows after other training.
+Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed. Joint rows
+count in every order of their domains. Files whose rows were not trained alike are refused; --minus compares the same
+rows after other training or, if the files have no order in common, in the other order.
 """
 import argparse
 import json
@@ -17,6 +18,7 @@ from mdil.benchmarks.scoring import COLUMNS
 from mdil.benchmarks.sequence_tables import all_figures, change_table, in_column
 from mdil.benchmarks.sequences import row_of
 from mdil.evaluation import tables
+from mdil.models import METHODS
 from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.files import check_writable, write_text
 from mdil.utils.parser import Parser
@@ -104,7 +106,23 @@ def merged(read_files):
                 raise UserError(f'{origin[key]} and {path} differ on seed {seed} of "{name}" in the order '
                                 f'{" ".join(order)}; leave one of them out')
             origin.setdefault(key, path)
+    share_joint_rows(found, costs)
     return found, costs
+
+
+def share_joint_rows(found, costs):
+    """Adds the joint rows to all orders of their domains: `forgetting` runs them once, whatever the order."""
+    orders = list(dict.fromkeys(order for order, *_ in found))
+    for (order, name, seed), columns in list(found.items()):
+        if METHODS[row_of(name).method].joint:
+            for other in orders_of(order, orders):
+                found.setdefault((other, name, seed), columns)
+                costs.setdefault((other, name), costs[order, name])
+
+
+def orders_of(domains, orders):
+    """Those of `orders` that have the same domains."""
+    return [order for order in orders if sorted(order) == sorted(domains)]
 
 
 def rows_in(paths, against):
@@ -121,11 +139,14 @@ def rows_in(paths, against):
 
 def changes(figures, others, against, paths):
     """The Tables of what rows have more than in the files --minus; UserError if no run is in both."""
-    shown = [change_table(order, rows, others[order], against, ', '.join(paths))
-             for order, rows in figures.items() if order in others
-             and (not against or against in rows and against in others[order])]
+    where, shown = ', '.join(paths), []
+    for order, rows in figures.items():
+        for other in [order] if order in others else [] if figures.keys() & others else orders_of(order, others):
+            if not against or against in rows and against in others[other]:
+                turned = '' if order == other else f' ({", then ".join(other)})'
+                shown.append(change_table(order, rows, others[other], against, f'{where}{turned}'))
     if not any(table.groups[0] for table in shown):
-        raise UserError(f'--minus {", ".join(paths)}: no run of the same order, row and seed is there')
+        raise UserError(f'--minus {where}: no run of the same domains, row and seed is there')
     return shown
 
 
@@ -136,8 +157,9 @@ def main(argv=None):
     parser.add_argument('--against', metavar='"METHOD OPTIONS"',
                         help='a row: a table of how the other rows differ from it, paired by seed, with p')
     parser.add_argument('--minus', nargs='+', default=[], metavar='FILE',
-                        help='the same rows after other training: a table of how the rows differ from those (with '
-                             '--against: of how their leads over that row differ), paired by seed, with p')
+                        help='the same rows after other training or in the other order: a table of how the rows '
+                             'differ from those (with --against: of how their leads over that row differ), paired by '
+                             'seed, with p')
     parser.add_argument('--markdown', metavar='FILE', help='write the tables')
     options = parser.parse_args(argv)
     if options.markdown:

@@ -9,17 +9,18 @@ from mdil.utils.errors import UserError
 OPTIONS = {**dict.fromkeys(merge.ALIKE), 'epochs': {'': 5}}
 
 
-def results(path, scores, **changed):
+def results(path, scores, order='cityscapes BDD', **changed):
     """Writes a result file; scores: {row: {seed: (mIoU of CS, of BDD)}}."""
     rows = {}
     for name, seeds in scores.items():
         figures = {}
         for seed, (city, bdd) in seeds.items():
             last = {'cityscapes': city, 'BDD': bdd}
-            steps = [last] if name.startswith('single') else [{'cityscapes': city}, last]
+            first = order.split()[0]
+            steps = [last] if name.startswith(('single', 'multi')) else [{first: last[first]}, last]
             figures[str(seed)] = {'steps': steps, 'delta_m': None, 'columns': dict.fromkeys(('estimated', 'kept'), {'steps': steps})}
         rows[name] = {'cost': {'added_parameters': 5e5, 'units': 3, 'images_per_second': None}, 'seeds': figures}
-    path.write_text(json.dumps({'options': {**OPTIONS, **changed}, 'versions': {'git': path.stem}, 'orders': {'cityscapes BDD': rows}}))
+    path.write_text(json.dumps({'options': {**OPTIONS, **changed}, 'versions': {'git': path.stem}, 'orders': {order: rows}}))
     return str(path)
 
 
@@ -82,10 +83,31 @@ def test_rows_after_other_training_are_subtracted_seed_by_seed(tmp_path, against
 
 def test_without_a_run_in_both_nothing_is_subtracted(tmp_path):
     paths = [results(tmp_path / f'{name}.json', {name: {0: (1.0, 2.0)}}) for name in ('mdil', 'lwf')]
-    with pytest.raises(UserError, match='lwf.json: no run of the same order, row and seed'):
+    with pytest.raises(UserError, match='lwf.json: no run of the same domains, row and seed'):
         merge.main([paths[0], '--minus', paths[1]])
     with pytest.raises(UserError, match="'mdil' is no row of .*lwf.json"):
         merge.main([paths[0], '--against', 'mdil', '--minus', paths[1]])
+
+
+def test_a_row_is_compared_with_itself_in_the_other_order(tmp_path):
+    turned = {'adapters-only': {seed: (30.0, 40.0 + seed) for seed in range(3)}}
+    paths = [results(tmp_path / 'ours.json', LATER), results(tmp_path / 'turned.json', turned, 'BDD cityscapes')]
+    markdown = tmp_path / 'change.md'
+    merge.main([paths[0], '--minus', paths[1], '--markdown', str(markdown)])
+    change = markdown.read_text().split(f'less the same in {paths[1]} (BDD, then cityscapes)')[1]
+    assert '| adapters-only | 3 | -9.00 ± 1.00 (p = 0.0041, worse) | 4.00 ± 0.00 (p < 0.0001, better) |' in change
+    merge.main([*paths, '--minus', paths[1], '--markdown', str(tmp_path / 'same.md')])        # an order in common
+    assert 'less the same' in (text := (tmp_path / 'same.md').read_text()) and '(BDD, then' not in text
+
+
+def test_a_joint_row_counts_in_every_order_of_its_domains(tmp_path):
+    paths = [results(tmp_path / 'turned.json', {'single-task': SINGLE['single-task']}, 'BDD cityscapes'),
+             results(tmp_path / 'joint.json', {'multi-task': {seed: (21.0 + seed, 40.0) for seed in range(3)}})]
+    markdown = tmp_path / 'both.md'
+    merge.main([*paths, '--against', 'multi-task', '--markdown', str(markdown)])
+    text = markdown.read_text()
+    assert 'BDD, then cityscapes: points more than multi-task' in text
+    assert '| single-task | 3 | 0.00 ± 0.00 (p = 1) | -1.00 ± 0.00' in text
 
 
 def test_files_that_are_read_are_not_written(tmp_path):
