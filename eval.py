@@ -12,6 +12,7 @@ give the step x domain matrix with forgetting and transfer. Void pixels never co
 labels are resized to --width x --height, as in the published protocol; --resolution native keeps
 the labels' own size. The default size is the training size, or 1024x512 if the file does not say.
 """
+import os
 from functools import partial
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def single_task_scores(items, evaluator):
     scores = {}
     for item in items:
         name, equals, value = item.partition('=')
-        if equals and not Path(item).exists():
+        if equals and not os.path.exists(item):
             scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
             continue
         if len(evaluator.options.domains) > 1 and read_checkpoint(item).domains is None:

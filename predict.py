@@ -382,7 +382,7 @@ def run_advice(options, place):
     sources = images_in(options.advise)
     options.domain = 'auto'
     predictor = load_predictor(options, place)
-    looks = looks_of([source.path for source in sources], options.num_workers, 'the look of the images')
+    looks = looks_of([source.path for source in sources], options.num_workers, 'the look of the images', upright)
     prepare = partial(map, lambda number: predictor.prepare(upright(sources[number].path)))
     found = advise(predictor, looks, prepare, options.data_root)
     if options.json:

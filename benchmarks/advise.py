@@ -9,6 +9,9 @@ branch is calibrated on every second image of its own validation set, starting w
 tested images are every second one, starting with the second.
 """
 
+from functools import reduce
+from operator import add
+
 import torch
 from tqdm import tqdm
 
@@ -68,7 +71,7 @@ def ask(state, options, place):
         branch = domains[index]
         known = calibration(parts_of(model, index, branch, branch, splits[branch.name], 0, place))
         parts = parts_of(model, index, branch, domain, splits[domain.name], 1, place)
-        expected, error = known.expected(sum((counts for counts, _ in parts[1:]), parts[0][0]))
+        expected, error = known.expected(reduce(add, (counts for counts, _ in parts)))
         unknown = guess.unknown.double().mean().item()
         found[domain.name] = {
             'learnt': domain.name in [other.name for other in domains], 'branch': branch.name, 'unknown': unknown,

@@ -60,6 +60,15 @@ def live(progress, *arguments):
     run_main(partial(train.main, arguments))
 
 
+def said_by(process):
+    """What a process wrote to standard error until its end; after WAIT seconds it is killed and UserError raised."""
+    try:
+        return process.communicate(timeout=WAIT)[1].strip()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise UserError(f'a process did not end within {WAIT} seconds: {process.communicate()[1].strip()}') from None
+
+
 @dataclass
 class CrashRun:
     """A run with its --savedir, `folder`; `root` holds the data and the file that counts the run's batches."""
@@ -87,8 +96,8 @@ class CrashRun:
     def finish(self, *more, limit=None):
         """Continues the run to its end; returns (exit status, text on standard error)."""
         process = self.start(*more, limit=limit)
-        _, said = process.communicate(timeout=WAIT)
-        return process.returncode, said.strip()
+        said = said_by(process)
+        return process.returncode, said
 
     def copy(self, name):
         """A CrashRun whose folder is a copy of this one's."""
@@ -100,12 +109,11 @@ class CrashRun:
 class Tally:
     """Results of the kills.
 
-    where: {moment: kills}; resumed: successful resumptions; batches: trained by all processes together;
+    where: {moment: kills}; batches: trained by all processes together;
     repeated: those trained again after a kill; lost, differing: what went wrong, in words.
     """
     where: collections.Counter = field(default_factory=collections.Counter)
     kills: int = 0
-    resumed: int = 0
     runs: int = 0
     batches: int = 0
     repeated: int = 0
@@ -164,7 +172,7 @@ def lost_files(folder, known, least):
 
 def killed_run(place, kills, chance, tally, bar):
     """One run, killed and resumed until it ends or all runs together had `kills` kills; then it runs to its end."""
-    known, least, killed = set(), 0, False
+    known, least = set(), 0
     while tally.kills < kills and not tally.lost:
         before = place.batches
         # Every second process has a loader worker, which outlives the kill by seconds and must not block resuming.
@@ -172,10 +180,8 @@ def killed_run(place, kills, chance, tally, bar):
         survived = not kill(process, place, chance.choices(WHERE, SHARES)[0], chance)
         if survived and process.returncode:
             tally.lost.append(f'run {tally.runs} ended with exit status {process.returncode}')
-        tally.resumed += killed and not tally.lost
         if survived:
             return
-        killed = True
         tally.kills += 1
         tally.where['while a file was written' if half_written(place.folder) else 'elsewhere'] += 1
         tally.lost += lost_files(place.folder, known, least)
@@ -184,7 +190,6 @@ def killed_run(place, kills, chance, tally, bar):
         tally.repeated += reached - least
         bar.update()
     status, said = place.finish()
-    tally.resumed += not status
     if status:
         tally.lost.append(f'run {tally.runs} could not be resumed: {said}')
 
@@ -323,8 +328,11 @@ def file_size_limit(stopped, straight):
 
 def mount(folder, *options):
     """Mounts or remounts a tmpfs; returns the reason if that fails, else ''."""
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join(options), 'tmpfs', str(folder)],
-                          capture_output=True, text=True)
+    try:
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join(options), 'tmpfs', str(folder)],
+                              capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
     return done.stderr.strip()
 
 
@@ -363,7 +371,7 @@ def stopped_run(root):
     while process.poll() is None and place.batches < STOP:
         time.sleep(0.01)
     process.terminate()
-    process.communicate(timeout=WAIT)
+    said_by(process)
     return place
 
 
@@ -379,7 +387,7 @@ def trials(root, straight):
 def report(tally, tried):
     """The results as text for the terminal."""
     rows = [['kills', tally.kills], *([f'  {where}', count] for where, count in sorted(tally.where.items())),
-            ['resumed', tally.resumed], ['runs', tally.runs], ['batches', tally.batches],
+            ['runs', tally.runs], ['batches', tally.batches],
             ['  of them repeated', tally.repeated], ['files lost', len(tally.lost)],
             ['runs that differ from the one left alone', len(tally.differing)]]
     trials_rows = [f'{"ok " if good else "BAD"}  {name}: {outcome}' for name, outcome, good in tried]

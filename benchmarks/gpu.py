@@ -37,10 +37,10 @@ from mdil.models import METHODS
 from mdil.training import building
 from mdil.training.records import environment
 from mdil.training.step_loss import mean_over_batch
-from mdil.utils.errors import UserError, advice, run_main
+from mdil.utils.errors import UserError, advice, brief, run_main
 from mdil.utils.graphs import EAGER, Graphed
 from mdil.utils.parallel import Place, session
-from mdil.utils.parser import Parser
+from mdil.utils.parser import Parser, natural
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 GRAPHS = '--cuda-graphs', '--limit-batches', '5', '--batch-size', '2'
@@ -52,9 +52,9 @@ class Report:
 
     def __init__(self, folder, part):
         self.path, self.part = Path(folder) / 'gpu.jsonl', part
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, name, **figures):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'a') as file:
             file.write(json.dumps({'part': self.part, 'name': name, **figures}) + '\n')
         print(f'{self.part}, {name}: {figures}', flush=True)
@@ -66,7 +66,7 @@ class Report:
             figures = work(*arguments)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            figures = {'failed': f'{type(error).__name__}: {" ".join(str(error).split())[:400]}',
+            figures = {'failed': f'{type(error).__name__}: {brief(error, 400)}',
                        'where': f'{Path(last.filename).name}:{last.lineno}'}
         self.add(name, **figures, seconds=round(time.perf_counter() - start, 2))
         release()
@@ -129,8 +129,8 @@ class Smoke:
                 (out / 'checkpoint.previous.pth.tar').replace(out / 'checkpoint.pth.tar')
                 self.train(*arguments, '--resume')
             states.append(torch.load(out / 'checkpoint.pth.tar', weights_only=True)['state_dict'])
-        return {'largest_difference': max((states[0][key].double() - states[1][key].double()).abs().max().item()
-                                          for key in states[0])}
+        apart = max((states[0][key].double() - states[1][key].double()).abs().max().item() for key in states[0])
+        return {'largest_difference': apart, **({'failed': 'the resumed run differs'} if apart else {})}
 
     def out_of_memory(self):
         """The line that a user reads if the GPU has too little memory."""
@@ -155,10 +155,9 @@ def agreement(device, dtype, tf32=False):
     for module in loss.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
-    found = {where: outcome(loss.to(where), images.to(where, dtype) / 255, labels.to(where))
-             for where in ('cpu', device)}
-    torch.backends.cudnn.allow_tf32 = before
+    with arithmetic(Way('', tf32=tf32)):
+        found = {where: outcome(loss.to(where), images.to(where, dtype) / 255, labels.to(where))
+                 for where in ('cpu', device)}
     (losses, gradients, logits), (other_losses, other_gradients, other_logits) = found['cpu'], found[device]
     length = sum(gradient.square().sum() for gradient in gradients).sqrt()
     apart = sum((a - b).square().sum() for a, b in zip(gradients, other_gradients)).sqrt()
@@ -319,7 +318,7 @@ def compare(report, what, ways, place, batch, options):
         try:
             works[way], figures[way] = warmed_up(way, what, place, batch)
         except (RuntimeError, UserError) as error:
-            report.add(f'{what}: {way.name}', failed=' '.join(str(error).split())[:400])
+            report.add(f'{what}: {way.name}', failed=brief(error, 400))
     for _ in range(options.rounds):
         for way, work in works.items():
             with arithmetic(way):
@@ -327,8 +326,9 @@ def compare(report, what, ways, place, batch, options):
                 count = max(2, work.fewest, min(50, round(options.seconds / one)))
                 rates.setdefault(way, []).append(timed(work, batch, count, place))
     for way, values in rates.items():
-        ratios = [value / base for value, base in zip(values, rates[ways[0]])]
-        report.add(f'{what}: {way.name}', images_per_second=spread(values, 1), ratio=spread(ratios, 2), **figures[way])
+        ratios = [value / base for value, base in zip(values, rates.get(ways[0], ()))]
+        report.add(f'{what}: {way.name}', images_per_second=spread(values, 1), **figures[way],
+                   **({'ratio': spread(ratios, 2)} if ratios else {}))
     release()
 
 
@@ -371,7 +371,7 @@ def card():
 # Loading: whether the GPU waits for its images.
 
 def loading(report, options):
-    """Share of the time that step 1, at its fastest, waits for images from the cache, augmented on the device."""
+    """Share of the time that step 1 waits for images from the cache, augmented on the device; on a GPU with graphs."""
     with tempfile.TemporaryDirectory() as folder, session(options.device) as place:
         for index in range(2 if options.rehearse else 4):
             speed.write_pair(Path(folder), speed.SOURCES[0], index)
@@ -380,8 +380,8 @@ def loading(report, options):
         data.pairs = tuple(data.pairs) * (1 if options.rehearse else 24)
         stored, cuda = cached(data, folder), place.device.type == 'cuda'
         feed = SimpleNamespace(domain=data.domain, train=SimpleNamespace(dataset=stored))
-        work, batch = work_of(WAYS[5 if cuda else 2], 'step 1', place), random_batch(options.batch_size,
-                                                                                     options.height, cuda)
+        way = Way('', graphs=True) if cuda else Way('', 'fp32')
+        work, batch = work_of(way, 'step 1', place), random_batch(options.batch_size, options.height, cuda)
         for workers in options.workers[:1] if options.rehearse else options.workers:
             loader = make_loader(stored, TrainBatches(len(stored), options.batch_size, seed=0), workers, cuda)
             shares = []
@@ -406,9 +406,11 @@ def repeat(report, options):
             for deterministic in (False, True):
                 way = Way('', precision, repeatable=deterministic)
                 (first, rate), (second, other) = (five_batches(way, place, batch) for _ in range(2))
+                same = torch.equal(first, second)
                 report.add(f'{precision}{", deterministic" if deterministic else ""}',
-                           same_bits=torch.equal(first, second), apart=(first - second).abs().max().item(),
-                           images_per_second=spread([rate, other], 1))
+                           same_bits=same, apart=(first - second).abs().max().item(),
+                           images_per_second=spread([rate, other], 1),
+                           **({'failed': 'two runs differ'} if deterministic and not same else {}))
 
 
 def five_batches(way, place, batch):
@@ -451,6 +453,8 @@ def sequence(report, options):
 
 def table(report, options):
     """Prints the results in DIR/gpu.jsonl: failures first, then speeds, loading and the sequence."""
+    if not report.path.is_file():
+        raise UserError(f'{report.path} does not exist; measure something first')
     lines = [json.loads(text) for text in report.path.read_text().splitlines()]
     failed = [[line['part'], line['name'], line['failed']] for line in lines if 'failed' in line]
     print(plain(['part', 'failed', 'how'], failed) if failed else 'nothing failed')
@@ -476,7 +480,7 @@ def main(argv=None):
     parser.add_argument('--real', metavar='DIR', help='the small real data, for the sequence')
     parser.add_argument('--what', nargs='+', choices=speed.WHAT, default=['step 3', 'evaluation', 'step 1', 'step 2'],
                         metavar='WHAT', help='of speed and compiled: ' + ', '.join(speed.WHAT))
-    parser.add_argument('--workers', nargs='+', type=int, default=[4, 8], metavar='N', help='of loading')
+    parser.add_argument('--workers', nargs='+', type=natural, default=[4, 8], metavar='N', help='of loading')
     options = parser.parse_args(argv)
     small = options.rehearse
     options.device, options.height, options.batch_size = ('cpu', 64, 2) if small else ('cuda', 512, 6)

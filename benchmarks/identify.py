@@ -22,8 +22,9 @@ from mdil.datasets.segmentation import open_image
 from mdil.models import build_model
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.identify import Identifier, Sequence, appearance, statistics
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training.records import environment
-from mdil.utils.errors import run_main
+from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, natural, positive
 
@@ -46,7 +47,10 @@ def parse(argv=None):
     parser.add_argument('--out', required=True, metavar='FILE', help='JSON file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace it')
     data_options(parser)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if len(options.domains) < 2:
+        raise UserError('--domains needs two names or more: each is also left out once')
+    return options
 
 
 def stored_alike(image):
@@ -59,7 +63,11 @@ def stored_alike(image):
 def network(options, domains):
     """The network of --state, or a random one."""
     if options.state:
-        return load_network(read_checkpoint(options.state)).eval()
+        checkpoint = read_checkpoint(options.state)
+        if checkpoint.found.network != ERFNET:
+            raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the layers compared here '
+                            f'are those of {ERFNET}; choose another file')
+        return load_network(checkpoint).eval()
     torch.manual_seed(options.seed)
     return build_model([domain.num_classes for domain in domains]).eval()
 

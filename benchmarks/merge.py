@@ -5,9 +5,9 @@
 
     python -m benchmarks.merge benchmarks/results/forgetting/long.json --minus benchmarks/results/forgetting/fast.json
 
-Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed. Joint rows
-count in every order of their domains. Files whose rows were not trained alike are refused; --minus compares the same
-rows after other training or, if the files have no order in common, in the other order.
+Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed. Joint and
+single-task rows count in every order of their domains. Files whose rows were not trained alike are refused; --minus
+compares the same rows after other training or, if the files have no order in common, in the other order.
 """
 import argparse
 import json
@@ -106,18 +106,23 @@ def merged(read_files):
                 raise UserError(f'{origin[key]} and {path} differ on seed {seed} of "{name}" in the order '
                                 f'{" ".join(order)}; leave one of them out')
             origin.setdefault(key, path)
-    share_joint_rows(found, costs)
+    for key in list(found):
+        share(key, found, costs)
     return found, costs
 
 
-def share_joint_rows(found, costs):
-    """Adds the joint rows to all orders of their domains: `forgetting` runs them once, whatever the order."""
-    orders = list(dict.fromkeys(order for order, *_ in found))
-    for (order, name, seed), columns in list(found.items()):
-        if METHODS[row_of(name).method].joint:
-            for other in orders_of(order, orders):
-                found.setdefault((other, name, seed), columns)
-                costs.setdefault((other, name), costs[order, name])
+def share(key, found, costs):
+    """Adds a joint or single-task run to all orders of its domains, as `forgetting` does: it has no order.
+
+    UserError if one of them has another result. The costs remain those of its last domain in its own order.
+    """
+    order, name, seed = key
+    method = METHODS[row_of(name).method]
+    for other in orders_of(order, {order for order, *_ in found}) if method.joint or method.lonely else ():
+        if found.setdefault((other, name, seed), found[key]) != found[key]:
+            raise UserError(f'the orders {" ".join(order)} and {" ".join(other)} differ on seed {seed} of "{name}", '
+                            'which is run once for all orders; leave out a file')
+        costs.setdefault((other, name), costs[order, name])
 
 
 def orders_of(domains, orders):

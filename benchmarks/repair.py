@@ -12,7 +12,7 @@ import signal
 
 from mdil.benchmarks import forgetting
 from mdil.benchmarks.scoring import make_evaluator, scores
-from mdil.benchmarks.sequences import checkpoint_of, plan, run_steps, steps_of
+from mdil.benchmarks.sequences import checkpoint_of, finished, plan, run_steps, steps_of
 from mdil.evaluation import repair, tables
 from mdil.evaluation.tables import Table, spread
 from mdil.models.branches import WHAT, LoadedCheckpoint
@@ -117,7 +117,7 @@ def main(argv=None):
     with session(options.device) as place:
         evaluator = make_evaluator(options, place)
         for (order, _, seed), steps in plans.items():
-            if not failures:
+            if all(finished(step, options) for step in steps):
                 found.setdefault(order, {})[seed] = measured(steps, evaluator, options)
         if found:
             report(found, evaluator, options)

@@ -32,6 +32,7 @@ def figures_of(order, steps, single):
 
     new: mean over the domains after the first of the mIoU at the step that learnt it.
     """
+    steps = [{name: step[name] for name in order if name in step} for step in steps]      # of joint rows, sorted
     learnt = metrics.learnt_at(steps)
     new = [learnt[name] for name in order[1:]]
     return {**metrics.summary(steps, single), 'steps': steps, 'learnt': learnt,

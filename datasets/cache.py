@@ -75,7 +75,8 @@ def cached(dataset, folder, workers=None):
 def find_or_build(dataset, folder, workers):
     """Path of the complete cache of `dataset` in `folder`."""
     name = f'{quote(dataset.domain.name, safe="")}-{dataset.split}-{dataset.size[0]}x{dataset.size[1]}'
-    target = folder / f'{name}-{digest(dataset)}'
+    stamps = {os.path.abspath(path): stamp(path) for pair in dataset.pairs for path in (pair.image, pair.label)}
+    target = folder / f'{name}-{digest(dataset, stamps)}'
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f'.{name}.lock') as alone:
@@ -84,7 +85,7 @@ def find_or_build(dataset, folder, workers):
                 for old in (*outdated, *folder.glob(f'.{name}-{HEX}.*')) if alone else ():
                     shutil.rmtree(old)
                 check_space(dataset, folder)
-                build(dataset, target, workers)
+                build(dataset, target, workers, stamps)
     return target
 
 
@@ -103,13 +104,16 @@ def is_outdated(cache):
     return any(os.path.exists(path) and stamp(path) != before for path, before in sources.items())
 
 
-def digest(dataset):
-    """16 hexadecimal digits that change with the source files, their order and how their labels map to classes."""
+def digest(dataset, stamps):
+    """16 hexadecimal digits that change with the source files, their order and how their labels map to classes.
+
+    stamps: {absolute path: `stamp`} of the source files.
+    """
     state = hashlib.sha256(f'{VERSION}'.encode())
     for pair in dataset.pairs:
         for path in (pair.image, pair.label):
             state.update(os.fsencode(os.path.relpath(path, dataset.folder)))
-            state.update('\0'.join(map(str, ('', *stamp(path), ''))).encode())
+            state.update('\0'.join(map(str, ('', *stamps[os.path.abspath(path)], ''))).encode())
         state.update(f'{sorted(pair.values.items())}{"colors" * pair.by_color}'.encode())
     return state.hexdigest()[:16]
 
@@ -124,8 +128,11 @@ def check_space(dataset, folder):
                         'free some space, or leave out --cache')
 
 
-def build(dataset, target, workers):
-    """Builds the cache folder `target` completely or not at all."""
+def build(dataset, target, workers, stamps):
+    """Builds the cache folder `target` completely or not at all.
+
+    stamps: {absolute path: `stamp`} of the source files before they are read, so that a change since is noticed.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
         made = Path(temporary) / target.name
         made.mkdir()
@@ -136,8 +143,7 @@ def build(dataset, target, workers):
             for image, label in load_all(dataset, workers):
                 images.write(image.numpy())
                 labels.write(label.numpy())
-        files = (path for pair in dataset.pairs for path in (pair.image, pair.label))
-        (made / 'sources.json').write_text(json.dumps({os.path.abspath(path): stamp(path) for path in files}))
+        (made / 'sources.json').write_text(json.dumps(stamps))
         try:
             os.rename(made, target)
         except OSError:

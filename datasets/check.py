@@ -113,7 +113,8 @@ def check_split(domain, root, split, workers):
         if counts is not None:
             report.pixels += counts
             report.images += counts > 0
-    report.files = [pair.image for pair in found.pairs]
+    wrong = {problem.file for problem in report.errors}
+    report.files = [pair.image for pair in found.pairs if str(pair.image) not in wrong]
     if not report.pixels.any():     # no file could be counted
         return report
     faults, report.remarks = judge(domain, split, report.pixels.tolist())

@@ -147,7 +147,7 @@ def make_label(source, encoding, force=False):
             image = train_id_image(path)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda file: image.save(file, 'PNG', compress_level=COMPRESSION))
-    except UserError as error:
+    except (UserError, OSError) as error:
         return Outcome(path, 'broken', str(error))
     return Outcome(path, 'made', unknown=unknown)
 

@@ -3,6 +3,7 @@ import hashlib
 
 from mdil.datasets.declaration import VOID_FILE_VALUE
 from mdil.datasets.pairs import identity
+from mdil.utils.errors import UserError
 
 MOSTLY = 0.5        # share of void from which it is reported
 
@@ -58,5 +59,8 @@ def copied_files(images, others):
 
 
 def content_digest(path):
-    """A digest of a file's content."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    """A digest of a file's content; UserError if it cannot be read."""
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None

@@ -8,6 +8,8 @@ it is multiplied by the ratio of true to trusted mIoU on labelled validation ima
 that ratio over parts of those images gives the error.
 """
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from tqdm import tqdm
@@ -90,23 +92,19 @@ def calibrate(predictor, index, dataset):
 
 def calibration(parts):
     """The Calibration of parts [(Counts, confusion matrix)]; its spread is the standard deviation over the parts."""
-    matrix, counts = sum(matrix for _, matrix in parts), parts[0][0]
-    for more, _ in parts[1:]:
-        counts = counts + more
+    matrix, counts = sum(matrix for _, matrix in parts), reduce(add, (counts for counts, _ in parts))
     ratios = torch.tensor([metrics.mean_iou(matrix) / counts.trusted_miou for counts, matrix in parts])
-    spread = ratios.std().item() if len(parts) > 1 else None
+    ratios = ratios[ratios.isfinite()]       # NaN where all labels are void
+    spread = ratios.std().item() if len(ratios) > 1 else None
     return Calibration(metrics.mean_iou(matrix), metrics.mean_iou(matrix) / counts.trusted_miou, spread)
 
 
 @torch.inference_mode()
 def trusted(predictor, index, prepared):
     """The summed Counts of the branch `index` on Prepared images, segmented one at a time."""
-    total = None
-    for image in tqdm(prepared, desc='segmenting', unit='image', leave=False, disable=None):
-        counts, _ = counts_of(logits_of(predictor.model, index, image.pixels[None], predictor.place,
-                                        predictor.precision))
-        total = counts if total is None else total + counts
-    return total
+    return reduce(add, (counts_of(logits_of(predictor.model, index, image.pixels[None], predictor.place,
+                                            predictor.precision))[0]
+                        for image in tqdm(prepared, desc='segmenting', unit='image', leave=False, disable=None)))
 
 
 def validation_set(predictor, index, root):

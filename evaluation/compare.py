@@ -13,6 +13,7 @@ the tables show mean and sample standard deviation. The picture shows each metho
 import argparse
 import glob
 import json
+import os
 from pathlib import Path
 
 from mdil.datasets import get_domain
@@ -47,10 +48,10 @@ def files_of(item):
     name, equals, pattern = item.partition('=')
     if not (name and equals and pattern):
         raise UserError(f'{item!r} is not NAME=FOLDER')
-    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
     if not found:
         raise UserError(f'{item}: no folder matches the pattern {pattern}')
-    return name, [Path(place) / 'results.json' if not Path(place).is_file() else Path(place) for place in found]
+    return name, [Path(place) if os.path.isfile(place) else Path(place) / 'results.json' for place in found]
 
 
 def read_results(items):

@@ -110,7 +110,7 @@ def training_lines(checkpoint):
 def card(checkpoint, options):
     """The model card as text."""
     model = load_network(checkpoint, options.method)
-    method = checkpoint.method or options.method
+    method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
     parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nmethod: {about}',
              tables.plain(*domain_rows(model, checkpoint, options))

@@ -21,9 +21,10 @@ from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import images_in, upright
 from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.models import get_method
-from mdil.models.checkpoint import load_network, read_checkpoint, save
+from mdil.models.checkpoint import load_network, method_of, read_checkpoint, save
 from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
 from mdil.models.layouts import published_keys
+from mdil.models.methods import nameless_options
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
@@ -44,6 +45,7 @@ def parse(argv=None):
     parser.add_argument('--int8', action='store_true', help='8-bit weights and activations (NNCF), for openvino')
     parser.add_argument('--calibrate', metavar='FOLDER', help='images to calibrate the activation ranges of --int8')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
+    nameless_options(parser)
     parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='path of your own domain')
     options = parser.parse_args(argv)
     check(options)
@@ -60,7 +62,7 @@ def check(options):
     if options.int8 != bool(options.calibrate):
         raise UserError('--int8 and --calibrate FOLDER, a folder of typical images, go together')
     suffixes = [suffix for suffix, name in SUFFIXES.items() if name == options.format]
-    if suffixes and Path(options.out).suffix.lower() != suffixes[0]:
+    if suffixes and Path(options.out).suffix != suffixes[0]:
         raise UserError(f'--format {options.format}: OUT must end in {suffixes[0]}, so that predict.py knows it')
 
 
@@ -100,7 +102,8 @@ def chosen_branch(options, predictor):
 def export_network(options):
     """Writes one domain's network; prints how much its outputs differ from PyTorch's."""
     place = Place(torch.device('cpu'))
-    checkpoint, model, domains = load_network_and_domains(options.state, place, data_paths(options.data))
+    checkpoint, model, domains = load_network_and_domains(options.state, place, data_paths(options.data),
+                                                          options.domains, options.method)
     size = trained_size(checkpoint.content)
     predictor = Predictor(model, domains, size, place)
     index = chosen_branch(options, predictor)
@@ -139,8 +142,7 @@ def export_published(options):
     if checkpoint.found.network != ERFNET:
         raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only '
                         f'{ERFNET}: choose --format onnx, torch or openvino')
-    model = load_network(checkpoint)
-    method = checkpoint.method or 'mdil'
+    model, method = load_network(checkpoint, options.method), method_of(checkpoint, options.method)
     row, counts = get_method(method), checkpoint.found.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):
         raise UserError(f'{options.state}: the published code has no network of --method {method}')

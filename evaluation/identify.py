@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
-from mdil.evaluation.inputs import images_in
+from mdil.datasets.segmentation import open_image
+from mdil.evaluation.inputs import images_in, upright
 from mdil.models import branches, checkpoint
 from mdil.models.identify import FEWEST, statistics_of
 from mdil.models.methods import nameless_options
@@ -62,7 +63,9 @@ def with_statistics(options):
     found = dict(content.get('domain_statistics', {}))
     for name in known.names:
         if name in folders or name not in found:
-            found[name] = statistics_of(images_of(name, folders, options), options.num_workers, f'the look of {name}')
+            read = upright if name in folders else open_image       # training takes pairs as they are stored
+            found[name] = statistics_of(images_of(name, folders, options), options.num_workers, f'the look of {name}',
+                                        read)
             rare = f'; fewer than {FEWEST}: none will be called unknown' if found[name]['count'] < FEWEST else ''
             print(f'{name}: {found[name]["count"]} images{rare}')
     # A file of this code keeps its whole content, including the state that a run resumes from.

@@ -59,10 +59,10 @@ def images_in(path):
 
 def sources_of(path, out):
     """The Sources of one input (see `find_sources`); UserError if it is missing or of another kind."""
-    if path.is_dir():
+    if os.path.isdir(path):     # False, unlike path.is_dir, where one may not look
         return [named(file, path) for file in media_below(path, out)]
-    if not path.exists():
-        raise UserError(f'{path} does not exist')
+    if not os.path.exists(path):
+        raise UserError(f'{path} does not exist, or its folder cannot be entered')
     suffix = path.suffix.lower()
     if suffix in LISTS:
         return listed(path)
@@ -91,7 +91,7 @@ def listed(path):
     for file in files:
         if file.suffix.lower() not in IMAGES + VIDEOS:
             raise UserError(f'{path}: {file} is not an image or a video')
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(f'{path}: {file} does not exist; lines are relative to the folder of the list')
     files = [Path(os.path.abspath(file)) for file in files]
     folder = Path(os.path.abspath(path.parent))
@@ -120,7 +120,8 @@ def frames_of(source):
     try:
         with av.open(str(source.path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                image = frame.to_image()
+                turn = getattr(frame, 'rotation', 0)        # degrees counter-clockwise, as phones store it
+                image = frame.to_image().rotate(turn, expand=True)
                 yield Item(f'{source.path}/{number:06d}', f'{source.name}/{number:06d}', lambda image=image: image,
                            source.path)
     except (av.FFmpegError, IndexError) as error:

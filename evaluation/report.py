@@ -10,6 +10,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,11 @@ def parse(argv=None):
 
 def find_steps(folder):
     """The Steps in the folder of a sequence, in the order learnt; UserError if there are none."""
-    runs = lambda place: any((place / name).exists() for name in ('opts.json', 'metrics.jsonl'))
+    runs = lambda place: any(os.path.exists(place / name) for name in ('opts.json', 'metrics.jsonl'))
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f'{folder} is not a folder; name one that the trainer scripts fill, such as runs/mdil')
-    found = [folder] if runs(folder) else sorted(place for place in folder.iterdir() if place.is_dir() and runs(place))
+    found = [folder] if runs(folder) else sorted(place for place in folder.iterdir() if runs(place))
     if not found:
         raise UserError(f'{folder} holds no run: neither it nor a folder in it has an opts.json or metrics.jsonl')
     return sorted(map(read_step, found), key=lambda step: len(step.options.get('domains', [])))
@@ -76,7 +77,7 @@ def find_steps(folder):
 def read_results(folder):
     """The Results of results.json in a sequence's folder, or None if there is none yet; UserError if it is invalid."""
     path = Path(folder) / 'results.json'
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         results = json.loads(path.read_text())

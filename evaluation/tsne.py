@@ -11,6 +11,7 @@ features moved and how well the classes separate).
 import csv
 import importlib.util
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def checkpoint_pair(item, step):
     name, _, place = item.partition('=')
     if not name or not place:
         raise UserError(f'{item!r} is neither NAME=FOLDER nor NAME=BEFORE,AFTER')
-    if ',' in place and not Path(place).exists():
+    if ',' in place and not os.path.exists(place):
         files = place.split(',')
         if len(files) != 2:
             raise UserError(f'{item}: two checkpoints are expected, BEFORE,AFTER, not {len(files)}')
@@ -245,9 +246,8 @@ def run(options):
 
 def save(results, dataset, pixels, pairs, options):
     """Writes the figure as PNG and PDF, the coordinates as CSV and the numbers as JSON; returns the paths."""
-    out = Path(options.out)
     figure = draw(results, dataset, pixels)
-    paths = [out.with_name(f'{out.name}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
+    paths = [Path(f'{options.out}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
     for path in paths[:2]:
         pictures.save_figure(path, figure, dpi=150)
     write_atomically(paths[2], lambda file: file.write(table(results, dataset, pixels).encode()))

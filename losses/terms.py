@@ -1,29 +1,7 @@
 """The terms of a step's loss, one class each; a method's row in models.methods lists its terms.
 
-A new method is a class and a row in one file, say l2sp.py. This one penalises the distance of the shared
-weights from their old values ("L2-SP" of Li et al., "Explicit Inductive Bias for Transfer Learning with
-Convolutional Networks", ICML 2018):
-
-    class L2SP(LossTerm):
-        name, needs_teacher = 'l2sp', True
-
-        def __init__(self, options):
-            super().__init__(options)
-            self.weight = options.lambdac
-
-        def forward(self, step, images, labels, domain, part):
-            pairs = zip(step.student.shared_parameters(), step.teacher.shared_parameters())
-            return sum((new - old).square().sum() for new, old in pairs) / 2
-
-    METHODS['l2sp'] = Method('fine-tuning held by L2-SP', terms=(CrossEntropy, L2SP),
-                             uses=('lambdac', 'shared_lr', 'no_dropout'))
-
-    if __name__ == '__main__':
-        main()                                              # of mdil.__main__
-
-`python l2sp.py train --method l2sp ...` and `python l2sp.py eval ...` then run the tools with it.
-
-The progress bar, metrics.jsonl, the dashboard and the report show 'l2sp' automatically.
+A new method is a class and a row in one file: docs/extending.md has an example. The progress bar, metrics.jsonl, the
+dashboard and the report show its terms by name.
 """
 import torch
 from torch import nn

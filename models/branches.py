@@ -12,11 +12,10 @@ A branch file is a dict like a checkpoint:
 import torch
 
 from mdil.datasets.domains import canonical, get_domain
-from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_stated, load_network, named_classes, read,
-                                     read_checkpoint)
+from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_stated, load_network, method_of,
+                                     named_classes, read, read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
 from mdil.models.layouts import CLASSES, faults
-from mdil.models.methods import DEFAULT
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError
 
@@ -44,7 +43,7 @@ class LoadedCheckpoint:
     def __init__(self, path, names=None, method=None, paths=None):
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
-        self.method, self.network = self.checkpoint.method or method or DEFAULT, self.checkpoint.found.network
+        self.method, self.network = method_of(self.checkpoint, method), self.checkpoint.found.network
         if self.checkpoint.domains:
             check_stated(names, self.checkpoint.domains, path)
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes

@@ -335,12 +335,16 @@ def check_content(content, path):
     """UserError if an entry besides the state_dict is invalid; in foreign files, only entries that we use count."""
     if 'version' not in content:
         check_kinds(content, path, {name: KINDS[name] for name in ('domains', 'method', 'domain_statistics')})
+        for name in ('epoch', 'best_acc', 'options'):       # of no use, but shown or kept
+            if name in content and not KINDS[name][0](content[name]):
+                del content[name]
         return
     check_kinds(content, path, {**KINDS, **LATER})
     if not 1 <= content['version'] <= VERSION:
         raise UserError(f'{path}: version {content["version"]}, this code reads up to {VERSION}')
-    if content.get('epoch', 0) > content.get('options', {}).get('num_epochs', math.inf):
-        raise UserError(f'{path}: says {content["epoch"]} epochs are done of {content["options"]["num_epochs"]}')
+    planned = content.get('options', {}).get('num_epochs')
+    if planned is not None and not (whole(planned) and content.get('epoch', 0) <= planned):
+        raise UserError(f'{path}: says {content.get("epoch", 0)} epochs are done of {planned}')
 
 
 def declared_layout(content, state, path):
@@ -417,6 +421,8 @@ def fitting_methods(found):
 
 def network_of(found, method, source):
     """The network of `method` with the found tensors loaded; UserError that names what does not fit."""
+    if not found.num_classes:
+        raise UserError(f'{source} holds only an encoder, no decoder')
     method, names = method_name(method), fitting_methods(found)
     if method not in names:
         raise UserError(f'{source} holds {found.kind}; that is not a network of --method {method} '
@@ -428,12 +434,14 @@ def network_of(found, method, source):
     return model
 
 
+def method_of(checkpoint, method=None):
+    """The method that a checkpoint states, or else `method`, or else the first whose network fits; None without one."""
+    return checkpoint.method or method or next(iter(fitting_methods(checkpoint.found)), None)
+
+
 def load_network(checkpoint, method=None):
-    """The network of a checkpoint for `method` (default: the stated one, else the first that fits)."""
-    method = method or checkpoint.method or next(iter(fitting_methods(checkpoint.found)), None)
-    if not checkpoint.found.num_classes:
-        raise UserError(f'{checkpoint.source} holds only an encoder, no decoder')
-    return network_of(checkpoint.found, method, checkpoint.source)
+    """The network of a checkpoint, for its `method_of`."""
+    return network_of(checkpoint.found, method_of(checkpoint, method), checkpoint.source)
 
 
 def start_from_encoder(model, checkpoint, batch_norms):

@@ -34,8 +34,8 @@ def needed(*packages):
 
 
 def free_sides():
-    """The free dimensions of the images, for torch.export."""
-    return {'images': {0: Dim('batch', min=1), 2: SIDE * Dim('h', min=2), 3: SIDE * Dim('w', min=2)}}
+    """The free dimensions of the images, the network's one argument, for torch.export."""
+    return ({0: Dim('batch', min=1), 2: SIDE * Dim('h', min=2), 3: SIDE * Dim('w', min=2)},)
 
 
 def write_onnx(network, example, path, about):

@@ -105,15 +105,18 @@ def statistics(looks):
             'threshold': threshold}
 
 
-def looks_of(paths, threads, title):
-    """The looks (N, FEATURES) of image files, with progress on standard error; UserError if one cannot be read."""
-    found = in_threads(lambda path: appearance(open_image(path)), paths, threads)
+def looks_of(paths, threads, title, read=open_image):
+    """The looks (N, FEATURES) of image files, with progress on standard error; UserError if one cannot be read.
+
+    read: path to image, as the images will be read that the looks are compared with.
+    """
+    found = in_threads(lambda path: appearance(read(path)), paths, threads)
     return torch.stack(list(tqdm(found, total=len(paths), desc=title, unit='image', leave=False, disable=None)))
 
 
-def statistics_of(paths, threads, title):
+def statistics_of(paths, threads, title, read=open_image):
     """The `statistics` of training images at `paths`, in order; of more than MOST, an evenly spaced sample."""
-    return statistics(looks_of(spaced(paths, MOST), threads, title))
+    return statistics(looks_of(spaced(paths, MOST), threads, title, read))
 
 
 def are_statistics(value):
@@ -124,9 +127,9 @@ def are_statistics(value):
 
 
 def has_form(part, shape):
-    """Whether `part` is a number above 0 (shape ()), or a finite tensor of that shape."""
+    """Whether `part` is a number from 0 (shape ()), or a finite tensor of that shape."""
     if not shape:
-        return isinstance(part, (int, float)) and not isinstance(part, bool) and part > 0
+        return isinstance(part, (int, float)) and not isinstance(part, bool) and part >= 0
     return isinstance(part, torch.Tensor) and part.shape == shape and bool(part.isfinite().all())
 
 
@@ -152,7 +155,8 @@ class Identifier:
 
     def __init__(self, known):
         self.models = [OneDomain(entry['mean'].double(), entry['covariance'].double()) for entry in known]
-        self.thresholds = torch.tensor([entry['threshold'] for entry in known], dtype=torch.float64)
+        thresholds = torch.tensor([entry['threshold'] for entry in known], dtype=torch.float64)
+        self.thresholds = thresholds.clamp(min=FLOOR)       # that of equal images is 0
         pooled = torch.stack([model.covariance for model in self.models]).mean(dim=0)
         means = torch.stack([model.mean for model in self.models])
         self.weights = torch.linalg.solve(pooled, means.T)                  # (FEATURES, domains)

@@ -44,6 +44,9 @@ def test_calibration_corrects_by_the_ratio_and_errs_by_its_spread():
     found = calibration([(sure, good), (sure, bad)])
     assert found.miou == pytest.approx(60) and found.ratio == pytest.approx(0.6)        # 75 / 125
     assert found.spread == pytest.approx(torch.tensor([1, 1 / 3]).std().item())
+    void = torch.zeros_like(good)       # of images without a label
+    assert calibration([(sure, good), (sure, bad), (sure, void)]).spread == found.spread
+    assert calibration([(sure, good), (sure, void)]).spread is None
     half = Counts(torch.tensor([50.0]).double(), torch.tensor([75.0]).double(), torch.tensor([75.0]).double())
     assert Calibration(60.0, 0.6, 0.1).expected(half) == (pytest.approx(30), pytest.approx(5))
 

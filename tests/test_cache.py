@@ -178,12 +178,12 @@ def test_two_that_build_it_where_files_cannot_be_locked_leave_each_other_alone(t
     monkeypatch.setattr(files.fcntl, 'flock', no_locks)
     build, data = cache.build, train_set(toy)
 
-    def twice(dataset, target, workers):
+    def twice(dataset, target, workers, stamps):
         monkeypatch.setattr(cache, 'build', build)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as half_built:
             cached(data, tmp_path)
             assert Path(half_built).is_dir()
-        build(dataset, target, workers)     # the slower one
+        build(dataset, target, workers, stamps)     # the slower one
     monkeypatch.setattr(cache, 'build', twice)
     assert_equal(cached(data, tmp_path), data)
 
@@ -214,6 +214,21 @@ def test_changed_file_rebuilds_and_replaces(roads, tmp_path, loads, part, level)
     assert not torch.equal(first.load(2)[number], second.load(2)[number]), 'a run keeps what it has mapped'
     with pytest.raises(UserError, match='missing or damaged'):
         pickle.loads(pickle.dumps(first))
+
+
+def test_a_cache_of_a_file_that_changed_while_it_was_built_does_not_stay(roads, tmp_path, monkeypatch):
+    load_all = cache.load_all
+
+    def changed(dataset, workers):
+        path = dataset.pairs[0].label
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        return load_all(dataset, workers)
+    monkeypatch.setattr(cache, 'load_all', changed)
+    cached(train_set(roads), tmp_path / 'cache')
+    monkeypatch.setattr(cache, 'load_all', load_all)
+    (mixed,) = subfolders(tmp_path / 'cache')
+    cached(train_set(roads), tmp_path / 'cache')
+    assert len(subfolders(tmp_path / 'cache')) == 1 and subfolders(tmp_path / 'cache') != [mixed]
 
 
 def test_changed_label_mapping_and_missing_file_rebuild(roads, tmp_path, loads):

@@ -301,6 +301,17 @@ def test_an_image_in_two_splits_is_an_error_and_a_copy_is_noted(tmp_path):
     assert not fit and error['kind'] == 'shared file' and 'train0.png of train' in error['message']
 
 
+def test_an_image_that_cannot_be_read_is_not_compared(tmp_path):
+    """Nor read again: where it may not be read at all, that would end the check."""
+    option = own_domain(tmp_path, [0, 1] * 6, [0, 1] * 6)
+    for folder in ('own/train', 'own/val'):
+        for path in (tmp_path / folder).iterdir():
+            path.write_bytes(b'the same')
+    fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
+    kinds = [error['kind'] for split in ('train', 'val') for error in found['mine'][split]['errors']]
+    assert not fit and len(kinds) == 2 and 'shared file' not in kinds and found['mine']['val']['remarks'] == []
+
+
 def test_one_folder_for_both_splits_is_one_error(tmp_path):
     option = own_domain(tmp_path, [0, 1] * 6, [0, 1] * 6, images='train', labels='trainannot')
     fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])

@@ -13,6 +13,7 @@ from mdil import eval as evaluation
 from mdil.datasets import get_domain
 from mdil.evaluation import export
 from mdil.models import build_model, checkpoint
+from mdil.models.branches import LoadedCheckpoint
 from mdil.models.layouts import published_keys, recognise
 from mdil.training import building, resume
 from mdil.utils.errors import UserError
@@ -255,6 +256,40 @@ def test_export_writes_the_published_layout(tmp_path, layout):
     assert heads == ({'decoder'} if method in ('mdil', 'multi-task', 'single-task') else
                      {'decoder_old', 'decoder_new'} if len(classes) == 2 else
                      {'decoder_old1', 'decoder_old2', 'decoder_new'})
+
+
+@pytest.mark.parametrize('layout, given', [('ours-2', None), ('fine-tune-2', None), ('multi-task', 'multi-task')])
+def test_files_without_a_method_are_written_with_the_one_that_they_hold(tmp_path, layout, given):
+    """Not with the default method, whose network they may not be."""
+    method, classes, multi = PUBLISHED[layout]
+    keys = published_keys(fill(build_model(classes, method)).state_dict(), classes,
+                          'parallel' if method == 'mdil' else None, multi)
+    path = published_file(tmp_path / 'x', keys)
+    known = LoadedCheckpoint(path, ['cityscapes', 'BDD', 'IDD'][:len(classes)], given)
+    checkpoint.save(known.content(), tmp_path / 'named')
+    read = checkpoint.read_checkpoint(tmp_path / 'named')
+    assert read.method == method and checkpoint.load_network(read, 'single-task') is not None     # it says what it is
+    export.main([str(path), str(tmp_path / 'out'), *(['--method', given] if given else [])])
+    assert checkpoint.read(tmp_path / 'out')['state_dict'].keys() == keys.keys()
+
+
+def test_odd_entries_of_foreign_files_do_not_matter(tmp_path):
+    model = fill(build_model([20], 'single-task'))
+    torch.save({'state_dict': model.state_dict(), 'epoch': None, 'best_acc': 'good', 'options': [3]}, tmp_path / 'x')
+    export.main([str(tmp_path / 'x'), str(tmp_path / 'out')])
+    assert checkpoint.read(tmp_path / 'out')['epoch'] == 0
+
+
+@pytest.mark.parametrize('planned', [2, 'three', [3]])
+def test_a_file_after_more_epochs_than_it_plans_is_refused(tmp_path, planned):
+    content = {'version': 1, 'epoch': 3, 'state_dict': build_model([20], 'single-task').state_dict(),
+               'domains': [{'name': 'cityscapes', 'classes': 20}], 'method': 'single-task'}
+    for options in ({}, {'num_epochs': 3}, {'num_epochs': None}):
+        checkpoint.save({**content, 'options': options}, tmp_path / 'x')
+        checkpoint.read_checkpoint(tmp_path / 'x')
+    checkpoint.save({**content, 'options': {'num_epochs': planned}}, tmp_path / 'x')
+    with pytest.raises(UserError, match='says 3 epochs are done of'):
+        checkpoint.read_checkpoint(tmp_path / 'x')
 
 
 def test_export_refuses_what_the_published_code_lacks(tmp_path):

@@ -40,8 +40,8 @@ class Tiny(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 5, 2, 2))
 
-    def forward(self, images):
-        return self.layers(images)
+    def forward(self, x):       # any name will do
+        return self.layers(x)
 
 
 def lacking(kind):
@@ -102,6 +102,7 @@ def test_eight_bits_are_calibrated_by_images(tmp_path):
     (['x.onnx', '--format', 'onnx'], 'knows cityscapes, camvid; choose one with --domain'),
     (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], "does not know the domain 'IDD', only cityscapes, camvid"),
     (['x.bin', '--format', 'onnx', '--domain', 'CS'], 'OUT must end in .onnx'),
+    (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
     (['x.onnx', '--format', 'onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 needs --format openvino'),
     (['x.xml', '--format', 'openvino', '--domain', 'CS', '--int8'], 'go together')])

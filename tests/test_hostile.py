@@ -26,12 +26,15 @@ import torch
 
 from mdil import eval as evaluation, train
 from mdil.datasets.toy.roads import write_toy_roads
+from mdil.evaluation import compare, tsne
+from mdil.evaluation.inputs import find_sources
+from mdil.evaluation.report import find_steps
 from mdil.models import build_model, checkpoint
 from mdil.training import resume
 from mdil.training.options import parse_train
 from mdil.training.run import BEST, LATEST, PREVIOUS, Run
 from mdil.utils.errors import UserError
-from mdil.utils.files import temporary_name
+from mdil.utils.files import check_writable, temporary_name
 from mdil.utils.parallel import session
 from tests.fill import fill
 
@@ -695,6 +698,17 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path, learnt, where):
         checkpoint.save({}, tmp_path / where / 'x')
     with pytest.raises(UserError, match='does not exist|is not a file'):
         checkpoint.read(tmp_path / where)
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path):
+    """Asking what is there raises, as it does in folders that one may not enter."""
+    path = tmp_path / ('x' * 300)
+    for look in (lambda: find_sources([path]), lambda: find_steps(path), lambda: compare.read_results([f'a={path}'])):
+        with pytest.raises(UserError, match='does not exist|is not a folder|name too long'):
+            look()
+    with pytest.raises(UserError, match='cannot be written to'):
+        check_writable('--json', path)
+    assert tsne.checkpoint_pair(f'a={path},b', None) == ('a', str(path), 'b')
 
 
 def test_a_lock_file_that_is_a_pipe_does_not_wait_for_a_reader(tmp_path):

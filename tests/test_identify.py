@@ -91,10 +91,19 @@ def test_statistics_are_a_few_kilobytes_and_checked_when_read():
     found = statistics(looks(0, 60))
     assert sum(part.numel() * 4 for part in found.values() if isinstance(part, torch.Tensor)) < 8000
     assert identify.are_statistics({'cityscapes': found, 'IDD': found})
-    for name, value in (('mean', torch.zeros(3)), ('count', True), ('threshold', 0.0), ('covariance', 'x'),
+    for name, value in (('mean', torch.zeros(3)), ('count', True), ('threshold', -1.0), ('covariance', 'x'),
                         ('mean', torch.full((FEATURES,), float('nan')))):
         assert not identify.are_statistics({'cityscapes': {**found, name: value}})
     assert not identify.are_statistics({'cityscapes': {}}) and not identify.are_statistics([found])
+
+
+def test_equal_images_have_statistics_that_a_checkpoint_may_hold():
+    """Such as made-up ones: their threshold is 0, and only another image is unknown."""
+    same = looks(0, 1).repeat(200, 1)
+    found = statistics(same)
+    assert found['threshold'] == 0 and identify.are_statistics({'cityscapes': found})
+    guess = Identifier([found]).guess(torch.cat([same[:1], looks(1, 1)]))
+    assert guess.unknown.tolist() == [False, True]
 
 
 def test_many_images_are_sampled_in_order(monkeypatch):
@@ -184,6 +193,19 @@ def test_the_tool_reads_the_images_of_a_folder_in_order_and_nothing_else(steps, 
     monkeypatch.setattr(checkpoint, 'save', lambda content, path: None)
     tool.main([str(steps[1]), '--out', str(tmp_path / 'new'), '--images', f'IDD={tmp_path}'])
     assert [path.name for path in read] == ['0.png', '1.png', '2.png']
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_photos_look_as_they_do_upright_pairs_as_they_are_stored(toy, steps, tmp_path, monkeypatch, folder):
+    state, seen = older(steps[1], tmp_path / 'old'), []
+    monkeypatch.setattr(tool, 'statistics_of', lambda paths, threads, title, read: seen.append(read) or {'count': 60})
+    monkeypatch.setattr(checkpoint, 'save', lambda content, path: None)
+    sideways = Image.new('RGB', (20, 10))
+    sideways.getexif()[0x0112] = 6
+    sideways.save(tmp_path / 'x.jpg', exif=sideways.getexif())
+    images = ['--images', f'cityscapes={tmp_path}', f'IDD={tmp_path}'] if folder else ['--data-root', str(toy)]
+    tool.main([str(state), '--out', str(tmp_path / 'new'), *images])
+    assert [read(tmp_path / 'x.jpg').size for read in seen] == [(10, 20) if folder else (20, 10)] * 2
 
 
 def evaluate(toy, state, out, *arguments):

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from mdil.benchmarks import merge
+from mdil.benchmarks.sequence_tables import figures_of
 from mdil.utils.errors import UserError
 
 OPTIONS = {**dict.fromkeys(merge.ALIKE), 'epochs': {'': 5}}
@@ -108,6 +109,19 @@ def test_a_joint_row_counts_in_every_order_of_its_domains(tmp_path):
     text = markdown.read_text()
     assert 'BDD, then cityscapes: points more than multi-task' in text
     assert '| single-task | 3 | 0.00 ± 0.00 (p = 1) | -1.00 ± 0.00' in text
+
+
+def test_a_run_of_all_orders_has_one_result(tmp_path):
+    paths = [results(tmp_path / 'ours.json', SINGLE),
+             results(tmp_path / 'turned.json', {'single-task': {0: (20.0, 39.0)}}, 'BDD cityscapes')]
+    with pytest.raises(UserError, match='orders .* differ on seed 0 of "single-task"'):
+        merge.main(paths)
+
+
+def test_forward_transfer_is_of_the_domains_after_the_first(tmp_path):
+    """The scores of a joint run are sorted by name."""
+    figures = figures_of(('b', 'a'), [{'a': 30.0, 'b': 40.0}], {'a': 25.0, 'b': 40.0})
+    assert figures['forward_transfer'] == 5.0 and figures['new'] == 30.0
 
 
 def test_files_that_are_read_are_not_written(tmp_path):

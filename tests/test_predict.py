@@ -445,3 +445,11 @@ def test_the_frames_of_a_video(model, state, tmp_path):
     with pytest.raises(UserError, match='1 image was left out: .*broken.mp4 cannot be read as a video'):
         run(state, tmp_path / 'both', '--input', tmp_path / 'broken.mp4', tmp_path / 'drive.mp4', '--domain', 'CS')
     assert len(list((tmp_path / 'both/drive').iterdir())) == 3
+    # The same video as a phone held upright stores it: sideways, with a matrix that turns it.
+    content = bytearray((tmp_path / 'drive.mp4').read_bytes())
+    matrix = content.index(b'tkhd') + 44
+    assert content[matrix:matrix + 8] == b'\0\1\0\0\0\0\0\0'
+    content[matrix:matrix + 20] = b''.join(number.to_bytes(4, 'big', signed=True) for number in (0, 1 << 16, 0, -1 << 16, 0))
+    (tmp_path / 'phone.mp4').write_bytes(content)
+    run(state, tmp_path / 'phone', '--input', tmp_path / 'phone.mp4', '--domain', 'CS')
+    assert pixels(tmp_path / 'phone/phone/000000.png').shape == (64, 48)

@@ -18,7 +18,7 @@ from mdil.datasets.domains import domain_of, is_declared
 from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
 from mdil.models import build_model
-from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report, start_from_encoder, stated_size
+from mdil.models.checkpoint import check_known, network_of, read_checkpoint, report, start_from_encoder, stated_size
 from mdil.models.identify import statistics_of
 from mdil.models.multi_domain import batch_norms_of
 from mdil.models.networks import DEFAULT as ERFNET
@@ -217,7 +217,7 @@ def build_networks(options, domains):
                         f'{domains[0].name} needs a checkpoint of the previous step')
     check_known(checkpoint, domains[:-1])
     note_size(options, checkpoint)
-    student = load_network(checkpoint, options.method)
+    student = network_of(checkpoint.found, options.method, checkpoint.source)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
     # So that the new layers do not depend on how many domains were built before.

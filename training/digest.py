@@ -36,8 +36,8 @@ def split_digests(data):
     names = [os.fsencode(os.path.relpath(path, data.folder)) for path in files]
     bar = tqdm(data.pairs, desc=f'reading labels of {data.domain.name} {data.split}', unit='file', leave=False,
                disable=None)
+    labels = list(in_threads(content_digest, (pair.label for pair in bar), min(8, os.cpu_count() or 1)))
     try:
-        labels = list(in_threads(content_digest, (pair.label for pair in bar), min(8, os.cpu_count() or 1)))
         sizes = [os.path.getsize(pair.image) for pair in data.pairs]
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}') from None

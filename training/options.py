@@ -182,7 +182,9 @@ def display_options(parser):
     group = parser.add_argument_group('live curves (visdom)')
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='address of the visdom server')
-    group.add_argument('--env', metavar='NAME', help='visdom environment to draw into (default: by method and domains)')
+    group.add_argument('--env', metavar='NAME',
+                       help='visdom environment to draw into (default: --model-name-suffix, or the last two folders of '
+                            '--savedir)')
     group = parser.add_argument_group('scalars (TensorBoard)')
     group.add_argument('--tensorboard', action='store_true',
                        help='write losses, rates and scores to --savedir/tensorboard; needs the package tensorboard')

@@ -33,7 +33,8 @@ def paper_options(parser):
     group.add_argument('--current-task', '--current_task', type=natural, metavar='N', help='index of the step, from 0')
     group.add_argument('--nb-tasks', '--nb_tasks', type=positive, metavar='N', help='number of domains after the step')
     group.add_argument('--finetune', action='store_true', help='the same as --method fine-tune')
-    group.add_argument('--decoder', action='store_true', help='train encoder and decoder (always on)')
+    group.add_argument('--decoder', action='store_true',
+                       help='with one domain and no task number: the same as --method single-task')
     group.add_argument('--pretrainedEncoder', metavar='FILE', help='the same as --state, an ImageNet encoder')
 
 

@@ -151,7 +151,7 @@ def check_writable(option, path, folder=False, inputs=()):
     inputs: files to be read, which the option must not name.
     """
     place = Path(path) if folder else Path(os.path.realpath(path)).parent
-    if not folder and Path(path).is_dir():
+    if not folder and os.path.isdir(path):
         raise UserError(f'{option} {path} is a folder, a file name is expected')
     if any(same_file(path, read) for read in inputs):
         raise UserError(f'{option} {path} is a file that is read; name another file to write')
@@ -161,8 +161,8 @@ def check_writable(option, path, folder=False, inputs=()):
         return
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        with tempfile.TemporaryFile(dir=place), contextlib.suppress(FileNotFoundError):
+            os.lstat(path)      # fails if the name is too long
     except OSError as error:
         raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None
 

@@ -5,7 +5,7 @@ longer to launch them than the GPU to run them.
 """
 import torch
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 
 EAGER = 2       # calls before recording: cuDNN chooses its algorithms, torch.compile writes its kernels
 
@@ -62,6 +62,6 @@ class Graphed:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError(f'this step cannot be recorded as a CUDA graph ({" ".join(str(error).split())[:200]}); '
+            raise UserError(f'this step cannot be recorded as a CUDA graph ({brief(error, 200)}); '
                             'leave out --cuda-graphs') from error
         return graph, own, output

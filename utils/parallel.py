@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 from mdil.utils.precision import check_precision
 from mdil.utils.workers import end_with
 
@@ -170,7 +170,7 @@ def join(device):
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
         meeting = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-        raise UserError(f'the processes cannot connect at {meeting} ({" ".join(str(error).split())[:150]}); check that '
+        raise UserError(f'the processes cannot connect at {meeting} ({brief(error)}); check that '
                         'the port is free and the machines can reach it') from None
 
 
