@@ -12,6 +12,7 @@ give the step x domain matrix with forgetting and transfer. Void pixels never co
 labels are resized to --width x --height, as in the published protocol; --resolution native keeps
 the labels' own size. The default size is the training size, or 1024x512 if the file does not say.
 """
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,8 @@ def result_options(parser):
     for name, text in (('json', 'all scores as JSON'), ('csv', 'all scores as CSV, one per line'),
                        ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
+    group.add_argument('--resume', action='store_true',
+                       help='evaluate nothing if --json holds these checkpoints, scored alike, and is newer')
     group = parser.add_argument_group('pictures')
     for name, text in (('overlays', 'input, truth and prediction of every image, with a legend'),
                        ('color', "the prediction of every image in the domain's colours, and their legend"),
@@ -109,6 +112,8 @@ def check_options(options):
     options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
+    elif options.resume:
+        raise UserError('--resume needs --json FILE, the results of an earlier evaluation')
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
         raise UserError('two results would be written to the same file: ' + ', '.join(map(str, paths)))
@@ -116,6 +121,22 @@ def check_options(options):
         pictures.figure_format(options.save_panels)
     elif options.images:
         raise UserError('--images chooses the images of --save-panels FILE, which is not given')
+
+
+def finished(options):
+    """Whether --json holds the checkpoints, or begins with them, scored in the same way, and is newer than they are."""
+    try:
+        known = json.loads(Path(options.json).read_text())
+        states = [step['state'] for step in known['steps'][:len(options.state)]]
+        return (states == list(map(str, options.state)) and known['protocol'] == protocol_of(options)
+                and max(map(os.path.getmtime, states)) <= os.path.getmtime(options.json))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def protocol_of(options):
+    """{name: value} of the options that scores depend on."""
+    return {name: getattr(options, name) for name in PROTOCOL}
 
 
 def single_task_scores(items, evaluator):
@@ -228,8 +249,8 @@ def run(options, place):
         results['cross_heads'] = evaluator.cross_heads(networks[-1], known[-1], scores)
     if identifier:
         results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
-    protocol = {name: getattr(options, name) for name in PROTOCOL}
-    return (tables.without_nan({**results, 'protocol': protocol, 'versions': records.environment(place.device)}),
+    return (tables.without_nan({**results, 'protocol': protocol_of(options),
+                                'versions': records.environment(place.device)}),
             partial(draw_panels, options, networks, known, datasets, chosen, place))
 
 
@@ -253,6 +274,9 @@ def report(results, options):
 def main(argv=None):
     options = eval_parser().parse_args(argv)
     check_options(options)
+    if options.resume and finished(options):
+        print(f'{options.json} has the results of {", ".join(options.state)}; evaluated before, kept')
+        return
     with session(options.device, precision=options.precision, graphs=options.cuda_graphs) as place:
         results, draw = run(options, place)
         if place.main:

@@ -30,7 +30,7 @@ from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_o
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
-from mdil.models.identify import FEWEST, Sequence, appearance, looks_of
+from mdil.models.identify import Sequence, appearance, looks_of, never_unknown
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, write_json, written_through
@@ -323,14 +323,6 @@ class Chooser:
         return None if self.stated else item.video or (Path(item.key).parent if self.sequence else None)
 
 
-def never_unknown(predictor):
-    """A note on domains that have no threshold, so that an image that fits one best is never called unknown; or ''."""
-    bounds = predictor.identifier.thresholds.tolist() if predictor.identifier else []
-    names = [domain.name for domain, bound in zip(predictor.domains, bounds) if bound == float('inf')]
-    return (f'; images that fit {" or ".join(names)} best are never marked unknown (fewer than {FEWEST} training '
-            'images)' if names else '')
-
-
 def predict_all(options, predictor, sources, records):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
@@ -369,7 +361,9 @@ def run(options, place):
     finally:
         if options.json:
             write_json(options.json, records)
-    print(f'{options.out}: {done}{never_unknown(predictor)}', file=sys.stderr)
+    print(f'{options.out}: {done}', file=sys.stderr)
+    if predictor.identifier and (note := never_unknown(predictor.identifier, predictor.domains)):
+        print(note, file=sys.stderr)
     if errors:
         for error in errors[1:]:
             print(error, file=sys.stderr)

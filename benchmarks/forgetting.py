@@ -56,7 +56,7 @@ def describe(evaluator, options):
 
 def tables_of(order, rows, costs, options):
     """All Tables of an order."""
-    paired = [paired_table(order, rows, options)] if options.against in rows else []
+    paired = [paired_table(order, rows, options.against)] if options.against in rows else []
     return [summary_table(order, rows, costs, options), column_table(order, rows, options), *paired]
 
 

@@ -7,15 +7,16 @@
 
 Nothing is trained. Delta_m% is computed again, against the first row of single-task networks, seed by seed. Joint and
 single-task rows count in every order of their domains. Files whose rows were not trained alike are refused; --minus
-compares the same rows after other training or, if the files have no order in common, in the other order.
+compares the same rows after other training or, if the files have no order in common, in the other order. The table of
+every step is left out where rows are compared.
 """
 import argparse
 import json
 from typing import NamedTuple
 
-from mdil.benchmarks.forgetting import tables_of
 from mdil.benchmarks.scoring import COLUMNS
-from mdil.benchmarks.sequence_tables import all_figures, change_table, in_column
+from mdil.benchmarks.sequence_tables import (all_figures, change_table, column_table, in_column, paired_table,
+                                             summary_table)
 from mdil.benchmarks.sequences import row_of
 from mdil.evaluation import tables
 from mdil.models import METHODS
@@ -142,14 +143,14 @@ def rows_in(paths, against):
     return read_files, all_figures(found, stated), costs, stated
 
 
-def changes(figures, others, against, paths):
+def changes(figures, others, options):
     """The Tables of what rows have more than in the files --minus; UserError if no run is in both."""
-    where, shown = ', '.join(paths), []
+    where, against, shown = ', '.join(options.minus), options.against, []
     for order, rows in figures.items():
         for other in [order] if order in others else [] if figures.keys() & others else orders_of(order, others):
             if not against or against in rows and against in others[other]:
                 turned = '' if order == other else f' ({", then ".join(other)})'
-                shown.append(change_table(order, rows, others[other], against, f'{where}{turned}'))
+                shown.append(change_table(order, rows, others[other], against, f'{where}{turned}', options.per_seed))
     if not any(table.groups[0] for table in shown):
         raise UserError(f'--minus {where}: no run of the same domains, row and seed is there')
     return shown
@@ -165,17 +166,23 @@ def main(argv=None):
                         help='the same rows after other training or in the other order: a table of how the rows '
                              'differ from those (with --against: of how their leads over that row differ), paired by '
                              'seed, with p')
+    parser.add_argument('--per-seed', action='store_true', help='the differences of each seed, too')
     parser.add_argument('--markdown', metavar='FILE', help='write the tables')
     options = parser.parse_args(argv)
     if options.markdown:
         check_writable('--markdown', options.markdown, inputs=[*options.files, *options.minus])
-    against = options.against and ' '.join(options.against.split())
+    against = options.against = options.against and ' '.join(options.against.split())
     read_files, figures, costs, stated = rows_in(options.files, against)
-    shown = [table for order, rows in figures.items()
-             for table in tables_of(order, rows, {name: costs[order, name] for name in rows}, stated)]
+    shown = []
+    for order, rows in figures.items():
+        shown.append(summary_table(order, rows, {name: costs[order, name] for name in rows}, stated))
+        if not (against or options.minus):
+            shown.append(column_table(order, rows, stated))
+        if against in rows:
+            shown.append(paired_table(order, rows, against, options.per_seed))
     if options.minus:
         others, their_figures, *_ = rows_in(options.minus, against)
-        shown += changes(figures, their_figures, against, options.minus)
+        shown += changes(figures, their_figures, options)
         read_files = {**read_files, **others}
     about = f'From {", ".join(f"{path} ({results.revision})" for path, results in read_files.items())}.'
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')

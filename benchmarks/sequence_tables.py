@@ -157,8 +157,11 @@ def last_figures(order, rows):
 
 
 def less(ours, others):
-    """{seed: ours - others, figure by figure} of two {seed: figures}; a figure is None where either is."""
-    return {seed: [None if None in pair else pair[0] - pair[1] for pair in zip(ours[seed], others[seed])]
+    """{seed: ours - others, figure by figure} of two {seed: figures}; a figure is None where either is.
+
+    Without what rounding leaves of equal figures.
+    """
+    return {seed: [None if None in pair else round(pair[0] - pair[1], 9) for pair in zip(ours[seed], others[seed])]
             for seed in ours if seed in others}
 
 
@@ -169,35 +172,44 @@ def gains(order, rows, against):
     return {key: less(seeds, base) for key, seeds in found.items()}
 
 
-def paired_table(order, rows, options):
-    """What each row has more than the row --against after the last step, paired by seed, with p."""
-    return differences_table(f'{", then ".join(order)}: points more than {options.against} after the last step',
-                             f'against-{"-".join(order)}', order, gains(order, rows, options.against))
+def paired_table(order, rows, against, each=False):
+    """What each row has more than the row `against` after the last step, paired by seed, with p; each: and per seed."""
+    return differences_table(f'{", then ".join(order)}: points more than {against} after the last step',
+                             f'against-{"-".join(order)}', order, gains(order, rows, against), each)
 
 
-def change_table(order, rows, others, against, where):
+def change_table(order, rows, others, against, where, each=False):
     """What each row has more after the last step than in `others`, the rows of other files, paired by seed, with p.
 
-    against: None, or the row whose figures are taken off first, in both.
+    against: None, or the row whose figures are taken off first, in both. each: per seed, too.
     """
     ours, theirs = ((gains(order, each, against) if against else last_figures(order, each)) for each in (rows, others))
     found = {key: less(ours[key], theirs[key]) for key in ours if key in theirs}
-    title = f'{", then ".join(order)}: points more ' + (f'than {against}' if against else 'after the last step')
-    return differences_table(f'{title}, less the same in {where}', f'change-{"-".join(order)}', order, found)
+    what = f'lead over {against} in points after the last step, minus that' if against else (
+        'points more after the last step than')
+    return differences_table(f'{", then ".join(order)}: {what} in {where}', f'change-{"-".join(order)}', order, found,
+                             each, judged=not against)
 
 
-def differences_table(title, name, order, found):
-    """The Table of {(row name, column): {seed: differences}}; rows without seeds are left out."""
-    lines = [[f'{row}{TITLES[column]}', str(len(seeds)),
-              *('-' if None in each else gain_cell(each) for each in zip(*seeds.values()))]
-             for (row, column), seeds in found.items() if seeds]
+def differences_table(title, name, order, found, each=False, judged=True):
+    """The Table of {(row name, column): {seed: differences}}; rows without seeds are left out.
+
+    each: with a line per seed. judged: whether a difference can be called better or worse; of leads it is neither.
+    """
+    lines = []
+    for (row, column), seeds in found.items():
+        if seeds:
+            cells = ['-' if None in values else gain_cell(values, judged) for values in zip(*seeds.values())]
+            lines.append([f'{row}{TITLES[column]}', str(len(seeds)), *cells])
+            lines += [[f'  seed {seed}', '', *map(number, values)] for seed, values in seeds.items() if each]
+    verdicts = f'; "better" and "worse" where p < {paired.LIMIT}' if judged else ''
     return Table(title, name, ['row', 'n', *order, 'mean', tables.DELTA], [lines],
-                 (f'p: two-sided t test, paired by seed; "better" and "worse" where p < {paired.LIMIT}.',))
+                 (f'p: two-sided t test, paired by seed{verdicts}.',))
 
 
-def gain_cell(differences):
-    """Differences of one figure: mean and deviation, p, and the verdict."""
-    p, verdict = paired.p_value(differences), paired.verdict(differences)
+def gain_cell(differences, judged):
+    """Differences of one figure: mean and deviation, p, and the verdict if they are judged."""
+    p, verdict = paired.p_value(differences), paired.verdict(differences) if judged else ''
     if p is None:
         return spread(differences)
     told = f'p = {p:.2g}' if p >= LEAST_P else f'p < {LEAST_P}'

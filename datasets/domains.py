@@ -3,6 +3,7 @@
 A domain is one declaration. `get_domain` finds one by name or alias, or reads a user's own from JSON;
 `domain_of` takes a user's own from a file that a training wrote.
 """
+import difflib
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def get_domain(name, paths=None):
     if name in DOMAINS:
         return replace(DOMAINS[name], folder=str(paths[name].absolute())) if name in paths else DOMAINS[name]
     if name not in paths:
-        raise UserError(f'unknown domain {name!r}; built in are {", ".join(DOMAINS)}; for your own pass '
+        alike = difflib.get_close_matches(name.lower(), domain_names(), 1)
+        meant = f' (did you mean {domain_names()[alike[0]]}?)' if alike else ''
+        raise UserError(f'unknown domain {name!r}{meant}; built in are {", ".join(DOMAINS)}; for your own pass '
                         f'--data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
     path = paths[name]
     return read_domain(name, path if path.suffix == '.json' else path / 'domain.json')

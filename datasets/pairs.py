@@ -241,8 +241,8 @@ def missing_labels(domain, base, split, layout, found):
 
 def report_unpaired(domain, split, found):
     """Reports files without a partner on standard error: a line for images, a line for labels."""
-    for count, what, first in ((len(found.without_label), 'images without a label', found.without_label),
-                               (len(found.without_image), 'labels without an image', found.without_image)):
-        if count:
-            tell(printable(f'{domain.name} {split}: {count} {what} left out, e.g. {first[0]}; '
-                           f'python -m mdil check lists them'))
+    for odd, what in ((found.without_label, 'image{} without a label'),
+                      (found.without_image, 'label{} without an image')):
+        if odd:
+            tell(printable(f'{domain.name} {split}: {len(odd)} {what.format("s" * (len(odd) > 1))} left out, e.g. '
+                           f'{odd[0]}; python -m mdil check lists them'))

@@ -88,9 +88,9 @@ def likely_cause(wrong, present, values):
         other = ', or classes count from 1 and 0 is void' if wrong[0] != 255 else ''
         return f'void is {wrong[0]} where {void} is expected{other}'
     if max(wrong) < 34 and len(values) == 20:
-        return 'labelIds where trainIds are expected'
+        return 'label IDs where train IDs are expected'
     if max(wrong) < 40:
-        return 'ids of another kind, label ids or those of another level?'
+        return 'are these label IDs, or IDs of another level?'
     return 'grey levels or palette of a colour image, or labels resized with interpolation?'
 
 

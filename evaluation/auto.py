@@ -6,14 +6,15 @@ import torch
 
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import cross_confusion
-from mdil.models.identify import looks_of
+from mdil.models.identify import looks_of, never_unknown
 
 
 def evaluate_auto(evaluator, identifier, model, domains):
     """Results of detecting the domain of every image, as `--json` has them under 'auto'.
 
     {'accuracy': percent of images for which their own branch is chosen, 'matrix': {truth: {chosen: images}},
-    'unknown': {truth: images called unknown}, 'domains': {truth: {'miou'}}, 'seconds': {'identify', 'segment'}}.
+    'unknown': {truth: images called unknown}, 'domains': {truth: {'miou'}}, 'seconds': {'identify', 'segment'},
+    'never_unknown': what `identify.never_unknown` says}.
     An image called unknown is still segmented by the branch chosen for it.
     """
     result = {'matrix': {}, 'unknown': {}, 'domains': {}, 'seconds': {'identify': 0.0, 'segment': 0.0}}
@@ -30,7 +31,7 @@ def evaluate_auto(evaluator, identifier, model, domains):
         result['domains'][domain.name] = {'miou': metrics.mean_iou(matrix, evaluator.options.published_metric)}
     right = sum(row[name] for name, row in result['matrix'].items())
     images = sum(sum(row.values()) for row in result['matrix'].values())
-    return {'accuracy': 100 * right / images, **result}
+    return {'accuracy': 100 * right / images, **result, 'never_unknown': never_unknown(identifier, domains)}
 
 
 def guess_of(evaluator, identifier, domain):

@@ -9,9 +9,10 @@ FILES = {BEST: 'best', LATEST: 'last'}
 
 
 def training_of(path):
-    """{'file', 'learnt', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None for any other.
+    """{'file', 'step', 'learnt', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None for any other.
 
-    file: 'best' or 'last', which of the two it is. learnt: names of the domains that the run learns.
+    file: 'best' or 'last', which of the two it is. step: number of the run in its sequence, from 1. learnt: names of
+    the domains that the run learns.
     best, last: {'epoch', 'miou'} as validated while training, with the mIoU in percent, averaged over those.
     """
     step = read_step(Path(path).parent)
@@ -20,4 +21,5 @@ def training_of(path):
         return None
     epochs = {which: {'epoch': line['epoch'], 'miou': records.mean_miou(line, step.learnt)}
               for which, line in zip(('best', 'last'), chosen)}
-    return {'file': FILES[Path(path).name], 'learnt': list(step.learnt), **epochs}
+    number = len(step.options.get('domains') or step.learnt) - len(step.learnt) + 1
+    return {'file': FILES[Path(path).name], 'step': number, 'learnt': list(step.learnt), **epochs}

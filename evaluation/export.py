@@ -121,8 +121,8 @@ def export_network(options):
     write(network, example, options.out, about(domain, size))
     apart, agree = difference(network, Exported(options.out), compared)
     print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'
-          f'{", int8" if options.int8 else ""}; logits at most {apart:.1e} of their largest from PyTorch\'s, '
-          f'{100 * agree:.2f} % of the predictions equal')
+          f'{", int8" if options.int8 else ""}; largest difference from PyTorch\'s logits '
+          f'{apart:.1e} of the largest logit, {100 * agree:.2f} % of the predictions equal')
 
 
 @torch.inference_mode()

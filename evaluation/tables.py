@@ -241,7 +241,7 @@ def head_table(heads):
 
 def epoch_table(steps):
     """Table of each step's best and last epoch, and which of them was evaluated; None if there are no records."""
-    rows = [[f'{index} ({found.get("learnt", list(step["domains"]))[-1]})', found['file'],
+    rows = [[f'{found.get("step", index)} ({found.get("learnt", list(step["domains"]))[-1]})', found['file'],
              *(text for which in ('best', 'last')
                for text in (str(found[which]['epoch']), number(found[which]['miou'])))]
             for index, step in enumerate(steps, 1) if (found := step.get('training'))]
@@ -287,10 +287,12 @@ def auto_table(results):
     rows = [[name, number(results['domains'][name]['miou']), number(auto['domains'][name]['miou']),
              *(str(auto['matrix'][name][other]) for other in branches), str(auto['unknown'][name])] for name in names]
     seconds = auto['seconds']
-    note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Looking at them, reading '
-            f'included, took {seconds["identify"]:.1f} s, segmenting them {seconds["segment"]:.1f} s. Unknown ones are '
+    note = (f'The own branch is chosen for {number(auto["accuracy"])} % of the images. Choosing branches, reading '
+            f'included, took {seconds["identify"]:.1f} s, segmentation {seconds["segment"]:.1f} s. Unknown images are '
             'segmented by the branch that is chosen; classes count by their names.')
-    return Table('The branch told from each image (--domain auto), and images by chosen branch', 'auto',
+    if auto.get('never_unknown'):
+        note += f' {auto["never_unknown"]}.'
+    return Table('The branch chosen for each image (--domain auto), and images by chosen branch', 'auto',
                  ['domain', 'own mIoU', 'auto mIoU', *branches, 'unknown'], [rows], (note,))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mdil.datasets.domains import domain_of
+from mdil.datasets.domains import domain_of, is_declared
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
 from mdil.datasets.segmentation import SegmentationDataset, in_rgb
@@ -180,7 +180,8 @@ class Network:
         """{'miou', 'accuracy', 'iou': {class: IoU}} of a domain's branch on [(image, label), ...].
 
         mIoU and accuracy are in percent, the classes' IoUs in [0, 1]. Pairs are paths; label files hold the
-        same values as the domain's own. Images and labels are resized to the size that `load` chose, as
+        same values as the domain's own: of a domain that is not built in, those that its `data` given to `load` states,
+        or class indices and 255 for void. Images and labels are resized to the size that `load` chose, as
         train.py does when it validates. A class that occurs in neither labels nor predictions has the IoU
         NaN and does not count. Raises `mdil.UserError` for an unknown name, an empty list and files that
         cannot be read.
@@ -194,7 +195,14 @@ class Network:
         found = [pair_of(known.layouts[0], Path(image), Path(label)) for image, label in pairs]
         data = SegmentationDataset(known, '', 'given', self.predictor.size, pairs=found)
         loader = make_loader(data, EvalBatches(len(data), BATCH), 0, pin=False)
-        score = evaluate(self.model, index, loader, plain_weights(known), place, self.predictor.precision, known.name)
+        try:
+            score = evaluate(self.model, index, loader, plain_weights(known), place, self.predictor.precision,
+                             known.name)
+        except UserError as error:
+            if is_declared(known.name, self.known.paths or {}):
+                raise
+            raise UserError(f'{error}; a checkpoint does not say how labels are stored: if yours hold other values '
+                            f'than class indices, pass data={{{known.name!r}: FOLDER}} to mdil.load') from None
         return figures(score.own, known.classes, published=False)
 
     def save(self, file, overwrite=False):

@@ -192,6 +192,15 @@ def guessed(scores, novelties):
     return Guess(torch.softmax(scores, dim=1), novelties.gather(1, chosen)[:, 0])
 
 
+def never_unknown(identifier, domains):
+    """Which images are never called unknown, because their Domain had too few training images; '' if all can be."""
+    names = [domain.name for domain, bound in zip(domains, identifier.thresholds.tolist()) if bound == float('inf')]
+    if len(names) == len(domains):
+        return f'No image is marked unknown: every domain had fewer than {FEWEST} training images'
+    return names and (f'Images that fit {" or ".join(names)} best are never marked unknown: fewer than {FEWEST} '
+                      'training images') or ''
+
+
 def identifier_of(content, domains, source):
     """The Identifier for the Domains of a checkpoint's content; UserError that names domains without statistics."""
     known = content.get('domain_statistics', {})

@@ -152,7 +152,7 @@ def test_a_published_file_is_told_its_domains(tmp_path, photo):
 @pytest.mark.parametrize('options, says', [
     ({'domains': ['BDD', 'IDD']}, '--domains BDD IDD contradicts .*which knows cityscapes IDD'), ({'precision': 'int8'}, 'is not one of'),
     ({'size': 3}, 'multiples of 8'), ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
-    ({'device': 'moon'}, 'not a torch device'), ({'method': 'fine-tune'}, 'not a network of')])
+    ({'device': 'moon'}, 'not a torch device'), ({'method': 'fine-tune'}, 'says that its method is mdil, not fine-tune')])
 def test_what_cannot_be_loaded_is_said(file, options, says):
     with pytest.raises(mdil.UserError, match=says):
         mdil.load(file, **{'device': 'cpu', **options})
@@ -205,6 +205,17 @@ def test_evaluate_gives_what_eval_py_does(file, net, toy, tmp_path):
         net.evaluate('IDD', [])
     with pytest.raises(mdil.UserError, match='none.png cannot be read'):
         net.evaluate('IDD', [('none.png', 'none.png')])
+
+
+def test_labels_of_an_own_domain_need_its_declaration(tmp_path, photo):
+    """A checkpoint has the names of the classes, not the label values."""
+    entry = {'name': 'village', 'classes': 3, 'class_names': ['road', 'rest']}
+    content = {'version': 1, 'state_dict': build_model([3], 'single-task').state_dict(), 'domains': [entry],
+               'method': 'single-task', 'options': {'height': 16, 'width': 32}}
+    checkpoint.save(content, tmp_path / 'x')
+    Image.new('L', (32, 16), 11).save(tmp_path / 'label.png')
+    with pytest.raises(mdil.UserError, match=r"how labels are stored.* pass data=\{'village': FOLDER\} to mdil.load"):
+        mdil.load(tmp_path / 'x', device='cpu').evaluate('village', [(photo, tmp_path / 'label.png')])
 
 
 @pytest.fixture

@@ -158,9 +158,9 @@ def test_unequal_sizes(tmp_path):
 
 
 @pytest.mark.parametrize('values, cause', [
-    ([7, 26, 33], 'labelIds where trainIds are expected'),
+    ([7, 26, 33], 'label IDs where train IDs are expected'),
     ([0, 19], 'void is 19 where 255 is expected'),
-    ([0, 39], 'ids of another kind'),
+    ([0, 39], 'are these label IDs, or IDs of another level'),
     ([0, 128, 254], 'grey levels'),
 ])
 def test_values_out_of_range(tmp_path, values, cause):
@@ -310,6 +310,19 @@ def test_an_image_that_cannot_be_read_is_not_compared(tmp_path):
     fit, found = check(tmp_path, option, domains=['mine'], splits=['train', 'val'])
     kinds = [error['kind'] for split in ('train', 'val') for error in found['mine'][split]['errors']]
     assert not fit and len(kinds) == 2 and 'shared file' not in kinds and found['mine']['val']['remarks'] == []
+
+
+def test_pairs_only_reads_no_file(tmp_path, capsys):
+    option = own_domain(tmp_path, [0, 1] * 6, [0, 1] * 6)
+    for path in (tmp_path / 'own').rglob('*.png'):
+        path.write_bytes(b'no image')
+    words = ['--domains', 'mine', option, '--pairs-only']
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith('mine val: 1 pairs, 0 errors, 0 files without a partner\n\nall files found, none read\n')
+    for path in (tmp_path / 'own/val').iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r'errors in mine val \(1\)'):
+        main(words)
 
 
 def test_one_folder_for_both_splits_is_one_error(tmp_path):

@@ -94,6 +94,8 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
         evaluate(toy, tmp_path / 'x.json', '--state', path)
     content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'mdil')
     assert len(content['domains']) == 3
+    with pytest.raises(UserError, match='already knows IDD, the domain to learn; start from the checkpoint of the step before'):
+        learn(toy, tmp_path / 'again', '--state', tmp_path / 'next/model_best.pth.tar', '--domains', 'CS', 'BDD', 'IDD')
 
 
 @pytest.mark.usefixtures('shallow')

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -17,6 +18,7 @@ from mdil import eval as evaluation
 from mdil.datasets import DOMAINS, common, get_domain
 from mdil.datasets.pairs import find_split
 from mdil.evaluation import compare, pictures, tables
+from mdil.evaluation.epochs import training_of
 from mdil.models import build_model, checkpoint
 from mdil.utils.errors import UserError
 
@@ -533,3 +535,34 @@ def test_trials_are_compared_if_they_scored_as_many_images(tmp_path):
     compare.read_results([f'a={tmp_path}/a', f'b={tmp_path}/b'])
     with pytest.raises(UserError, match='evaluated differently, images at most is 12 and 6'):
         compare.read_results([f'a={tmp_path}/a', f'c={tmp_path}/c'])
+
+
+def test_results_that_are_there_already_are_kept_unless_a_checkpoint_is_newer(toy, states, tmp_path, capsys):
+    files = [shutil.copy(state, tmp_path / f'{number}.pth') for number, state in enumerate(states[:2])]
+    out, words = tmp_path / 'r.json', ['--limit-batches', '1', '--resume']
+    evaluate(toy, tmp_path, '--state', *files, *words)
+    before = out.read_bytes()
+
+    def kept(*arguments):
+        capsys.readouterr()
+        evaluate(toy, tmp_path, *arguments)
+        return 'evaluated before, kept' in capsys.readouterr().out and out.read_bytes() == before
+    assert kept('--state', *files, *words) and kept('--state', files[0], *words)     # the first step is in it
+    assert not kept('--state', *files, *words, '--published-metric')
+    evaluate(toy, tmp_path, '--state', *files, *words)
+    before = out.read_bytes()
+    os.utime(files[1], ns=(0, out.stat().st_mtime_ns + 10 ** 6))
+    assert kept('--state', files[0], *words) and not kept('--state', *files, *words)
+    out.write_text('{"domains": 1, "steps": [3]}')
+    assert not kept('--state', *files, *words)
+    with pytest.raises(UserError, match='--resume needs --json'):
+        run(toy, '--state', files[0], '--resume')
+
+
+def test_the_step_of_one_checkpoint_is_its_own(tmp_path):
+    (tmp_path / 'opts.json').write_text(json.dumps({'options': {'method': 'mdil', 'domains': ['a', 'b', 'c']}}))
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps({'epoch': 1, 'train': {'loss': 1.0}, 'val': {
+        'c': {'miou': 2.0, 'loss': 1.0}}, 'lr': 0.1}) + '\n')
+    found = training_of(tmp_path / 'model_best.pth.tar')
+    table = tables.epoch_table([{'domains': {'c': {}}, 'training': found}])
+    assert table.groups[0][0][0] == '3 (c)'

@@ -161,7 +161,7 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
     assert lines[3][:7] == ['mdil, 3', 'cityscapes', f'41.00 +- {math.sqrt(2):.2f}', '20.00 +- 0.00', '25.00 +- 0.00',
                             '40.00 +- 0.00', lost]
     assert lines[3][7:] == ['24 +- 2', '95 +- 6'] and lines[4][7:] == ['0 +- 0', '100 +- 0'] and lines[5][7:] == ['-', '-']
-    lines = forgetting.paired_table(order, rows, options).groups[0]
+    lines = forgetting.paired_table(order, rows, options.against).groups[0]
     assert lines[-1] == ['single-task', '2', '20.00 +- 0.00 (p < 0.0001, better)', '-4.00 +- 0.00 (p < 0.0001, worse)',
                          '-10.00 +- 0.00 (p < 0.0001, worse)', '2.00 +- 0.00 (p < 0.0001, better)', '6.67 +- 0.00 (p < 0.0001, better)']
     del rows['mdil'][2]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from mdil.benchmarks import merge
-from mdil.benchmarks.sequence_tables import figures_of
+from mdil.benchmarks.sequence_tables import figures_of, less
 from mdil.utils.errors import UserError
 
 OPTIONS = {**dict.fromkeys(merge.ALIKE), 'epochs': {'': 5}}
@@ -68,16 +68,16 @@ EARLIER = {'single-task': dict.fromkeys(range(3), (19.0, 38.0)),
 
 @pytest.mark.parametrize('against, title, line', [
     # (20, 44) - (19, 45) and (21, 45) - (19, 45.5)
-    ((), 'points more after the last step', '| adapters-only | 2 | 1.50 ± 0.71 (p = 0.2) | -0.75 ± 0.35 (p = 0.2) | 0.38 ± 0.53 (p = 0.5) |'),
+    ((), 'points more after the last step than in {}', '| adapters-only | 2 | 1.50 ± 0.71 (p = 0.2) | -0.75 ± 0.35 (p = 0.2) | 0.38 ± 0.53 (p = 0.5) |'),
     # less what single-task gains: 1 and 2 on cityscapes, 2 on BDD
-    (('--against', 'single-task'), 'points more than single-task',
+    (('--against', 'single-task'), 'lead over single-task in points after the last step, minus that in {}',
      '| adapters-only | 2 | 0.00 ± 0.00 (p = 1) | -2.75 ± 0.35 (p = 0.058) | -1.38 ± 0.18 (p = 0.058) |'),
 ])
 def test_rows_after_other_training_are_subtracted_seed_by_seed(tmp_path, against, title, line):
     later, earlier = results(tmp_path / 'later.json', LATER), results(tmp_path / 'earlier.json', EARLIER, epochs={'': 1})
     markdown = tmp_path / 'change.md'
     merge.main([later, *against, '--minus', earlier, '--markdown', str(markdown)])
-    change = markdown.read_text().split(f'{title}, less the same in {earlier}')[1]
+    change = markdown.read_text().split(title.format(earlier))[1]
     assert line in change
     assert ('| single-task | 3 | 2.00 ± 1.00' in change) == (not against)
 
@@ -95,10 +95,24 @@ def test_a_row_is_compared_with_itself_in_the_other_order(tmp_path):
     paths = [results(tmp_path / 'ours.json', LATER), results(tmp_path / 'turned.json', turned, 'BDD cityscapes')]
     markdown = tmp_path / 'change.md'
     merge.main([paths[0], '--minus', paths[1], '--markdown', str(markdown)])
-    change = markdown.read_text().split(f'less the same in {paths[1]} (BDD, then cityscapes)')[1]
+    change = markdown.read_text().split(f'than in {paths[1]} (BDD, then cityscapes)')[1]
     assert '| adapters-only | 3 | -9.00 ± 1.00 (p = 0.0041, worse) | 4.00 ± 0.00 (p < 0.0001, better) |' in change
     merge.main([*paths, '--minus', paths[1], '--markdown', str(tmp_path / 'same.md')])        # an order in common
-    assert 'less the same' in (text := (tmp_path / 'same.md').read_text()) and '(BDD, then' not in text
+    assert 'last step than in' in (text := (tmp_path / 'same.md').read_text()) and '(BDD, then' not in text
+
+
+def test_the_differences_of_each_seed_are_shown_on_request(tmp_path, capsys):
+    paths = [results(tmp_path / 'later.json', LATER), results(tmp_path / 'earlier.json', EARLIER, epochs={'': 1})]
+    merge.main([paths[0], '--minus', paths[1], '--against', 'single-task', '--per-seed'])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['seed', '0', '0.00', '-3.00'] in lines and ['seed', '1', '0.00', '-2.50'] in lines
+    merge.main([paths[0], '--minus', paths[1], '--against', 'single-task'])
+    text = capsys.readouterr().out
+    assert 'seed 0' not in text and 'after every step' not in text and 'worse' not in text.split('lead over')[1]
+
+
+def test_what_rounding_leaves_of_equal_scores_is_no_difference(tmp_path):
+    assert less({0: [0.1 + 0.2, None]}, {0: [0.3, 1.0]}) == {0: [0.0, None]}
 
 
 def test_a_joint_row_counts_in_every_order_of_its_domains(tmp_path):

@@ -156,7 +156,7 @@ def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, 
     assert len(list((tmp_path / 'out').glob('*.png'))) == 8
     said = capsys.readouterr().err
     assert '8 images predicted, 4 of them like no domain that the network knows' in said
-    assert 'images that fit cityscapes best are never marked unknown (fewer than 50 training images)' in said
+    assert 'Images that fit cityscapes best are never marked unknown: fewer than 50 training images' in said
 
 
 def test_the_frames_of_a_sequence_are_judged_together(knowing, mixed, tmp_path):

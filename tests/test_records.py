@@ -132,7 +132,7 @@ def test_eval_says_of_which_epoch_a_checkpoint_is(run, toy, tmp_path, capsys, fi
                      *SMALL])
     found = json.loads((tmp_path / 'x.json').read_text())['steps'][0]['training']
     best, last = records.best_and_last(records.read_metrics(folder), ['cityscapes'])
-    assert found == {'file': which, 'learnt': ['cityscapes'],
+    assert found == {'file': which, 'step': 1, 'learnt': ['cityscapes'],
                      **{name: {'epoch': line['epoch'], 'miou': line['val']['cityscapes']['miou']}
                         for name, line in (('best', best), ('last', last))}}
     shown = ' '.join(capsys.readouterr().out.split())

@@ -170,7 +170,7 @@ def test_the_comparison_of_a_folder_with_spaces():
 def test_all_commands_are_told_where_an_own_domain_lies():
     text = script('mdil', '--dry-run', 'DOMAINS=CS my', "PATHS=my='/my disk/x' CS=y")
     lists = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith('+ ')]
-    assert len(lists) == 5      # two steps, two evaluations, a report
+    assert len(lists) == 6      # a check, two steps, two evaluations, a report
     assert all(words.count('--data') == 2 and 'my=/my disk/x' in words and 'CS=y' in words for words in lists)
     assert f'my={os.path.expanduser("~/my disk/x")}' in commands(script('mdil', '--dry-run', 'PATHS="my=~/my disk/x"'))[0]
     assert "PATHS: 'my' is not NAME=PATH" in script('mdil', '--dry-run', 'PATHS=CS=y my', expect=2)
@@ -200,7 +200,7 @@ def test_several_machines_meet_at_the_first_and_one_evaluates():
     first, second = (script('mdil', *words, f'NODE={node}') for node in (0, 1))
     assert launchers(first) == launchers(second) and len(launchers(first)) == 3
     assert launchers(first)[0].startswith(
-        'python -m mdil torchrun --nproc_per_node 3 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:1234 --rdzv_id '
+        '.venv/bin/python -m mdil torchrun --nproc_per_node 3 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:1234 --rdzv_id '
         'mdil-o-mdil-step1-cityscapes ')
     assert first.count('eval.py') == 3 and 'report' in first
     assert 'eval.py' not in second and 'report' not in second
@@ -212,8 +212,8 @@ def test_under_slurm_the_machines_are_those_of_the_job(tmp_path):
     (tmp_path / 'scontrol').chmod(0o755)
     slurm = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '71234', 'SLURM_NODEID': '0',
              'SLURM_JOB_NUM_NODES': '2', 'SLURM_JOB_NODELIST': 'n[3-4]'}
-    for step, starts in ((None, 'srun --nodes 2 --ntasks 2 --ntasks-per-node 1 python -m mdil torchrun'),
-                         ('0', 'python -m mdil torchrun')):
+    for step, starts in ((None, 'srun --nodes 2 --ntasks 2 --ntasks-per-node 1 .venv/bin/python -m mdil torchrun'),
+                         ('0', '.venv/bin/python -m mdil torchrun')):
         environment = slurm if step is None else {**slurm, 'SLURM_STEP_ID': step}
         done = subprocess.run(['bash', 'trainer_files/mdil.sh', '--dry-run', 'GPUS=2'], cwd=ROOT, text=True,
                               capture_output=True, env=environment)
@@ -264,6 +264,19 @@ def test_a_signal_ends_with_75_and_the_next_run_goes_on(toy, tmp_path, number, g
         return
     output = script('mdil', *words[2:])
     assert 'resumed in' in output and (tmp_path / 'mdil/results.json').exists()
+
+
+def test_a_sequence_that_is_run_again_loses_nothing(toy, tmp_path):
+    words = [f'DATA={toy}', f'OUT={tmp_path}', 'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'PYTHON={sys.executable}',
+             'TRAIN_ARGS=--limit-batches 1 --device cpu', 'DOMAINS=cityscapes BDD']
+    results = tmp_path / 'mdil/results.json'
+    assert 'evaluated before' not in script('mdil', *words, 'EPOCHS=1')
+    before = results.read_bytes()
+    assert script('mdil', *words, 'EPOCHS=1').count(f'{results} has the results of') == 2
+    assert 'num-epochs was 1, is 2' in script('mdil', *words, 'EPOCHS=1 2', expect=2)
+    text = script('mdil', *words, 'DOMAINS=cityscapes BDD Cityscape', 'EPOCHS=1', expect=2)
+    assert "unknown domain 'Cityscape'" in text and 'train.py' not in text
+    assert results.read_bytes() == before and not (tmp_path / 'mdil/step3-Cityscape').exists()
 
 
 def test_later_domains_are_learnt_at_once_from_the_first_and_joined(toy, tmp_path):

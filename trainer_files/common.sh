@@ -65,7 +65,8 @@ read_arguments() {
     split_setting TRAIN_ARGS train_args
     set_data
     choose_batch
-    [ -n "${PYTHON:-}" ] || { [ -n "$DRY_RUN" ] && PYTHON=python; } || { bash trainer_files/setup.sh && PYTHON=.venv/bin/python; }
+    [ -n "${PYTHON:-}" ] || [ -n "$DRY_RUN" ] || bash trainer_files/setup.sh
+    PYTHON=${PYTHON:-.venv/bin/python}
 }
 
 # Prints the error $1 and exits.
@@ -242,9 +243,15 @@ epochs_of() {
 # Learns DOMAINS one after another, with results in $OUT/NAME, and evaluates as EVALUATE says:
 # learn_sequence NAME ARGUMENTS-OF-TRAIN...
 learn_sequence() {
-    local name=$1 step=0 domain savedir states=() learnt=() start=()
+    local name=$1 step=0 domain savedir states=() learnt=() start=() ahead=()
     shift
     set_metric "$@"
+    for domain in $DOMAINS; do
+        step=$((step + 1))
+        [ -e "$OUT/$name/step$step-$domain" ] || ahead+=("$domain")
+    done
+    check_data ${ahead[@]+"${ahead[@]}"}
+    step=0
     for domain in $DOMAINS; do
         step=$((step + 1))
         learnt+=("$domain")
@@ -260,11 +267,18 @@ learn_sequence() {
     [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" "${data[@]}"
 }
 
-# Evaluates checkpoints in step order: evaluate_states JSON STATE...
+# Refuses unknown domains and missing training images now, not after the steps before: check_data DOMAIN...
+check_data() {
+    [ $# -gt 0 ] && [ "$*" != "${checked:-}" ] || return 0
+    checked=$*
+    run "$PYTHON" -m mdil check --domains "$@" --splits train --pairs-only "${data[@]}"
+}
+
+# Evaluates checkpoints in step order, unless JSON has their results: evaluate_states JSON STATE...
 evaluate_states() {
     local json=$1
     shift
     [ "$NODE" -eq 0 ] || return 0
     run "$PYTHON" eval.py --state "$@" "${data[@]}" --height "$HEIGHT" --width "$WIDTH" \
-        --num-workers "$WORKERS" --json "$json" --per-class ${metric[@]+"${metric[@]}"}
+        --num-workers "$WORKERS" --json "$json" --resume --per-class ${metric[@]+"${metric[@]}"}
 }

@@ -14,8 +14,10 @@ case ${1:-} in
 esac
 requirements=requirements.txt
 [ "${1:-}" = dev ] && requirements=requirements-dev.txt
-stamp=.venv/.$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements")
-[ -e "$stamp" ] && exit 0
+stamp=.venv/.$(cat requirements*.txt | cksum | cut -d' ' -f1)-$requirements
+for made in "$stamp" "${stamp%requirements*}requirements-dev.txt"; do     # dev has everything
+    [ -e "$made" ] && exit 0
+done
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 

@@ -215,6 +215,9 @@ def build_networks(options, domains):
     if not checkpoint.found.num_classes:
         raise UserError(f'{options.state} holds only an encoder; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
+    if domains[-1].name in (checkpoint.domains or ()):
+        raise UserError(f'{options.state} already knows {domains[-1].name}, the domain to learn; start from the '
+                        'checkpoint of the step before')
     check_known(checkpoint, domains[:-1])
     note_size(options, checkpoint)
     student = network_of(checkpoint.found, options.method, checkpoint.source)

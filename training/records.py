@@ -33,7 +33,9 @@ def git_revision():
 
 def environment(device):
     """Versions, revision and hardware, for records."""
-    card = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    card = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
+            f'CPU, {threads} thread{"s" * (threads > 1)}')
     return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': version('torchvision'),
             'numpy': np.__version__, 'git': git_revision(), 'device': card}
 

@@ -135,10 +135,13 @@ def main(argv=None):
                                 ('height', 128, 'pixels'), ('width', 256, 'pixels'), ('seed', 0, 'random seed')):
         parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=text)
     options = vars(parser.parse_args(argv))
+    out = options.pop('out')
     try:
-        write_toy_roads(options.pop('out'), **options)
+        write_toy_roads(out, **options)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
+    print('{0}: {train} training and {val} validation scenes, {width}x{height}, in each of {1}'.format(
+        out, ', '.join(FOLDERS), **options))
 
 
 if __name__ == '__main__':
