@@ -202,7 +202,8 @@ def draw(results, options):
                              (settings['height'], settings['width']), settings['resolution'])
             for number, domain in enumerate(first['domains'])}
     chosen = pictures.choose(sets, options.images)
-    models = {name: load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
+    models = {f'{name}, after step {len(result["steps"])}':
+              load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
               for name, result in firsts.items()}
     pictures.save_panels(Path(options.out) / 'comparison.png', sets, models, place, chosen)
 

@@ -260,7 +260,7 @@ def save_panels(path, datasets, models, place, chosen, precision='fp32'):
     """
     columns = ['input', 'truth', *models]
     shapes = [dataset.size for dataset in datasets.values()]
-    height = 3.2 * max(h / w for h, w in shapes) + 0.35
+    height = 2.9 * max(h / w for h, w in shapes) + 0.25
     figure = new_figure(figsize=(3.2 * (len(columns) + 1), height * len(chosen) + 0.3))
     axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
     for (number, index), row in zip(chosen, axes):
