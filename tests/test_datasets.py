@@ -122,7 +122,7 @@ def test_unpaired_files_are_left_out_and_said(tmp_path, capsys):
 def test_bad_data_names_the_file(tmp_path):
     folder, make = camvid(tmp_path)
     write(folder / 'trainannot/x0.png', np.full(SIZE, 33))
-    with pytest.raises(UserError, match=r'x0.png: label values \[33\].*label ids'):
+    with pytest.raises(UserError, match=r'x0.png: label values \[33\].*label IDs'):
         make()[0, 0]
     write(folder / 'trainannot/x1.png', np.zeros((8, 8)))
     with pytest.raises(UserError, match='x1.png is 32x16 but its label .*x1.png is 8x8'):

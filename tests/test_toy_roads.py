@@ -255,7 +255,8 @@ def run_command(monkeypatch, *arguments):
 def test_command_line(tmp_path, monkeypatch, capfd):
     request = ['--out', tmp_path / 'out', '--train', 1, '--val', 1, '--height', 32, '--width', 64]
     assert run_command(monkeypatch, *request) == 0
-    assert tuple(capfd.readouterr()) == ('', '')
+    assert tuple(capfd.readouterr()) == (f'{tmp_path}/out: 1 training and 1 validation scenes, 64x32, in each of cityscapes, '
+                                         'bdd100k, IDD_Segmentation\n', '')
     assert json.loads((tmp_path / 'out/toy_roads.json').read_text())['height'] == 32
     (tmp_path / 'file').touch()
     for extra, word in ((['--seed', 1], 'another folder'), (['--train', 'x'], 'invalid int'),

@@ -272,8 +272,8 @@ def test_a_sequence_that_is_run_again_loses_nothing(toy, tmp_path):
     results = tmp_path / 'mdil/results.json'
     assert 'evaluated before' not in script('mdil', *words, 'EPOCHS=1')
     before = results.read_bytes()
-    assert script('mdil', *words, 'EPOCHS=1').count(f'{results} has the results of') == 2
-    assert 'num-epochs was 1, is 2' in script('mdil', *words, 'EPOCHS=1 2', expect=2)
+    text = script('mdil', *words, 'EPOCHS=1 2', expect=2)
+    assert f'{results} has the results of' in text and 'num-epochs was 1, is 2' in text
     text = script('mdil', *words, 'DOMAINS=cityscapes BDD Cityscape', 'EPOCHS=1', expect=2)
     assert "unknown domain 'Cityscape'" in text and 'train.py' not in text
     assert results.read_bytes() == before and not (tmp_path / 'mdil/step3-Cityscape').exists()
