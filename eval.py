@@ -12,7 +12,6 @@ give the step x domain matrix with forgetting and transfer. Void pixels never co
 labels are resized to --width x --height, as in the published protocol; --resolution native keeps
 the labels' own size. The default size is the training size, or 1024x512 if the file does not say.
 """
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from mdil.datasets.domains import canonical
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
+from mdil.evaluation.earlier import digest, earlier_results, settings
 from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
@@ -31,7 +31,7 @@ from mdil.training.paper import REFUSED
 from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, check_writable, write_json, write_text
-from mdil.utils.parallel import session
+from mdil.utils.parallel import check_alone, session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 
 FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
@@ -82,7 +82,7 @@ def result_options(parser):
                        ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     group.add_argument('--resume', action='store_true',
-                       help='evaluate nothing if --json holds these checkpoints, scored alike, and is newer')
+                       help='keep --json if it already holds the results of these checkpoints with the same settings')
     group = parser.add_argument_group('pictures')
     for name, text in (('overlays', 'input, truth and prediction of every image, with a legend'),
                        ('color', "the prediction of every image in the domain's colours, and their legend"),
@@ -112,8 +112,12 @@ def check_options(options):
     options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
-    elif options.resume:
-        raise UserError('--resume needs --json FILE, the results of an earlier evaluation')
+    if options.resume:
+        check_alone('eval.py --resume')
+        if not options.json:
+            raise UserError('--resume needs --json FILE, the results of an earlier evaluation')
+        if options.save_panels or any(getattr(options, name) for name in FOLDERS.values()):
+            raise UserError('--resume evaluates nothing that pictures could show; leave it out, or the --save options')
     paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
     if len(set(paths)) < len(paths):
         raise UserError('two results would be written to the same file: ' + ', '.join(map(str, paths)))
@@ -121,22 +125,6 @@ def check_options(options):
         pictures.figure_format(options.save_panels)
     elif options.images:
         raise UserError('--images chooses the images of --save-panels FILE, which is not given')
-
-
-def finished(options):
-    """Whether --json holds the checkpoints, or begins with them, scored in the same way, and is newer than they are."""
-    try:
-        known = json.loads(Path(options.json).read_text())
-        states = [step['state'] for step in known['steps'][:len(options.state)]]
-        return (states == list(map(str, options.state)) and known['protocol'] == protocol_of(options)
-                and max(map(os.path.getmtime, states)) <= os.path.getmtime(options.json))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def protocol_of(options):
-    """{name: value} of the options that scores depend on."""
-    return {name: getattr(options, name) for name in PROTOCOL}
 
 
 def single_task_scores(items, evaluator):
@@ -224,9 +212,9 @@ def size_of_training(files, contents):
 
 def run(options, place):
     """Evaluates all checkpoints; returns what --json writes, and a function that draws the figure of --save-panels."""
-    evaluator, steps = Evaluator(options, place), []
+    given, evaluator, steps = settings(options), Evaluator(options, place), []
     trainings = list(map(training_of, options.state))       # before hours of evaluation, as it may raise UserError
-    networks, known, contents = zip(*map(evaluator.load_with_content, options.state))
+    networks, known, contents = zip(*(evaluator.load_with_content(state, options.method) for state in options.state))
     check_order(options.state, known)
     if options.height is None:
         options.height, options.width = size_of_training(options.state, contents)
@@ -238,7 +226,8 @@ def run(options, place):
     for number, (state, model, domains, training) in enumerate(zip(options.state, networks, known, trainings), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
-        steps.append({'state': str(state), 'domains': entries, **({'training': training} if training else {})})
+        steps.append({'state': str(state), 'digest': digest(state), 'domains': entries,
+                      **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
     if options.only:
@@ -249,17 +238,16 @@ def run(options, place):
         results['cross_heads'] = evaluator.cross_heads(networks[-1], known[-1], scores)
     if identifier:
         results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
-    return (tables.without_nan({**results, 'protocol': protocol_of(options),
+    protocol = {name: getattr(options, name) for name in PROTOCOL}
+    return (tables.without_nan({**results, 'protocol': protocol, 'options': given,
                                 'versions': records.environment(place.device)}),
             partial(draw_panels, options, networks, known, datasets, chosen, place))
 
 
 def report(results, options):
-    """Writes the result files and prints the tables."""
+    """Writes the tables, and prints them."""
     about = tables.describe(results['protocol'])
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
-    if options.json:
-        write_json(options.json, results)
     if options.csv:
         write_text(options.csv, tables.csv_text(results))
     if options.markdown:
@@ -274,12 +262,17 @@ def report(results, options):
 def main(argv=None):
     options = eval_parser().parse_args(argv)
     check_options(options)
-    if options.resume and finished(options):
-        print(f'{options.json} has the results of {", ".join(options.state)}; evaluated before, kept')
+    known = earlier_results(options) if options.resume else None
+    if known:
+        print(f'kept {options.json}: it already holds the results of {", ".join(options.state)}')
+        if len(known['steps']) == len(options.state):
+            report(known, options)
         return
     with session(options.device, precision=options.precision, graphs=options.cuda_graphs) as place:
         results, draw = run(options, place)
         if place.main:
+            if options.json:
+                write_json(options.json, results)
             report(results, options)
             if options.save_panels:     # last, because a figure that fails must not cost the results
                 draw()

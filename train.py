@@ -102,8 +102,8 @@ def save_and_stop(run, when):
     """Saves the run, to be resumed from here, and exits with the status of an interrupted run."""
     run.save()
     if run.place.main:
-        print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved, continue with --resume (a script: run it '
-              'again)', file=sys.stderr)
+        print(f'stopped by a signal {when} of epoch {run.epoch + 1}; saved; continue with --resume, or run the '
+              'script again', file=sys.stderr)
     sys.exit(resume.INTERRUPTED)
 
 

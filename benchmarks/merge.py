@@ -115,14 +115,14 @@ def merged(read_files):
 def share(key, found, costs):
     """Adds a joint or single-task run to all orders of its domains, as `forgetting` does: it has no order.
 
-    UserError if one of them has another result. The costs remain those of its last domain in its own order.
+    UserError if one of them has another result. Costs are those in the order that it was run for.
     """
     order, name, seed = key
     method = METHODS[row_of(name).method]
     for other in orders_of(order, {order for order, *_ in found}) if method.joint or method.lonely else ():
         if found.setdefault((other, name, seed), found[key]) != found[key]:
             raise UserError(f'the orders {" ".join(order)} and {" ".join(other)} differ on seed {seed} of "{name}", '
-                            'which is run once for all orders; leave out a file')
+                            'but this row has one run for all orders; leave out one of the files')
         costs.setdefault((other, name), costs[order, name])
 
 
@@ -143,11 +143,18 @@ def rows_in(paths, against):
     return read_files, all_figures(found, stated), costs, stated
 
 
+def counterparts(order, figures, others):
+    """The orders of `others` that an order of `figures` is compared with: itself, or if none is in common, others."""
+    if figures.keys() & others:
+        return [order] if order in others else []
+    return orders_of(order, others)
+
+
 def changes(figures, others, options):
     """The Tables of what rows have more than in the files --minus; UserError if no run is in both."""
     where, against, shown = ', '.join(options.minus), options.against, []
     for order, rows in figures.items():
-        for other in [order] if order in others else [] if figures.keys() & others else orders_of(order, others):
+        for other in counterparts(order, figures, others):
             if not against or against in rows and against in others[other]:
                 turned = '' if order == other else f' ({", then ".join(other)})'
                 shown.append(change_table(order, rows, others[other], against, f'{where}{turned}', options.per_seed))
@@ -182,6 +189,8 @@ def main(argv=None):
             shown.append(paired_table(order, rows, against, options.per_seed))
     if options.minus:
         others, their_figures, *_ = rows_in(options.minus, against)
+        if not figures.keys() & their_figures:       # another order and other training would be two changes at once
+            check_same_training({**read_files, **others})
         shown += changes(figures, their_figures, options)
         read_files = {**read_files, **others}
     about = f'From {", ".join(f"{path} ({results.revision})" for path, results in read_files.items())}.'

@@ -185,10 +185,9 @@ def change_table(order, rows, others, against, where, each=False):
     """
     ours, theirs = ((gains(order, each, against) if against else last_figures(order, each)) for each in (rows, others))
     found = {key: less(ours[key], theirs[key]) for key in ours if key in theirs}
-    what = f'lead over {against} in points after the last step, minus that' if against else (
-        'points more after the last step than')
-    return differences_table(f'{", then ".join(order)}: {what} in {where}', f'change-{"-".join(order)}', order, found,
-                             each, judged=not against)
+    what = f'change in the lead over {against} since' if against else 'points more after the last step than in'
+    title = f'{", then ".join(order)}: {what} {where}{", in points" if against else ""}'
+    return differences_table(title, f'change-{"-".join(order)}', order, found, each, judged=not against)
 
 
 def differences_table(title, name, order, found, each=False, judged=True):

@@ -131,7 +131,7 @@ def check_space(dataset, folder):
 def build(dataset, target, workers, stamps):
     """Builds the cache folder `target` completely or not at all.
 
-    stamps: {absolute path: `stamp`} of the source files before they are read, so that a change since is noticed.
+    stamps: {absolute path: `stamp`} of the source files before they are read; UserError if one has changed since.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
         made = Path(temporary) / target.name
@@ -143,6 +143,8 @@ def build(dataset, target, workers, stamps):
             for image, label in load_all(dataset, workers):
                 images.write(image.numpy())
                 labels.write(label.numpy())
+        if changed := next((path for path, before in stamps.items() if stamp(path) != before), None):
+            raise UserError(f'{changed} was changed while the cache was built; start again')
         (made / 'sources.json').write_text(json.dumps(stamps))
         try:
             os.rename(made, target)

@@ -106,9 +106,10 @@ def check_split(domain, root, split, workers, pairs_only=False):
     if found is None:
         return report
     report.pairs, report.warnings = len(found.pairs), unpaired(found)
+    problems = report.warnings if pairs_only else report.errors      # training takes the first
     for first, *others in found.repeated:
-        report.errors.append(Problem('repeated image', str(first), '{} and {} have the same stem'.format(
-            first, ', '.join(map(str, others)))))
+        problems.append(Problem('repeated image', str(first),
+                                f'{first} and {", ".join(map(str, others))} have the same stem'))
     if pairs_only:
         return report
     inspect = partial(inspect_pair, num_classes=domain.num_classes)
@@ -210,6 +211,8 @@ def main(arguments=None):
     """Checks what the command line names; returns 0 if it is fit to train on, else UserError."""
     options = check_parser().parse_args(arguments)
     paths = data_paths(options.data)
+    if options.json and options.pairs_only:
+        raise UserError('--pairs-only counts nothing that --json could hold; leave out one of them')
     if options.json:
         check_results('--json', options.json, ('fit', 'domains'))
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
@@ -226,7 +229,7 @@ def main(arguments=None):
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
     if wrong:
         raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; fix what is listed above')
-    print('all files found, none read' if options.pairs_only else 'fit to train on')
+    print('every domain has pairs; no file was read' if options.pairs_only else 'fit to train on')
     return 0
 
 

@@ -137,8 +137,9 @@ def get_domain(name, paths=None):
     if name in DOMAINS:
         return replace(DOMAINS[name], folder=str(paths[name].absolute())) if name in paths else DOMAINS[name]
     if name not in paths:
-        alike = difflib.get_close_matches(name.lower(), domain_names(), 1)
-        meant = f' (did you mean {domain_names()[alike[0]]}?)' if alike else ''
+        names = {**{own.lower(): own for own in paths}, **domain_names()}
+        alike = difflib.get_close_matches(name.lower(), names, 1)
+        meant = f' (did you mean {names[alike[0]]}?)' if alike else ''
         raise UserError(f'unknown domain {name!r}{meant}; built in are {", ".join(DOMAINS)}; for your own pass '
                         f'--data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
     path = paths[name]

@@ -90,7 +90,7 @@ def likely_cause(wrong, present, values):
     if max(wrong) < 34 and len(values) == 20:
         return 'label IDs where train IDs are expected'
     if max(wrong) < 40:
-        return 'are these label IDs, or IDs of another level?'
+        return 'perhaps label IDs, or IDs of another level'
     return 'grey levels or palette of a colour image, or labels resized with interpolation?'
 
 

@@ -192,14 +192,17 @@ class Evaluator:
         self.paths, self.loaders = data_paths(options.data), {}
 
     def load(self, path):
-        """(network on the device, its Domain objects) of a checkpoint."""
+        """(network on the device, its Domain objects) of a checkpoint of any method."""
         return self.load_with_content(path)[:2]
 
-    def load_with_content(self, path):
-        """(network on the device, its Domain objects, content of the file) of a checkpoint."""
+    def load_with_content(self, path, method=None):
+        """(network on the device, its Domain objects, content of the file) of a checkpoint.
+
+        method: for a file whose keys fit several networks.
+        """
         options = self.options
         checkpoint, model, domains = load_network_and_domains(path, self.place, self.paths, options.domains,
-                                                              options.method, options.precision)
+                                                              method, options.precision)
         if options.common_classes:
             for domain in domains if options.cross_heads else self.scored(domains).values():
                 common.to_common(domain)

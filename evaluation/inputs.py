@@ -1,5 +1,7 @@
 """The inputs of predict.py: images, folders of images, list files and videos, with one Item for each image."""
+import math
 import os
+import struct
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,14 +116,20 @@ def upright(path):
     return ImageOps.exif_transpose(image)
 
 
+def rotation(frame):
+    """Degrees counter-clockwise by which a video's frame is shown, as phones store it; 0 if it is mirrored, too."""
+    matrix = frame.side_data.get('DISPLAYMATRIX')
+    a, b, _, c, d = struct.unpack_from('=5i', bytes(matrix)) if matrix else (1, 0, 0, 0, 1)
+    return -round(math.degrees(math.atan2(b, a))) if a * d > b * c else 0
+
+
 def frames_of(source):
     """Yields an Item for each frame of a video and, where it is damaged, a last one whose `load` raises; needs av."""
     import av
     try:
         with av.open(str(source.path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                turn = getattr(frame, 'rotation', 0)        # degrees counter-clockwise, as phones store it
-                image = frame.to_image().rotate(turn, expand=True)
+                image = frame.to_image().rotate(rotation(frame), expand=True)
                 yield Item(f'{source.path}/{number:06d}', f'{source.name}/{number:06d}', lambda image=image: image,
                            source.path)
     except (av.FFmpegError, IndexError) as error:

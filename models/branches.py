@@ -16,7 +16,6 @@ from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_st
                                      named_classes, read, read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
 from mdil.models.layouts import CLASSES, faults
-from mdil.models.methods import method_name
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError
 
@@ -45,8 +44,6 @@ class LoadedCheckpoint:
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
         self.method, self.network = method_of(self.checkpoint, method), self.checkpoint.found.network
-        if method and self.method != method_name(method):
-            raise UserError(f'{path} says that its method is {self.method}, not {method}; leave out --method')
         if self.checkpoint.domains:
             check_stated(names, self.checkpoint.domains, path)
         found, counts = self.checkpoint.found, self.checkpoint.found.num_classes

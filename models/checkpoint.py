@@ -419,14 +419,20 @@ def fitting_methods(found):
             and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
 
 
-def network_of(found, method, source):
-    """The network of `method` with the found tensors loaded; UserError that names what does not fit."""
+def check_method(found, method, source):
+    """UserError unless what was found is a network of `method`."""
     if not found.num_classes:
         raise UserError(f'{source} holds only an encoder, no decoder')
-    method, names = method_name(method), fitting_methods(found)
+    names = fitting_methods(found)
     if method not in names:
         raise UserError(f'{source} holds {found.kind}; that is not a network of --method {method} '
                         f'but of {", ".join(names) or "none"}')
+
+
+def network_of(found, method, source):
+    """The network of `method` with the found tensors loaded; UserError that names what does not fit."""
+    method = method_name(method)
+    check_method(found, method, source)
     with torch.device('meta'):      # takes no memory, whatever the file claims
         check_fit(build_model(found.num_classes, method, found.network).state_dict(), found, source)
     model = build_model(found.num_classes, method, found.network)
@@ -436,11 +442,13 @@ def network_of(found, method, source):
 
 def method_of(checkpoint, method=None):
     """The method that a checkpoint states, or else `method`, or else the first whose network fits; None without one."""
-    return checkpoint.method or method or next(iter(fitting_methods(checkpoint.found)), None)
+    return checkpoint.method or method_name(method) or next(iter(fitting_methods(checkpoint.found)), None)
 
 
 def load_network(checkpoint, method=None):
-    """The network of a checkpoint, for its `method_of`."""
+    """The network of a checkpoint, for its `method_of`; UserError also if it is no network of `method`."""
+    if method:
+        check_method(checkpoint.found, method_name(method), checkpoint.source)
     return network_of(checkpoint.found, method_of(checkpoint, method), checkpoint.source)
 
 

@@ -196,9 +196,9 @@ def never_unknown(identifier, domains):
     """Which images are never called unknown, because their Domain had too few training images; '' if all can be."""
     names = [domain.name for domain, bound in zip(domains, identifier.thresholds.tolist()) if bound == float('inf')]
     if len(names) == len(domains):
-        return f'No image is marked unknown: every domain had fewer than {FEWEST} training images'
-    return names and (f'Images that fit {" or ".join(names)} best are never marked unknown: fewer than {FEWEST} '
-                      'training images') or ''
+        return f'No image is called unknown, because every domain had fewer than {FEWEST} training images'
+    return (f'Images that fit {" or ".join(names)} best are never called unknown, because fewer than {FEWEST} training '
+            'images were known' if names else '')
 
 
 def identifier_of(content, domains, source):

@@ -160,7 +160,7 @@ def test_unequal_sizes(tmp_path):
 @pytest.mark.parametrize('values, cause', [
     ([7, 26, 33], 'label IDs where train IDs are expected'),
     ([0, 19], 'void is 19 where 255 is expected'),
-    ([0, 39], 'are these label IDs, or IDs of another level'),
+    ([0, 39], 'perhaps label IDs, or IDs of another level'),
     ([0, 128, 254], 'grey levels'),
 ])
 def test_values_out_of_range(tmp_path, values, cause):
@@ -318,7 +318,12 @@ def test_pairs_only_reads_no_file(tmp_path, capsys):
         path.write_bytes(b'no image')
     words = ['--domains', 'mine', option, '--pairs-only']
     assert main(words) == 0
-    assert capsys.readouterr().out.endswith('mine val: 1 pairs, 0 errors, 0 files without a partner\n\nall files found, none read\n')
+    assert capsys.readouterr().out.endswith('mine val: 1 pairs, 0 errors, 0 files without a partner\n\n'
+                                            'every domain has pairs; no file was read\n')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'own/train/train0.jpg')        # training takes the first of a stem
+    assert main(words) == 0
+    with pytest.raises(UserError, match='--pairs-only counts nothing that --json could hold'):
+        main([*words, '--json', str(tmp_path / 'x.json')])
     for path in (tmp_path / 'own/val').iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r'errors in mine val \(1\)'):

@@ -268,7 +268,8 @@ def test_files_without_a_method_are_written_with_the_one_that_they_hold(tmp_path
     known = LoadedCheckpoint(path, ['cityscapes', 'BDD', 'IDD'][:len(classes)], given)
     checkpoint.save(known.content(), tmp_path / 'named')
     read = checkpoint.read_checkpoint(tmp_path / 'named')
-    assert read.method == method and checkpoint.load_network(read, 'single-task') is not None     # it says what it is
+    assert read.method == method
+    checkpoint.load_network(read)
     export.main([str(path), str(tmp_path / 'out'), *(['--method', given] if given else [])])
     assert checkpoint.read(tmp_path / 'out')['state_dict'].keys() == keys.keys()
 

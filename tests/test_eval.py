@@ -321,6 +321,14 @@ def test_a_nameless_single_task_file_is_not_taken_for_the_first_domain(toy, tmp_
         evaluate(toy, tmp_path, *files, 'CS', 'BDD')
 
 
+def test_method_is_that_of_state_not_of_single_task(toy, states, tmp_path):
+    plain = save(tmp_path / 'plain', build_model([20], 'single-task'), ['BDD'], 'single-task')
+    results = evaluate(toy, tmp_path, '--state', states[1], '--method', 'mdil', '--single-task', 'CS=50', plain, '--limit-batches', '1')
+    assert set(results['summary']['single_task']) == {'cityscapes', 'BDD'}
+    with pytest.raises(UserError, match='not a network of --method multi-task but of'):
+        evaluate(toy, tmp_path, '--state', states[1], '--method', 'multi-task')
+
+
 def test_single_task_results_from_checkpoints(toy, states, tmp_path):
     state = bdd_only(states, tmp_path)
     results = evaluate(toy, tmp_path, '--state', states[0], states[1], '--single-task', 'CS=50', state,
@@ -537,7 +545,7 @@ def test_trials_are_compared_if_they_scored_as_many_images(tmp_path):
         compare.read_results([f'a={tmp_path}/a', f'c={tmp_path}/c'])
 
 
-def test_results_that_are_there_already_are_kept_unless_a_checkpoint_is_newer(toy, states, tmp_path, capsys):
+def test_results_that_are_there_already_are_kept(toy, states, tmp_path, capsys, monkeypatch):
     files = [shutil.copy(state, tmp_path / f'{number}.pth') for number, state in enumerate(states[:2])]
     out, words = tmp_path / 'r.json', ['--limit-batches', '1', '--resume']
     evaluate(toy, tmp_path, '--state', *files, *words)
@@ -546,17 +554,27 @@ def test_results_that_are_there_already_are_kept_unless_a_checkpoint_is_newer(to
     def kept(*arguments):
         capsys.readouterr()
         evaluate(toy, tmp_path, *arguments)
-        return 'evaluated before, kept' in capsys.readouterr().out and out.read_bytes() == before
-    assert kept('--state', *files, *words) and kept('--state', files[0], *words)     # the first step is in it
-    assert not kept('--state', *files, *words, '--published-metric')
-    evaluate(toy, tmp_path, '--state', *files, *words)
-    before = out.read_bytes()
-    os.utime(files[1], ns=(0, out.stat().st_mtime_ns + 10 ** 6))
+        said, same = capsys.readouterr().out, out.read_bytes() == before
+        out.write_bytes(before)
+        return said if said.startswith(f'kept {out}: it already holds the results of') and same else ''
+    assert 'mIoU after step' in kept('--state', *files, *words, '--csv', tmp_path / 'x.csv')
+    assert 'cityscapes' in (tmp_path / 'x.csv').read_text()
+    assert 'mIoU' not in kept('--state', files[0], *words) != ''      # the first step is in it
+    for more in (['--published-metric'], ['--single-task', 'CS=50'], ['--height', '64']):
+        assert not kept('--state', *files, *words, *more)
+    checkpoint.save({**checkpoint.read(files[1]), 'best_acc': 1.0}, files[1])
+    os.utime(files[1], ns=(0, 0))
     assert kept('--state', files[0], *words) and not kept('--state', *files, *words)
-    out.write_text('{"domains": 1, "steps": [3]}')
-    assert not kept('--state', *files, *words)
-    with pytest.raises(UserError, match='--resume needs --json'):
-        run(toy, '--state', files[0], '--resume')
+    for odd in ('{"domains": 1, "steps": [3]}', '{"domains": 1, "steps": []}'):
+        out.write_text(odd)
+        evaluate(toy, tmp_path, '--state', files[0], *words)
+        assert json.loads(out.read_text())['steps'][0]['domains']
+    for more, says in ((['--save-panels', tmp_path / 'p.png', '--json', out], 'that pictures could show'), ([], 'needs --json')):
+        with pytest.raises(UserError, match=says):
+            run(toy, '--state', files[0], '--resume', *more)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='eval.py --resume works in one process'):
+        run(toy, '--state', files[0], '--resume', '--json', out)
 
 
 def test_the_step_of_one_checkpoint_is_its_own(tmp_path):

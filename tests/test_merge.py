@@ -70,7 +70,7 @@ EARLIER = {'single-task': dict.fromkeys(range(3), (19.0, 38.0)),
     # (20, 44) - (19, 45) and (21, 45) - (19, 45.5)
     ((), 'points more after the last step than in {}', '| adapters-only | 2 | 1.50 ± 0.71 (p = 0.2) | -0.75 ± 0.35 (p = 0.2) | 0.38 ± 0.53 (p = 0.5) |'),
     # less what single-task gains: 1 and 2 on cityscapes, 2 on BDD
-    (('--against', 'single-task'), 'lead over single-task in points after the last step, minus that in {}',
+    (('--against', 'single-task'), 'change in the lead over single-task since {}, in points',
      '| adapters-only | 2 | 0.00 ± 0.00 (p = 1) | -2.75 ± 0.35 (p = 0.058) | -1.38 ± 0.18 (p = 0.058) |'),
 ])
 def test_rows_after_other_training_are_subtracted_seed_by_seed(tmp_path, against, title, line):
@@ -108,11 +108,17 @@ def test_the_differences_of_each_seed_are_shown_on_request(tmp_path, capsys):
     assert ['seed', '0', '0.00', '-3.00'] in lines and ['seed', '1', '0.00', '-2.50'] in lines
     merge.main([paths[0], '--minus', paths[1], '--against', 'single-task'])
     text = capsys.readouterr().out
-    assert 'seed 0' not in text and 'after every step' not in text and 'worse' not in text.split('lead over')[1]
+    assert 'seed 0' not in text and 'after every step' not in text and 'worse' not in text.split('in the lead over')[1]
 
 
 def test_what_rounding_leaves_of_equal_scores_is_no_difference(tmp_path):
     assert less({0: [0.1 + 0.2, None]}, {0: [0.3, 1.0]}) == {0: [0.0, None]}
+
+
+def test_another_order_after_other_training_is_refused(tmp_path):
+    paths = [results(tmp_path / 'ours.json', LATER), results(tmp_path / 'turned.json', LATER, 'BDD cityscapes', epochs={'': 1})]
+    with pytest.raises(UserError, match='not alike: epochs'):
+        merge.main([paths[0], '--minus', paths[1]])
 
 
 def test_a_joint_row_counts_in_every_order_of_its_domains(tmp_path):

@@ -1,7 +1,9 @@
 """predict.py: answers against an independent implementation, every kind of input, what is written and skipped."""
 import json
+import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from mdil import predict
 from mdil.datasets import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
+from mdil.evaluation.inputs import rotation
 from mdil.evaluation.predictor import PUBLISHED_SIZE, Predictor, trained_size
 from mdil.models import build_model, checkpoint
 from mdil.models.identify import Sequence, appearance, statistics_of
@@ -156,7 +159,7 @@ def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, 
     assert len(list((tmp_path / 'out').glob('*.png'))) == 8
     said = capsys.readouterr().err
     assert '8 images predicted, 4 of them like no domain that the network knows' in said
-    assert 'Images that fit cityscapes best are never marked unknown: fewer than 50 training images' in said
+    assert 'Images that fit cityscapes best are never called unknown, because fewer than 50 training images' in said
 
 
 def test_the_frames_of_a_sequence_are_judged_together(knowing, mixed, tmp_path):
@@ -453,3 +456,6 @@ def test_the_frames_of_a_video(model, state, tmp_path):
     (tmp_path / 'phone.mp4').write_bytes(content)
     run(state, tmp_path / 'phone', '--input', tmp_path / 'phone.mp4', '--domain', 'CS')
     assert pixels(tmp_path / 'phone/phone/000000.png').shape == (64, 48)
+    frame = lambda *numbers: SimpleNamespace(side_data={'DISPLAYMATRIX': struct.pack('=9i', *numbers, *[0] * (9 - len(numbers)))})
+    assert [rotation(frame(*turn)) for turn in ((1, 0, 0, 0, 1), (0, -1, 0, 1, 0), (-1, 0, 0, 0, -1), (-1, 0, 0, 0, 1))] == [
+        0, 90, -180, 0]     # the last one is mirrored, not turned

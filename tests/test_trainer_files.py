@@ -270,10 +270,10 @@ def test_a_sequence_that_is_run_again_loses_nothing(toy, tmp_path):
     words = [f'DATA={toy}', f'OUT={tmp_path}', 'BATCH=2', 'HEIGHT=32', 'WORKERS=0', f'PYTHON={sys.executable}',
              'TRAIN_ARGS=--limit-batches 1 --device cpu', 'DOMAINS=cityscapes BDD']
     results = tmp_path / 'mdil/results.json'
-    assert 'evaluated before' not in script('mdil', *words, 'EPOCHS=1')
+    assert 'it already holds the results' not in script('mdil', *words, 'EPOCHS=1')
     before = results.read_bytes()
     text = script('mdil', *words, 'EPOCHS=1 2', expect=2)
-    assert f'{results} has the results of' in text and 'num-epochs was 1, is 2' in text
+    assert f'kept {results}: it already holds the results of' in text and 'num-epochs was 1, is 2' in text
     text = script('mdil', *words, 'DOMAINS=cityscapes BDD Cityscape', 'EPOCHS=1', expect=2)
     assert "unknown domain 'Cityscape'" in text and 'train.py' not in text
     assert results.read_bytes() == before and not (tmp_path / 'mdil/step3-Cityscape').exists()

@@ -243,15 +243,10 @@ epochs_of() {
 # Learns DOMAINS one after another, with results in $OUT/NAME, and evaluates as EVALUATE says:
 # learn_sequence NAME ARGUMENTS-OF-TRAIN...
 learn_sequence() {
-    local name=$1 step=0 domain savedir states=() learnt=() start=() ahead=()
+    local name=$1 step=0 domain savedir states=() learnt=() start=()
     shift
     set_metric "$@"
-    for domain in $DOMAINS; do
-        step=$((step + 1))
-        [ -e "$OUT/$name/step$step-$domain" ] || ahead+=("$domain")
-    done
-    check_data ${ahead[@]+"${ahead[@]}"}
-    step=0
+    check_data "$OUT/$name"
     for domain in $DOMAINS; do
         step=$((step + 1))
         learnt+=("$domain")
@@ -267,11 +262,14 @@ learn_sequence() {
     [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" "${data[@]}"
 }
 
-# Refuses unknown domains and missing training images now, not after the steps before: check_data DOMAIN...
+# Refuses unknown domains and missing images before the first step, for the steps without a folder: check_data FOLDER.
 check_data() {
-    [ $# -gt 0 ] && [ "$*" != "${checked:-}" ] || return 0
-    checked=$*
-    run "$PYTHON" -m mdil check --domains "$@" --splits train --pairs-only "${data[@]}"
+    local step=0 domain ahead=()
+    for domain in $DOMAINS; do
+        step=$((step + 1))
+        [ -e "$1/step$step-$domain" ] || [ -e "$1/$domain" ] || ahead+=("$domain")
+    done
+    [ ${#ahead[@]} -eq 0 ] || run "$PYTHON" -m mdil check --domains "${ahead[@]}" --pairs-only "${data[@]}"
 }
 
 # Evaluates checkpoints in step order, unless JSON has their results: evaluate_states JSON STATE...

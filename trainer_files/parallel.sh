@@ -21,7 +21,7 @@ read -ra domains <<< "$DOMAINS"
 out=$OUT/parallel
 base_folder=$out/step1-${domains[0]}
 set_metric "${method[@]}"
-[ -e "$out" ] || check_data "${domains[@]}"
+check_data "$out"
 run_train "$base_folder" "$(epochs_of 1)" --domains "${domains[0]}" ${first[@]+"${first[@]}"} "${method[@]}"
 base=$(state_of "$base_folder")
 

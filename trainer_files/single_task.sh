@@ -14,9 +14,7 @@ cd "$here"
 source trainer_files/common.sh
 read_arguments "Trains a separate network for each of DOMAINS (single-task); results in OUT/single-task." "$@"
 set_metric
-ahead=()
-for domain in $DOMAINS; do [ -e "$OUT/single-task/$domain" ] || ahead+=("$domain"); done
-check_data ${ahead[@]+"${ahead[@]}"}
+check_data "$OUT/single-task"
 step=0
 for domain in $DOMAINS; do
     step=$((step + 1))

@@ -183,7 +183,7 @@ def display_options(parser):
     group.add_argument('--port', type=natural, help='port of a running visdom server')
     group.add_argument('--server', default='http://localhost', help='address of the visdom server')
     group.add_argument('--env', metavar='NAME',
-                       help='visdom environment to draw into (default: --model-name-suffix, or the last two folders of '
+                       help='visdom environment to draw into (default: --model-name-suffix, or the last two parts of '
                             '--savedir)')
     group = parser.add_argument_group('scalars (TensorBoard)')
     group.add_argument('--tensorboard', action='store_true',

@@ -197,17 +197,9 @@ def check_options(content, options):
         tell(f'resuming although {line}: results will not be bit-equal to an uninterrupted run')
 
 
-@contextlib.contextmanager
 def lock(folder):
-    """Locks `folder` for the run of this process; UserError if another run holds it. A folder left empty is removed."""
-    with locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir'):
-        try:
-            yield
-        finally:
-            if os.listdir(folder) == ['.lock']:
-                with contextlib.suppress(OSError):
-                    (folder / '.lock').unlink()
-                    folder.rmdir()
+    """Locks `folder` for the run of this process; UserError if another run holds it."""
+    return locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir')
 
 
 class Stopped(SystemExit):

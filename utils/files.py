@@ -162,7 +162,7 @@ def check_writable(option, path, folder=False, inputs=()):
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place), contextlib.suppress(FileNotFoundError):
-            os.lstat(path)      # fails if the name is too long
+            os.lstat(temporary_name(Path(os.path.realpath(path))))     # fails if the name is too long
     except OSError as error:
         raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None
 

@@ -1,0 +1,33 @@
+"""The results of an earlier evaluation, which `eval.py --resume` keeps."""
+import json
+from pathlib import Path
+
+from mdil.datasets.judgement import content_digest
+from mdil.utils.files import written_through
+
+# Options that results do not depend on, and the checkpoints, which are compared by content.
+OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'json', 'csv', 'markdown', 'latex', 'per_class',
+          'images', 'save_panels', 'save_overlays', 'save_color', 'save_extremes', 'save_confusion'}
+
+
+def settings(options):
+    """{name: value} of the options that results depend on, as given: to be taken before any is completed."""
+    return {name: value for name, value in vars(options).items() if name not in OTHERS}
+
+
+def earlier_results(options):
+    """The content of --json if it was made with the same settings, of the checkpoints --state first; None otherwise."""
+    if written_through(options.json):
+        return None
+    try:
+        known = json.loads(Path(options.json).read_text())
+        digests = [step['digest'] for step in known['steps'][:len(options.state)]]
+        alike = known['options'] == settings(options) and digests == list(map(digest, options.state))
+        return known if alike else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def digest(state):
+    """Digits that change with the content of a checkpoint."""
+    return content_digest(Path(state)).hex()
