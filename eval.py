@@ -215,6 +215,7 @@ def run(options, place):
     given, evaluator, steps = settings(options), Evaluator(options, place), []
     trainings = list(map(training_of, options.state))       # before hours of evaluation, as it may raise UserError
     networks, known, contents = zip(*(evaluator.load_with_content(state, options.method) for state in options.state))
+    digests = list(map(digest, options.state))      # now, as a file may be replaced while it is scored
     check_order(options.state, known)
     if options.height is None:
         options.height, options.width = size_of_training(options.state, contents)
@@ -226,7 +227,7 @@ def run(options, place):
     for number, (state, model, domains, training) in enumerate(zip(options.state, networks, known, trainings), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
-        steps.append({'state': str(state), 'digest': digest(state), 'domains': entries,
+        steps.append({'state': str(state), 'digest': digests[number - 1], 'domains': entries,
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}

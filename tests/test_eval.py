@@ -577,6 +577,21 @@ def test_results_that_are_there_already_are_kept(toy, states, tmp_path, capsys, 
         run(toy, '--state', files[0], '--resume', '--json', out)
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_scored_is_scored_again(toy, states, tmp_path, capsys, monkeypatch):
+    file, step = shutil.copy(states[0], tmp_path / 'x.pth'), evaluation.evaluate_step
+
+    def replaced(*arguments):
+        checkpoint.save({**checkpoint.read(states[0]), 'best_acc': 1.0}, file)
+        return step(*arguments)
+    monkeypatch.setattr(evaluation, 'evaluate_step', replaced)
+    for _ in range(2):
+        evaluate(toy, tmp_path, '--state', file, '--limit-batches', '1', '--resume')
+        assert 'it already holds' not in capsys.readouterr().out
+        monkeypatch.setattr(evaluation, 'evaluate_step', step)
+    evaluate(toy, tmp_path, '--state', file, '--limit-batches', '1', '--resume')
+    assert 'it already holds' in capsys.readouterr().out
+
+
 def test_the_step_of_one_checkpoint_is_its_own(tmp_path):
     (tmp_path / 'opts.json').write_text(json.dumps({'options': {'method': 'mdil', 'domains': ['a', 'b', 'c']}}))
     (tmp_path / 'metrics.jsonl').write_text(json.dumps({'epoch': 1, 'train': {'loss': 1.0}, 'val': {
