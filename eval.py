@@ -118,9 +118,11 @@ def check_options(options):
             raise UserError('--resume needs --json FILE, the results of an earlier evaluation')
         if options.save_panels or any(getattr(options, name) for name in FOLDERS.values()):
             raise UserError('--resume evaluates nothing that pictures could show; leave it out, or the --save options')
-    paths = [Path(getattr(options, name)).absolute() for name in FILES if getattr(options, name)]
-    if len(set(paths)) < len(paths):
-        raise UserError('two results would be written to the same file: ' + ', '.join(map(str, paths)))
+    paths = [getattr(options, name) for name in FILES if getattr(options, name)]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise UserError('two results would be written to the same file: ' + ', '.join(paths))
+    if options.save_confusion:
+        pictures.figure_format('confusion.png')     # fails without matplotlib, which hours of scoring must not
     if options.save_panels:
         pictures.figure_format(options.save_panels)
     elif options.images:
@@ -266,7 +268,11 @@ def main(argv=None):
     known = earlier_results(options) if options.resume else None
     if known:
         print(f'kept {options.json}: it already holds the results of {", ".join(options.state)}')
-        if len(known['steps']) == len(options.state):
+        alone = len(known['steps']) == len(options.state)
+        if not alone and (options.csv or options.markdown or options.latex):
+            raise UserError(f'--json {options.json} holds later steps, too, so no tables of these were written; name '
+                            'all its checkpoints in --state, or leave out --resume and name another --json')
+        if alone:
             report(known, options)
         return
     with session(options.device, precision=options.precision, graphs=options.cuda_graphs) as place:

@@ -14,6 +14,7 @@ that branch should do there, and whether a new branch is worth training.
 """
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, looks_of, never_unknown
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_new, check_writable, write_json, written_through
+from mdil.utils.files import check_new, check_writable, same_file, write_json, written_through
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 from mdil.utils.workers import in_threads
@@ -72,7 +73,7 @@ def predict_parser():
     group = parser.add_argument_group('files that do not name their domains or method')
     nameless_options(group)
     data_options(parser)
-    group = machine_options(parser)
+    group = machine_options(parser, work='threads that load images')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     return parser
 
@@ -84,6 +85,10 @@ def check_options(options):
     if options.advise and is_exported(options.state):
         raise UserError(f'--advise needs a checkpoint; {options.state} is an exported network, which does not say '
                         'what images of its domain look like')
+    if options.advise and (options.save != ['labels'] or options.label_ids != 'train' or options.sequence):
+        raise UserError('--advise FOLDER writes no predictions; leave out --save, --label-ids and --sequence')
+    if is_exported(options.state):
+        check_exported(options)
     if not options.advise and not (options.input and options.out):
         raise UserError('say what to segment and where to write it: --input PATH --out DIR')
     complete_size(options)
@@ -93,6 +98,15 @@ def check_options(options):
     if options.sequence and options.domain not in (None, 'auto'):
         raise UserError(f'--sequence works only with --domain auto, not with --domain {options.domain}')
     options.size = options.height and (options.height, options.width)
+
+
+def check_exported(options):
+    """Refuses options that an exported network has no use for."""
+    for name, given in (('domains', options.domains), ('method', options.method),
+                        ('device', options.device not in ('auto', 'cpu')), ('precision', options.precision != 'fp32')):
+        if given:
+            raise UserError(f'--{name} is for checkpoints; {options.state} is an exported network, which names its '
+                            'domain and runs on the CPU at its own precision')
 
 
 def check_places(options):
@@ -134,19 +148,29 @@ def targets(options, name):
     return {kind: Path(options.out) / f'{name}{ENDINGS[kind]}' for kind in options.save}
 
 
+def real_paths(sources):
+    """The paths of the inputs, links followed."""
+    return {os.path.realpath(source.path) for source in sources}
+
+
 def check_targets(options, sources):
     """UserError if two images would be written to the same file, or one would replace an input."""
-    inputs, owners = {source.path.absolute() for source in sources}, {}
-    record = Path(options.json).absolute() if options.json else None
+    for folder in options.input:
+        if same_file(folder, options.out):
+            raise UserError(f'--out {options.out} is the folder {folder} of --input, so predictions would lie among '
+                            'the images; name another folder, or one below it')
+    inputs, owners = real_paths(sources), {}
+    record = os.path.realpath(options.json) if options.json else None
     if options.json:
         check_writable('--json', options.json, inputs=[*options.input, *inputs])
-    if record == Path(options.out).absolute() / MADE_BY:
+    if record == os.path.realpath(Path(options.out) / MADE_BY):
         raise UserError(f'--json {options.json} is where predict.py records its settings; name another file')
     for source in sources:
         for path in targets(options, source.name).values():
-            if path.absolute() == record:
+            place = os.path.realpath(path)
+            if place == record:
                 raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
-            if path.absolute() in inputs:
+            if place in inputs:
                 raise UserError(f'{path} is an input and would be replaced; choose another --out')
             if owners.get(path) == source.path:
                 raise UserError(f'{source.path} is given twice')
@@ -184,7 +208,7 @@ def settings(options, predictor):
 
 
 def answers_to(options, source):
-    """Existing prediction files for a Source, of all kinds."""
+    """Existing files, of all kinds, at the places of a Source's predictions."""
     if source.is_video:
         return list((Path(options.out) / source.name).rglob('*.png'))
     return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
@@ -196,8 +220,10 @@ def claim(options, predictor, sources):
     UserError if --out holds predictions made with other or unknown settings. --overwrite removes those of `sources`
     instead; then UserError if any made with other settings would remain.
     """
-    path, made = Path(options.out) / MADE_BY, settings(options, predictor)
-    before, there = read_object(path), [answer for source in sources for answer in answers_to(options, source)]
+    path, made, inputs = Path(options.out) / MADE_BY, settings(options, predictor), real_paths(sources)
+    before = read_object(path)
+    there = {answer for source in sources for answer in answers_to(options, source)
+             if os.path.realpath(answer) not in inputs}
     other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
     if not options.overwrite and other:
         raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(other)}; choose '
@@ -205,8 +231,9 @@ def claim(options, predictor, sources):
     if not options.overwrite and not before and (path.exists() or there):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
-    if other and (left := sorted(set(Path(options.out).rglob('*.png')) - set(there))):
-        raise UserError(f'--out {options.out} holds {left[0].name}, which was made with other settings and would '
+    others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs} - there
+    if other and others:
+        raise UserError(f'--out {options.out} holds {min(others).name}, which was made with other settings and would '
                         'remain; choose another --out')
     if other or not before:
         for answer in there:        # otherwise a run resumed after an interruption would keep these old files

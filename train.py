@@ -26,7 +26,7 @@ from mdil.models import unchanged
 from mdil.training import building, records, resume
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
-from mdil.training.run import LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
+from mdil.training.run import BEST, LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
 from mdil.training.step_loss import mean_over_batch, optimizer_steps
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.graphs import graphed
@@ -39,7 +39,7 @@ def train_batch(run, images, labels, domain):
     loss = sum of weight * term, by default ce + lambda * kd: the cross-entropy of the new
     domain, plus the distances to the teacher in the branches of the old domains. Takes one
     optimiser step on the loss, or one on each term. images (B, 3, H, W) uint8 and labels
-    (B, H, W) uint8 are on the device; nothing here waits for it. A step is skipped if the loss
+    (B, H, W) uint8 are on the device; nothing here waits for it. Fused optimisers skip a step if the loss
     so far is not finite.
     """
     values = {term.name: 0.0 for term in run.terms}
@@ -162,10 +162,13 @@ def find_saved(options):
     """The checkpoint that --resume continues from, or None."""
     if not options.resume:
         return None
-    saved = resume.find(Path(options.savedir), (LATEST, PREVIOUS))
+    folder = Path(options.savedir)
+    # Of an epoch, a run writes metrics, BEST and LATEST, in that order; in the first, there is no older LATEST.
+    first = len(records.read_metrics(folder)) == 1
+    saved = resume.find(folder, (LATEST, PREVIOUS, *[BEST] * first))
     if saved is None:
-        found = results_in(Path(options.savedir))
-        if found:
+        found = results_in(folder)
+        if found and not (first and found == ['metrics.jsonl']):
             raise UserError(f'--resume: {options.savedir} holds {", ".join(found)} but no {LATEST} to continue from; '
                             'use another --savedir, or start from scratch with --overwrite')
         tell(f'--resume: no checkpoint in {options.savedir}, starting from scratch')

@@ -170,7 +170,7 @@ def networks(steps, place):
 
 def dataset_of(name, trained, options):
     """The validation images of a domain as a run with options `trained` saw them; UserError if they are missing."""
-    domain = get_domain(name, data_paths(options.data or trained['data']))
+    domain = get_domain(name, {**data_paths(trained['data']), **data_paths(options.data)})
     root = getattr(options, 'data_root', trained['data_root'])
     return SegmentationDataset(domain, root, 'val', (trained['height'], trained['width']))
 

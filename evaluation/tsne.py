@@ -231,9 +231,12 @@ def run(options):
     """Compares all sequences; returns ({name: FeatureShift}, dataset, Pixels, {name: paths before and after})."""
     if importlib.util.find_spec('sklearn') is None:
         raise UserError('scikit-learn is missing: pip install scikit-learn')
+    pictures.figure_format(f'{options.out}.png')        # fails without matplotlib
     pairs = {}
     for item in options.sequences:
         name, *pair = checkpoint_pair(item, options.step)
+        if name in pairs:
+            raise UserError(f'{item}: the name {name} is given twice; give each sequence its own')
         pairs[name] = pair
     first = read_named(next(iter(pairs.values()))[0], data_paths(options.data), options.domains)
     domain = compared_domain(first, options)

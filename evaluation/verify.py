@@ -165,7 +165,11 @@ def mapped(state, prefixes, path, domain):
     for key, value in state.items():
         prefix = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
         if prefix is not None:
-            result[prefixes[prefix] + key.removeprefix(prefix)] = value
+            name = prefixes[prefix] + key.removeprefix(prefix)
+            if name in result:
+                raise UserError(f'--map: two keys of {path} become {name} for {domain}; each needs its '
+                                'own prefix in NEW')
+            result[name] = value
     if not result:
         raise UserError(f'{path}: no key has a prefix that --map gives for {domain} ({", ".join(prefixes)}); '
                         f'the first is {next(iter(state), "none")!r}')

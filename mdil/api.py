@@ -82,7 +82,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(pick_device(str(device)))
     check_precision(precision, place.device)
-    known = LoadedCheckpoint(file, domains, method, data)
+    known = LoadedCheckpoint(Path(file).expanduser(), domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))

@@ -88,6 +88,7 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     """
     check_types(domain, train, val, savedir, state, on_epoch, options)
     folder, data = Path(savedir).expanduser(), dict(options.pop('data', None) or {})
+    state = state and Path(state).expanduser()
     check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                overwrite=options.get('overwrite')))
     with taken_back(folder, domain):

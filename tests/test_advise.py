@@ -101,6 +101,9 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
 def test_advice_segments_nothing(knowing, photos, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match='--advise FOLDER does not segment images'):
         run(knowing, '--advise', photos, '--out', tmp_path / 'out')
+    for words in (['--save', 'overlay'], ['--label-ids', 'files'], ['--sequence']):
+        with pytest.raises(UserError, match='--advise FOLDER writes no predictions; leave out --save'):
+            run(knowing, '--advise', photos, *words)
     with pytest.raises(UserError, match='say what to segment'):
         run(knowing, '--out', tmp_path / 'out')
 

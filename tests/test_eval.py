@@ -560,6 +560,10 @@ def test_results_that_are_there_already_are_kept(toy, states, tmp_path, capsys, 
     assert 'mIoU after step' in kept('--state', *files, *words, '--csv', tmp_path / 'x.csv')
     assert 'cityscapes' in (tmp_path / 'x.csv').read_text()
     assert 'mIoU' not in kept('--state', files[0], *words) != ''      # the first step is in it
+    for name in ('csv', 'markdown', 'latex'):
+        with pytest.raises(UserError, match='holds later steps, too, so no tables of these were written'):
+            kept('--state', files[0], *words, f'--{name}', tmp_path / 'y')
+    assert not (tmp_path / 'y').exists()
     for more in (['--published-metric'], ['--single-task', 'CS=50'], ['--height', '64']):
         assert not kept('--state', *files, *words, *more)
     checkpoint.save({**checkpoint.read(files[1]), 'best_acc': 1.0}, files[1])

@@ -79,6 +79,9 @@ def test_predict_takes_an_exported_network(state, tmp_path, capsys):
         out = tmp_path / f'{name.name}-out'
         predict.main(['--state', str(name), '--input', str(tmp_path / 'photo.png'), '--out', str(out), '--device', 'cpu', *more])
         answers.append(Image.open(out / 'photo.png'))
+    for name, value in (('--device', 'cuda'), ('--precision', 'bf16'), ('--domains', 'camvid'), ('--method', 'mdil')):
+        with pytest.raises(UserError, match=f'{name} is for checkpoints; .*x.xml is an exported network'):
+            predict.main(['--state', str(path), '--input', str(tmp_path), '--out', str(tmp_path / 'new'), name, value])
     same = sum(one == other for one, other in zip(*(answer.tobytes() for answer in answers)))
     assert answers[0].size == (70, 50) and same >= 0.999 * 70 * 50
 

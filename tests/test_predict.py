@@ -393,7 +393,11 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'notes.pdf'], 'an image, a folder'),
     (['--input', 'bad.txt'], 'gone.png does not exist; lines are relative'),
     (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD', only cityscapes, IDD"),
-    (['--input', 'photos', '--out', 'photos'], 'a.png is an input and would be replaced'),
+    (['--input', 'photos', '--out', 'photos'], '--out photos is the folder photos of --input'),
+    (['--input', 'photos', '--out', 'alias', '--overwrite'], '--out alias is the folder photos of --input'),
+    (['--input', 'photos/a.png', '--out', 'photos', '--overwrite'], 'photos/a.png is an input and would be replaced'),
+    (['--input', 'photos/a.png', '--out', 'alias', '--overwrite'], 'alias/a.png is an input and would be replaced'),
+    (['--input', 'photos/a.png', '--out', 'more/../photos', '--overwrite'], 'a.png is an input and would be replaced'),
     (['--input', 'photos/sub', 'photos/sub'], 'b.JPG is given twice'),
     (['--input', 'photos', 'more'], 'photos/a.png and more/a.bmp would both be written to'),
     (['--input', 'photos', '--native', '--height', '64'], '--native keeps'),
@@ -409,11 +413,21 @@ def test_bad_input(monkeypatch, state, photos, tmp_path, arguments, message):
     Path('more').mkdir()
     Path('more/a.bmp').touch()
     Path('notes.pdf').touch()
+    Path('alias').symlink_to('photos')
+    before = {path: path.read_bytes() for path in photos.rglob('*.*')}
     Path('notes.json').write_text('[1]')
     Path('bad.txt').write_text('gone.png\n')
     with pytest.raises(UserError, match=message):
         run(state, 'out', '--domain', 'CS', *arguments)
     assert Path('notes.json').read_text() == '[1]'
+    assert {path: path.read_bytes() for path in photos.rglob('*.*')} == before
+
+
+def test_overlays_beside_the_photos_do_not_replace_them(state, photos):
+    before = (photos / 'a.png').read_bytes()
+    for more in ([], ['--overwrite']):
+        run(state, photos, '--input', photos / 'a.png', '--domain', 'CS', '--save', 'overlay', *more)
+        assert (photos / 'a.png').read_bytes() == before and (photos / 'a.overlay.png').exists()
 
 
 def test_the_size_of_the_training_is_what_the_file_says():

@@ -92,6 +92,29 @@ def test_resume_without_a_checkpoint_keeps_what_else_there_is(toy, tmp_path):
     assert (tmp_path / BEST).read_bytes() == b'x'
 
 
+@pytest.mark.parametrize('failed', [LATEST, BEST])
+def test_a_run_whose_first_checkpoint_was_not_written_is_resumed(toy, tmp_path, monkeypatch, failed):
+    """Its metrics are there, and perhaps its best network; later epochs have an older checkpoint."""
+    whole = checkpoint.write_atomically
+
+    def full(path, *arguments):
+        if path.name == failed:
+            raise UserError('disk full')
+        whole(path, *arguments)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='disk full'):
+        patch.setattr(checkpoint, 'write_atomically', full)
+        learn(toy, tmp_path, '--domains', 'CS', '--num-epochs', '2')
+    assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == 1
+    assert (tmp_path / BEST).exists() is (failed == LATEST) and not (tmp_path / LATEST).exists()
+    learn(toy, tmp_path, '--domains', 'CS', '--num-epochs', '2', '--resume')
+    assert checkpoint.read(tmp_path / LATEST)['epoch'] == 2
+    assert [json.loads(line)['epoch'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == [1, 2]
+    (tmp_path / LATEST).unlink()
+    (tmp_path / PREVIOUS).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=f'metrics.jsonl but no {LATEST}'):
+        learn(toy, tmp_path, '--domains', 'CS', '--num-epochs', '2', '--resume')
+
+
 def test_overwrite_replaces_the_whole_result_once_the_run_can_begin(toy, tmp_path):
     for name in (LATEST, PREVIOUS, BEST):
         (tmp_path / name).write_bytes(b'old')

@@ -232,9 +232,12 @@ def test_fast_stands_for_options():
     assert not hasattr(options, 'fast')
 
 
-def test_fast_contradicts_fp16():
-    with pytest.raises(UserError, match='give one of'):
-        parse_train(['--domains', 'camvid', '--savedir', 'x', '--fast', '--precision', 'fp16'])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_fast_leaves_what_is_given(precision):
+    start = ['--domains', 'camvid', '--savedir', 'x', '--device', 'cpu']
+    options = parse_train([*start, '--fast', '--precision', precision, '--augment', 'workers'])
+    assert (options.precision, options.augment) == (precision, 'workers')
+    assert vars(options) == vars(parse_train([*start, '--precision', precision]))
 
 
 @pytest.mark.parametrize('arguments, message', [

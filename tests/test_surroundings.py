@@ -104,7 +104,7 @@ def test_home_is_found_in_options():
     (['--seed', str(2 ** 64)], 'not between 0 and 2.63 - 1'), (['--seed', str(2 ** 63)], 'not between'),
     (['--num-workers', '-3'], '--num-workers: -3 is not at least 0'), (['--batch-size', 'six'], "'six' is not a whole number"),
     (['--lr', 'fast'], '--lr: fast is not a finite number >= 0'), (['--height', '64.5'], "'64.5' is not a whole number"),
-    (['--num-epochs', '1' + '0' * 30], 'too large'), (['--batch-size', str(2 ** 31)], 'too large'),
+    (['--height', '8000000000'], 'is more than 65536'), (['--num-epochs', '1' + '0' * 30], 'too large'), (['--batch-size', str(2 ** 31)], 'too large'),
     (['--lr', '1e400'], 'finite'), (['--lambdac', '1e400'], 'finite'), (['--temperature', '1e200'], 'from 1e-6 to 1e6'),
     (['--temperature', '1e-300'], 'from 1e-6 to 1e6')])
 def test_numbers_that_no_generator_or_float_takes_are_refused(arguments, message):

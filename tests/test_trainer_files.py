@@ -107,6 +107,12 @@ def test_settings_that_are_none_of_their_words_are_refused(argument):
     assert ' is not ' in script('mdil', argument, expect=2)
 
 
+@pytest.mark.parametrize('arguments, says', [
+    (['DOMAINS=IDD'], 'needs two domains or more'), (['NODES=2', 'HOST=a', 'NODE=1'], 'runs on one machine')])
+def test_parallel_refuses_what_it_cannot_divide(arguments, says):
+    assert says in script('parallel', '--dry-run', *arguments, expect=2)
+
+
 def test_the_scripts_know_every_method():
     names = [*METHODS, 'ours']
     found = commands(script('ablations', '--dry-run', 'DOMAINS=CS', 'RECIPES=', f'METHODS={" ".join(names)}'))

@@ -149,6 +149,7 @@ def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
     (['mdil={root}/mdil', '--step', '3'], 'step2-.* and step3-.*found: step 1, step 2'),
     (['mdil={root}/none'], 'found: no step'),
     (['mdil'], 'neither NAME=FOLDER'),
+    (['mdil={root}/mdil', 'mdil={root}/mdil'], 'the name mdil is given twice'),
     (['mdil=a,b,c'], 'two checkpoints are expected'),
     (['mdil={root}/mdil', '--domain', 'IDD'], 'before the step, knows cityscapes only'),
     (['mdil={root}/mdil', '--perplexity', '5000'], 'too few for --perplexity 5000'),

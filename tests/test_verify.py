@@ -154,6 +154,7 @@ def test_networks_of_other_code_by_a_map_of_keys(tmp_path, capsys, wrapped):
     assert run(old, save(tmp_path / 'new', new.state_dict()), *given) == 1
     assert '1 buffers of 1 batch norms, 0 of 6 parameters moved' in capsys.readouterr().out
     for content, message in (('{"a": {"nothing.": "x."}}', 'no key has a prefix that --map gives for a'), ('[]', 'is not'), ('{"a": 1}', 'is not'),
+                             ('{"a": {"head.": "x.", "backbone.0.": "x."}}', 'two keys of .* become x.weight for a'),
                              ('{"a": {"head.": "heads.7."}}', 'a in .* cannot be compared, heads.7.bias')):
         (tmp_path / 'map').write_text(content)
         with pytest.raises(UserError, match=message):

@@ -18,6 +18,8 @@ read_arguments "Trains on the first of DOMAINS, then on all later ones in parall
 
 method=(--method adapters-only)
 read -ra domains <<< "$DOMAINS"
+[ ${#domains[@]} -gt 1 ] || refuse "DOMAINS=$DOMAINS: parallel.sh needs two domains or more"
+[ "$NODES" -eq 1 ] || refuse "NODES=$NODES: parallel.sh runs on one machine; its processes share GPUS"
 out=$OUT/parallel
 base_folder=$out/step1-${domains[0]}
 set_metric "${method[@]}"

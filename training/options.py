@@ -161,17 +161,17 @@ def training_options(parser):
 
 def device_options(parser):
     """Adds options for where and how fast a step is computed."""
-    group = machine_options(parser)
+    group = machine_options(parser, precision=None)
     group.add_argument('--compile', action='store_true',
                        help='torch.compile networks and losses (for GPUs; slow start)')
     group.add_argument('--cuda-graphs', action='store_true',
                        help='on one GPU: record a batch and replay it as one launch, to spare the CPU')
     group.add_argument('--fast', action='store_true',
                        help='the same as --augment device, --precision bf16 if it is fast on the device, and with a '
-                            'single GPU or under torchrun --compile')
+                            'single GPU or under torchrun --compile; --augment and --precision given with it count')
     group.add_argument('--deterministic', action='store_true', help='on a GPU, use algorithms that repeat bit for bit')
-    group.add_argument('--augment', choices=('workers', 'device'), default='workers',
-                       help='where images are flipped and shifted; the result is the same')
+    group.add_argument('--augment', choices=('workers', 'device'),
+                       help='where images are flipped and shifted; the result is the same (default: workers)')
     group.add_argument('--parallel', choices=('auto', 'none', 'dp', 'ddp'), default='auto',
                        help='several devices: auto is ddp under torchrun, else dp')
     group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes, on GPUs')
@@ -274,17 +274,18 @@ def check_network(options):
 
 
 def complete_fast(options):
-    """Replaces --fast by the options it stands for."""
+    """Replaces --fast by the options it stands for, except those given; completes --precision and --augment."""
     if options.__dict__.pop('fast'):
-        if options.precision == 'fp16':
-            raise UserError('--fast stands for --precision bf16; give one of --fast and --precision fp16')
-        lack = options.precision == 'fp32' and without_bf16(pick_device(options.device))
+        lack = not options.precision and without_bf16(pick_device(options.device))
         if lack:
             tell(f'--fast computes in float32, because {lack}')
-        options.precision, options.augment = 'fp32' if lack else 'bf16', 'device'
+        options.precision = options.precision or ('fp32' if lack else 'bf16')
+        options.augment = options.augment or 'device'
         # Without torchrun, several GPUs use DataParallel, which cannot be compiled.
         alone = torch.cuda.device_count() == 1 or 'RANK' in os.environ
         options.compile |= options.device != 'cpu' and torch.cuda.is_available() and alone
+    options.precision = options.precision or 'fp32'
+    options.augment = options.augment or 'workers'
 
 
 def check_graphs(options):

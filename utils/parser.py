@@ -9,6 +9,9 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import check_alone
 
 
+LONGEST = 2 ** 16       # image side that is accepted
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Adds the default to the help of an option, unless it is trivial or the help already mentions it."""
 
@@ -101,6 +104,8 @@ def side(text):
     if value < 8 or value % 8:
         near = max(8, round(value / 8) * 8)
         raise argparse.ArgumentTypeError(f'{text} is not a positive multiple of 8; the nearest is {near}')
+    if value > LONGEST:
+        raise argparse.ArgumentTypeError(f'{text} is more than {LONGEST}')
     return value
 
 
@@ -144,10 +149,11 @@ def complete_size(options):
     options.width = getattr(options, 'width', 2 * options.height)
 
 
-def machine_options(parser, workers=2):
-    """Adds `--device`, `--precision` and `--num-workers`."""
+def machine_options(parser, workers=2, precision='fp32', work='loader processes'):
+    """Adds `--device`, `--precision` and `--num-workers`, with their defaults; work: what the workers are."""
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another torch device, such as mps')
-    group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help='autocast type')
-    group.add_argument('--num-workers', type=natural, default=workers, help='loader processes')
+    group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default=precision,
+                       help='autocast type' + ('' if precision else ' (default: fp32)'))
+    group.add_argument('--num-workers', type=natural, default=workers, help=work)
     return group
