@@ -1,0 +1,304 @@
+"""Every comparison that docs/results.md makes, computed from the stored results.
+
+    python -m benchmarks.claims
+
+There is a table for each section of the page; the tests compare the two. Each line is a difference between two rows,
+paired by seed. It counts as established if p < 0.01, which is printed in bold. Differences over all domains are in
+Delta_m%, those on single domains and of what is forgotten in points of mIoU.
+"""
+import json
+import statistics
+from functools import cache, partial
+from itertools import starmap
+from pathlib import Path
+from typing import NamedTuple
+
+from mdil.benchmarks.sequence_tables import LEAST_P
+from mdil.evaluation import tables
+from mdil.evaluation.paired import LIMIT, p_value, student
+from mdil.evaluation.tables import Table, number, spread
+from mdil.utils.errors import run_main
+from mdil.utils.parser import Parser
+
+STORED = Path(__file__).parent / 'results' / 'forgetting'
+FIRST, REVERSE = 'cityscapes camvid idd-lite', 'idd-lite camvid cityscapes'
+FAST = '--recipe fast'
+ADAPTERS, SEPARATE, JOINT = (f'adapters-only {FAST} --first {FAST}', f'single-task-adapters {FAST}',
+                             f'multi-task-adapters {FAST}')
+MDIL, TUNED, PLAIN = f'mdil {FAST} --first {FAST}', f'fine-tune {FAST} --first {FAST}', f'single-task {FAST}'
+ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dropout"
+TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
+ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
+CONFIDENCE = 0.95
+STORED_FILES = 'Stored results'      # title of the table of files
+
+
+class Scores(NamedTuple):
+    """mIoU in percent: {seed: {domain: mIoU}}, and the stored files that they come from."""
+    seeds: dict
+    files: tuple
+
+
+class Difference(NamedTuple):
+    """One number per seed, {seed: number}, its unit, and the stored files that it comes from."""
+    seeds: dict
+    unit: str
+    files: tuple
+
+
+@cache
+def stored(name):
+    """The content of a stored file."""
+    return json.loads((STORED / f'{name}.json').read_text())
+
+
+def scores(files, row, order=None, column=None, step=-1):
+    """Scores of a row after a step of its sequence.
+
+    files: names of stored files that share its seeds; order: of the domains (default: any, for rows that have none);
+    column: 'estimated' or 'kept' instead of the scores as they are.
+    """
+    seeds = {}
+    for file in files.split():
+        orders = stored(file)['orders']
+        found = orders[order] if order else next(rows for rows in orders.values() if row in rows)
+        for seed, figures in found[row]['seeds'].items():
+            seeds[seed] = (figures['columns'][column] if column else figures)['steps'][step]
+    return Scores(seeds, tuple(files.split()))
+
+
+def branch(images, of):
+    """Scores in the common classes on the images of a domain, with the branch of another, in each seed's file."""
+    files = [f'label-seed{seed}' for seed in range(5)]
+    return Scores({seed: {images: stored(file)['cross_heads'][of][images]['common']['miou']}
+                   for seed, file in enumerate(files)}, tuple(files))
+
+
+def common(one, other):
+    """The seeds that both have, and the files of both."""
+    return [seed for seed in one.seeds if seed in other.seeds], tuple(dict.fromkeys(one.files + other.files))
+
+
+def points(one, other, *domains):
+    """The Difference of two Scores in points of mIoU, mean over `domains` (default: all that both have)."""
+    seeds, files = common(one, other)
+    return Difference({seed: statistics.fmean(value - other.seeds[seed][name]
+                                              for name, value in one.seeds[seed].items()
+                                              if name in (domains or other.seeds[seed])) for seed in seeds},
+                      'points', files)
+
+
+def relative(one, other):
+    """Delta_m% of two Scores: mean over the domains of the relative difference, in percent."""
+    seeds, files = common(one, other)
+    return Difference({seed: statistics.fmean(100 * (value - other.seeds[seed][name]) / other.seeds[seed][name]
+                                              for name, value in one.seeds[seed].items()) for seed in seeds},
+                      '%', files)
+
+
+def minus(one, other):
+    """The Difference of two Differences."""
+    seeds, files = common(one, other)
+    return Difference({seed: one.seeds[seed] - other.seeds[seed] for seed in seeds}, one.unit, files)
+
+
+def published_loops():
+    """What the published loops and fine-tuning lose after three steps, and what statistics give back."""
+    two, file, tuned = 'released-two-steps', 'tuned-alike', f'fine-tune {ALIKE}'
+    yield 'published loops, old statistics restored after two steps, Cityscapes', points(
+        scores(two, 'released-put-back'), scores(two, 'released'), 'cityscapes')
+
+    def recovered(row, column, *domains):
+        return points(scores(file, row, FIRST, column), scores(file, row, FIRST), *domains)
+    for name in ('cityscapes', 'camvid'):
+        yield f'published loops, old statistics restored, {TITLES[name]}', recovered('released', 'kept', name)
+    yield 'published loops, old statistics restored, both', recovered('released', 'kept', 'cityscapes', 'camvid')
+    for name in ('cityscapes', 'camvid'):
+        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(
+            scores(file, tuned, FIRST), scores(file, 'adapters-only', FIRST), name)
+        yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
+        yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
+
+
+def against(words, one, other, names):
+    """Claims that compare two Scores on all domains and on each of `names`."""
+    yield words, relative(one, other)
+    for name in names:
+        yield f'{words}, {TITLES[name]}', points(one, other, name)
+
+
+def long_training():
+    """All rows use --recipe fast in all steps."""
+    separate, joint = scores('long', SEPARATE), scores('long-joint', JOINT)
+    own = {'first order': scores('long', ADAPTERS, FIRST), 'reverse order': scores('long-order2', ADAPTERS, REVERSE)}
+    for words, order in ORDERS.items():
+        yield from against(f'`adapters-only` against separate networks, {words}', own[words], separate,
+                           order.split()[1:])
+    for words, order in ORDERS.items():
+        yield from against(f'`adapters-only` against joint training, {words}', own[words], joint, order.split())
+    yield from against('joint training against separate networks', joint, separate, FIRST.split())
+    mdil = scores('long-mdil', MDIL, FIRST)
+    yield '`mdil` against separate networks', relative(mdil, separate)
+    yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
+
+
+def short_training():
+    """All rows use --recipe fast in all steps."""
+    separate, mdil = scores('fast', SEPARATE), scores('fast-mdil fast-mdil-seed2', MDIL, FIRST)
+    own = {'first order': scores('fast', ADAPTERS, FIRST), 'reverse order': scores('fast-order2', ADAPTERS, REVERSE)}
+    for words, order in ORDERS.items():
+        yield from against(f'`adapters-only` against separate networks, {words}', own[words], separate,
+                           order.split()[1:])
+    yield '`mdil` against separate networks', relative(mdil, separate)
+    yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
+    yield 'plain separate networks against separate networks', relative(scores('fast', PLAIN), separate)
+
+
+def one_rate():
+    """Rows at 1e-3 without dropout."""
+    five, three = 'tuned-alike-adapters', 'tuned-alike'
+    plain, separate = scores(five, f'single-task {ALIKE}'), scores(five, f'single-task-adapters {ALIKE}')
+    own, joint = scores(five, 'adapters-only', FIRST), partial(scores, three, f'multi-task {ALIKE}', FIRST)
+    yield '`adapters-only` against plain separate networks, first order', relative(own, plain)
+    yield '`adapters-only` against separate networks, first order', relative(own, separate)
+    yield '`adapters-only` against separate networks, reverse order', relative(
+        scores('tuned-alike-order2', 'adapters-only', REVERSE), separate)
+    yield 'separate networks against plain ones', relative(separate, plain)
+    yield '`adapters-only` against plain separate networks, reverse order', relative(
+        scores('tuned-alike-order2', 'adapters-only', REVERSE), plain)
+    yield 'fine-tuning against plain separate networks', relative(scores(three, f'fine-tune {ALIKE}', FIRST), plain)
+    yield '`released` against plain separate networks', relative(scores(three, 'released', FIRST), plain)
+    yield '`released`, old statistics kept, against plain separate networks', relative(
+        scores(three, 'released', FIRST, 'kept'), plain)
+    yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
+        scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
+    yield '`multi-task` against plain separate networks', relative(joint(), plain)
+    yield '`multi-task`, statistics estimated per domain, against plain separate networks', relative(
+        joint('estimated'), plain)
+    yield '`multi-task`, statistics estimated per domain, against as trained', relative(joint('estimated'), joint())
+    yield '`multi-task-domain-bn` against plain separate networks', relative(
+        scores(three, f'multi-task-domain-bn {ALIKE}', FIRST), plain)
+    joint_adapters = scores(three, f'multi-task-adapters {ALIKE}', FIRST)
+    yield '`multi-task-adapters` against plain separate networks', relative(joint_adapters, plain)
+    yield '`multi-task-adapters` against separate networks', relative(joint_adapters, separate)
+    yield '`adapters-only` against `multi-task-adapters`', relative(own, joint_adapters)
+
+
+def length_and_order():
+    """How the training length, the order and the recipe change the leads over separate networks."""
+    files = {('long', FIRST): 'long', ('short', FIRST): 'fast', ('long', REVERSE): 'long-order2',
+             ('short', REVERSE): 'fast-order2'}
+    own = {key: scores(file, ADAPTERS, key[1]) for key, file in files.items()}
+    separate = {'long': scores('long', SEPARATE), 'short': scores('fast', SEPARATE)}
+    lead = {(length, order): relative(found, separate[length]) for (length, order), found in own.items()}
+    camvid = {length: points(own[length, REVERSE], own[length, FIRST], 'camvid') for length in separate}
+    turned = {length: minus(lead[length, REVERSE], lead[length, FIRST]) for length in separate}
+    for words, order in ORDERS.items():
+        yield f'lead over separate networks, long minus short, {words}', minus(lead['long', order],
+                                                                               lead['short', order])
+    for length in separate:
+        yield f'reverse order minus first, {length}', turned[length]
+        yield f'reverse order minus first, {length}, CamVid', camvid[length]
+    yield 'reverse order minus first, long minus short', minus(turned['long'], turned['short'])
+    yield 'reverse order minus first, long minus short, CamVid', minus(camvid['long'], camvid['short'])
+    for (words, order), file in zip(ORDERS.items(), ('tuned-alike-adapters', 'tuned-alike-order2')):
+        yield f'`adapters-only`, short, `--recipe fast` against its default, {words}', relative(
+            own['short', order], scores(file, 'adapters-only', order))
+    yield 'separate networks, short, `--recipe fast` against 1e-3 without dropout', relative(
+        separate['short'], scores('tuned-alike-adapters', f'single-task-adapters {ALIKE}'))
+
+
+def first_domain():
+    """CamVid after 60 images of Cityscapes, and BDD after 60 or 1,000 scenes of toy roads, in long training."""
+    moving = f'mdil {FAST} --shared-lr 5e-4 --lambdac 10 --first {FAST}'
+    pairs = {'`adapters-only`': (ADAPTERS, SEPARATE), 'fine-tuning': (TUNED, PLAIN),
+             '`mdil` with shared weights at 5e-4 and lambda 10': (moving, SEPARATE)}
+    leads = {words: points(*(scores('long-camvid', row) for row in pair), 'camvid') for words, pair in pairs.items()}
+    for words, lead in leads.items():
+        yield f'CamVid, {words} against the same network from random weights', lead
+    yield 'CamVid, lead of `adapters-only` minus lead of fine-tuning', minus(leads['`adapters-only`'],
+                                                                           leads['fine-tuning'])
+    many, few = scores('toy-first-1000', ADAPTERS), scores('toy-first-60', ADAPTERS)
+    separate, joint = scores('toy-first-1000', SEPARATE), scores('toy-baselines-seed0 toy-joint', JOINT)
+    yield 'BDD, `adapters-only` after 1,000 scenes against separate networks', points(many, separate, 'BDD')
+    yield 'BDD, `adapters-only` after 60 scenes against separate networks', points(few, separate, 'BDD')
+    yield 'BDD, `adapters-only` after 1,000 scenes against after 60', points(many, few, 'BDD')
+    yield 'toy roads, joint training against separate networks', relative(joint, separate)
+    yield 'toy roads, `adapters-only` against joint training', relative(many, joint)
+
+
+def labels():
+    """What a wrong branch costs, in the classes that all three domains share."""
+    for images in FIRST.split():
+        for other in FIRST.split():
+            if other != images:
+                yield (f'images of {TITLES[images]}, branch of {TITLES[other]} instead of their own',
+                       points(branch(images, other), branch(images, images)))
+
+
+SECTIONS = {'Long training': long_training, 'Short training': short_training,
+            'Short training at 1e-3 without dropout': one_rate, 'Statistics or weights': published_loops,
+            'Training length, order and recipe': length_and_order, 'What the first domain changes': first_domain,
+            'What the domain label is worth': labels}
+
+
+def interval(values):
+    """The confidence interval of the mean, from Student's t distribution; '-' for fewer than three values."""
+    if len(values) < 3:
+        return '-'
+    low, high = 0.0, 1e3
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, len(values) - 1) < CONFIDENCE else (low, middle)
+    mean, half = statistics.fmean(values), high * statistics.stdev(values) / len(values) ** 0.5
+    return f'{number(mean - half)} to {number(mean + half)}'
+
+
+def line(words, difference):
+    """The cells of a claim."""
+    values = list(difference.seeds.values())
+    p = p_value(values)
+    shown = f'< {LEAST_P}' if p < LEAST_P else f'{p:#.2g}'
+    return [words, f'{spread(values)} {difference.unit}', str(len(values)), f'**{shown}**' if p < LIMIT else shown,
+            interval(values), named(difference.files)]
+
+
+def named(files):
+    """The names of stored files; of a numbered series, the first and the last."""
+    return f'{files[0]} to {files[-1]}' if len(files) > 4 else ' '.join(files)
+
+
+def section_table(title):
+    """The Table of a section; the one of the stored files that the sections use is a section, too."""
+    if title == STORED_FILES:
+        used = {file for claims in SECTIONS.values() for _, difference in claims() for file in difference.files}
+        return Table(title, 'stored', ['file', 'revision', 'torch', 'precision', 'seeds'],
+                     [list(map(provenance, sorted(used)))])
+    return Table(title, 'claims', ['comparison', 'difference', 'n', 'p', f'{100 * CONFIDENCE:.0f} % interval',
+                                   'stored in'], [list(starmap(line, SECTIONS[title]()))])
+
+
+def provenance(name):
+    """The cells of a stored file: where its figures come from."""
+    content = stored(name)
+    versions, rows = content['versions'], [row for rows in content.get('orders', {}).values() for row in rows.values()]
+    revision, _, changed = versions['git'].partition('-')
+    seeds = sorted({seed for row in rows for seed in row['seeds']}) or [name[-1]]
+    return [name, revision[:7] + (' with uncommitted changes' if changed else ''), versions['torch'],
+            content.get('options', content.get('protocol'))['precision'], ' '.join(seeds)]
+
+
+def main(argv=None):
+    parser = Parser(prog='python -m benchmarks.claims',
+                    description='Prints every comparison of docs/results.md, computed from the stored results.')
+    parser.add_argument('--per-seed', action='store_true', help='the difference of each seed, too')
+    options = parser.parse_args(argv)
+    for title in (*SECTIONS, STORED_FILES):
+        table = section_table(title)
+        print(f'{title}\n\n{tables.markdown(table.header, *table.groups)}\n')
+        for words, difference in SECTIONS[title]() if options.per_seed and title in SECTIONS else ():
+            print(f'{words}: {", ".join(map(number, difference.seeds.values()))}')
+
+
+if __name__ == '__main__':
+    run_main(main)

@@ -1,0 +1,48 @@
+"""benchmarks.claims: the comparisons of docs/results.md are those that the stored results give."""
+import statistics
+
+import pytest
+
+from mdil.benchmarks import claims
+from mdil.benchmarks.claims import SECTIONS, STORED_FILES, Difference, Scores, interval, line, minus, points, relative
+from mdil.evaluation import tables
+from tests.conftest import ROOT
+
+PAGE = (ROOT / 'docs/results.md').read_text()
+ONE = Scores({'0': {'a': 50.0, 'b': 30.0}, '1': {'a': 52.0, 'b': 33.0}, '2': {'a': 1.0, 'b': 1.0}}, ('x', 'y'))
+OTHER = Scores({'1': {'a': 40.0, 'b': 30.0, 'c': 9.0}, '0': {'a': 40.0, 'b': 20.0, 'c': 9.0}}, ('y', 'z'))
+
+
+@pytest.mark.parametrize('title', [*SECTIONS, STORED_FILES])
+def test_the_page_says_what_the_stored_results_give(title):
+    table = claims.section_table(title)
+    section = PAGE.split(f'\n## {title}\n')[1].split('\n## ')[0]
+    assert tables.markdown(table.header, *table.groups) in section
+
+
+def test_the_page_counts_its_comparisons():
+    assert f'{sum(len(list(made())) for made in SECTIONS.values())}\ncomparisons' in PAGE.replace(' comparisons', '\ncomparisons')
+
+
+def test_differences_are_paired_by_seed_and_domain():
+    assert points(ONE, OTHER) == Difference({'0': 10.0, '1': 7.5}, 'points', ('x', 'y', 'z'))
+    assert points(ONE, OTHER, 'b').seeds == {'0': 10.0, '1': 3.0}
+    assert relative(ONE, OTHER) == Difference({'0': 37.5, '1': 20.0}, '%', ('x', 'y', 'z'))
+    assert minus(points(ONE, OTHER), points(ONE, OTHER, 'b')).seeds == {'0': 0.0, '1': 4.5}
+
+
+def test_a_line_has_n_spread_p_and_interval():
+    """t of 5 % with two degrees of freedom is 4.3027, from a table."""
+    values = [2.0, 3.0, 4.0]
+    assert line('x', Difference(dict(enumerate(values)), 'points', ('f',))) == [
+        'x', '3.00 +- 1.00 points', '3', '0.035', '0.52 to 5.48', 'f']
+    half = 4.3027 * statistics.stdev(values) / 3 ** 0.5
+    assert interval(values) == f'{3 - half:.2f} to {3 + half:.2f}' and interval(values[:2]) == '-'
+    assert line('x', Difference({0: 2.0, 1: 2.01, 2: 2.02}, '%', tuple('abcde')))[3:] == ['**< 0.0001**', '1.99 to 2.03', 'a to e']
+
+
+def test_the_command_prints_every_section_and_seed(capsys):
+    claims.main(['--per-seed'])
+    said = capsys.readouterr().out
+    assert all(f'{title}\n\n| ' in said for title in (*SECTIONS, STORED_FILES))
+    assert 'CamVid, fine-tuning against the same network from random weights: -2.72, -1.86, -1.55' in said
