@@ -37,7 +37,7 @@ from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, same_file, write_json, written_through
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
-from mdil.utils.workers import in_threads
+from mdil.utils.workers import batched, in_threads
 
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
@@ -266,18 +266,6 @@ def wanted(options, sources, records, skipped, drive):
                     yield item, True
 
 
-def batched(iterable, size):
-    """Yields lists of `size` elements; the last may be shorter."""
-    batch = []
-    for element in iterable:
-        batch.append(element)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def file_values(domain):
     """uint8 (C,), or (C, 3) for colours: the value of each non-void class in the domain's label files.
 
@@ -403,7 +391,7 @@ def run_advice(options, place):
     sources = images_in(options.advise)
     options.domain = 'auto'
     predictor = load_predictor(options, place)
-    looks = looks_of([source.path for source in sources], options.num_workers, 'the look of the images', upright)
+    looks = looks_of([source.path for source in sources], options.num_workers, 'image statistics', upright)
     prepare = partial(map, lambda number: predictor.prepare(upright(sources[number].path)))
     found = advise(predictor, looks, prepare, options.data_root)
     if options.json:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mdil.datasets.class_weights import equal_weights
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import SegmentationDataset
@@ -25,7 +26,6 @@ from mdil.evaluation.evaluation import evaluate, load_network_and_domains
 from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.evaluation.tables import number, plain
 from mdil.models.exported import Exported, needed
-from mdil.training.building import plain_weights
 from mdil.training.records import environment
 from mdil.utils.errors import run_main
 from mdil.utils.files import check_writable, write_json
@@ -127,7 +127,7 @@ def miou(side, domain, size, options):
     """mIoU in percent of a side on the validation images."""
     data = SegmentationDataset(domain, options.data_root, 'val', size)
     loader = make_loader(data, EvalBatches(len(data), BATCHES[-1]), 0, pin=False)
-    return evaluate(side, 0, loader, plain_weights(domain), PLACE, name=domain.name).miou()
+    return evaluate(side, 0, loader, equal_weights(domain.num_classes), PLACE, name=domain.name).miou()
 
 
 def measure(network, domain, size, options):

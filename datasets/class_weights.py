@@ -27,6 +27,11 @@ from mdil.utils.workers import in_parallel
 CHOICES = ('published', 'computed', 'none')
 
 
+def equal_weights(num_classes):
+    """Equal cross-entropy weights (num_classes,), void 0."""
+    return torch.tensor([1.0] * (num_classes - 1) + [0.0])
+
+
 def label_counts(pair, num_classes):
     """Pixels of each class index, void last, in the label of `pair`: int64 (num_classes,)."""
     classes = to_classes(np.asarray(open_label(pair)), pair)

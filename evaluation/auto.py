@@ -39,7 +39,7 @@ def guess_of(evaluator, identifier, domain):
     options, pairs = evaluator.options, evaluator.loader(domain).dataset.pairs
     count = options.limit_batches and options.limit_batches * options.batch_size
     return identifier.guess(looks_of([pair.image for pair in pairs[:count]], options.num_workers,
-                                     f'the look of {domain.name}'))
+                                     f'image statistics of {domain.name}'))
 
 
 def confusion_of(evaluator, model, domains, domain, chosen):

@@ -6,25 +6,21 @@ Every window is redrawn from metrics.jsonl, so neither a reload nor a resumed ru
 points. The HTML report draws the same `curves`.
 """
 import html
-import json
 import logging
 import math
 import re
 import sys
 import threading
 from concurrent.futures import Future, TimeoutError
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
 
 from mdil.datasets.loading import spaced
 from mdil.evaluation import pictures
-from mdil.models.methods import METHODS, method_name
-from mdil.training import records
+from mdil.evaluation.history import curves, history, starts
 from mdil.utils.errors import brief
 from mdil.utils.parser import show
 
@@ -33,115 +29,6 @@ PICTURES = 2        # validation images to show of each domain
 PICTURE_WIDTH = 720
 PANE = {'width': 480, 'height': 360}
 TITLE_BAR = 24      # height in pixels of a pane's title bar, which covers part of a picture
-GAP = (math.nan, math.nan)
-
-
-@dataclass
-class StepRecord:
-    """What a run has written so far: `record` is the content of opts.json or {}, `lines` those of metrics.jsonl."""
-    folder: Path
-    record: dict
-    lines: list
-
-    @property
-    def options(self):
-        """Options of the run, {} if unknown."""
-        return self.record.get('options', {})
-
-    @property
-    def learnt(self):
-        """Names of the domains that the run learns: the last, or all with a joint method; [] if unknown."""
-        domains, row = self.options.get('domains') or [], METHODS.get(method_name(self.options.get('method')))
-        return row.trained(domains) if row else domains[-1:]
-
-    @property
-    def title(self):
-        """What the run learns, as text."""
-        return ' + '.join(self.learnt or [self.folder.name])
-
-
-@dataclass
-class Plot:
-    """Curves over epochs: `lines` {name: [(epoch, value)]}, with a GAP between steps; log: logarithmic axis."""
-    title: str
-    unit: str
-    lines: dict
-    log: bool = False
-
-
-def read_step(folder):
-    """The StepRecord in `folder`."""
-    try:
-        record = json.loads((Path(folder) / 'opts.json').read_text())
-    except (OSError, ValueError):
-        record = {}
-    return StepRecord(Path(folder), record if isinstance(record, dict) else {}, records.read_metrics(folder))
-
-
-def history(folder):
-    """The Steps up to the one in `folder`, oldest first, found through the folder of each run's --state."""
-    steps = [read_step(folder)]
-    while steps[0].options.get('state'):
-        before = read_step(Path(steps[0].options['state']).parent)
-        if not before.lines or before.options.get('domains') != steps[0].options['domains'][:-1]:
-            break
-        steps.insert(0, before)
-    return steps
-
-
-def starts(steps):
-    """For each step, the number of epochs of the sequence that were finished when it began."""
-    counts = [step.lines[-1]['epoch'] if step.lines else 0 for step in steps]
-    return [sum(counts[:number]) for number in range(len(steps))]
-
-
-def rates(line, options):
-    """{name: learning rate} in an epoch: of what trained domains own, and of the shared weights if theirs differs."""
-    base = options.get('lr')
-    alone = len(options.get('domains', [])) < 2
-    if alone or not base or options.get('shared_lr') in (None, 0, base):
-        return {'learnt weights': line['lr']}
-    return {'learnt weights': line['lr'], 'shared weights': line['lr'] / base * options['shared_lr']}
-
-
-def plot(steps, title, unit, values, log=False):
-    """The Plot of `values` over the epochs of all Steps.
-
-    values(line of metrics.jsonl, options of its run) returns {name: value}.
-    """
-    lines = {}
-    for start, step in zip(starts(steps), steps):
-        for points in lines.values():
-            points.append(GAP)
-        for line in step.lines:
-            for name, value in values(line, step.options).items():
-                lines.setdefault(name, []).append((start + line['epoch'], value))
-    return Plot(title, unit, lines, log)
-
-
-def loss_terms(steps):
-    """Names of the loss terms that the Steps recorded, in order."""
-    names = dict.fromkeys(name for step in steps for line in step.lines for name in line['train'])
-    return [name for name in names if name not in ('loss', 'images_per_second')]
-
-
-def curves(steps):
-    """The Plots of a sequence of Steps, with epochs counted across steps; Plots of only zeros are left out."""
-    def validation(key):
-        return lambda line, _: {name: entry[key] for name, entry in line['val'].items()}
-
-    def term(name, label=None):
-        return lambda line, _: {label or name: line['train'][name]} if name in line['train'] else {}
-
-    plots = [
-        plot(steps, 'mIoU on the validation images', '%', validation('miou')),
-        plot(steps, 'training loss', '', lambda line, _: {'loss': line['train']['loss']}),
-        *(plot(steps, f'loss term {name}, before its weight', '', term(name)) for name in loss_terms(steps)),
-        plot(steps, 'validation loss (by class weights while learnt)', '', validation('loss')),
-        plot(steps, 'learning rates', '', rates, log=True),
-        plot(steps, 'speed', 'images/s', term('images_per_second', 'images/s'))]
-    return [plot for plot in plots if any(value and value == value for points in plot.lines.values()
-                                          for _, value in points)]
 
 
 def environment_name(options):
@@ -196,12 +83,6 @@ def options_page(step):
     return f'<table>{cells}</table>'
 
 
-def shrunk(pixels, width):
-    """The image (H, W, 3) uint8, scaled down if it is wider than `width`."""
-    height = round(pixels.shape[0] * width / pixels.shape[1])
-    return pixels if pixels.shape[1] <= width else np.asarray(Image.fromarray(pixels).resize((width, height)))
-
-
 def validation_pictures(run, data):
     """Input, truth and prediction of PICTURES validation images of a domain, always the same ones: (H, W, 3) uint8."""
     samples, rows = data.val.dataset, []
@@ -209,7 +90,7 @@ def validation_pictures(run, data):
         image, truth = samples.load(index)
         predicted = pictures.predict(run.student, data.index, image, truth, run.place, run.options.precision)
         rows.append(pictures.comparison(data.domain, image, truth, predicted, samples.pairs[index].image.stem))
-    return shrunk(pictures.stacked(rows), PICTURE_WIDTH)
+    return pictures.shrunk(pictures.stacked(rows), PICTURE_WIDTH)
 
 
 class Dashboard:

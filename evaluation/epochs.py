@@ -1,7 +1,7 @@
 """The epoch of an evaluated checkpoint and its validation results, from the records next to the file."""
 from pathlib import Path
 
-from mdil.evaluation.dashboard import read_step
+from mdil.evaluation.history import read_step
 from mdil.training import records
 from mdil.training.run import BEST, LATEST
 

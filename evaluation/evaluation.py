@@ -9,13 +9,13 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, common, get_domain
+from mdil.datasets.class_weights import equal_weights
 from mdil.datasets.domains import domain_of
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.segmentation import load_image, open_label, to_classes
 from mdil.evaluation import metrics
 from mdil.losses import cross_entropy_parts
 from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report
-from mdil.training.building import plain_weights
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import graphed
 from mdil.utils.parallel import summed
@@ -240,8 +240,8 @@ class Evaluator:
 
     def score(self, model, number, domain, watch=None):
         """The Score of the model's domain `number`, whose Domain is `domain`."""
-        return evaluate(model, number, self.loader(domain), plain_weights(domain), self.place, self.options.precision,
-                        domain.name, self.truths(domain), watch)
+        return evaluate(model, number, self.loader(domain), equal_weights(domain.num_classes), self.place,
+                        self.options.precision, domain.name, self.truths(domain), watch)
 
     def truths(self, domain):
         """Number of label values that the domain's loader can give."""

@@ -64,8 +64,8 @@ def with_statistics(options):
     for name in known.names:
         if name in folders or name not in found:
             read = upright if name in folders else open_image       # training takes pairs as they are stored
-            found[name] = statistics_of(images_of(name, folders, options), options.num_workers, f'the look of {name}',
-                                        read)
+            found[name] = statistics_of(images_of(name, folders, options), options.num_workers,
+                                        f'image statistics of {name}', read)
             rare = f'; fewer than {FEWEST}: none will be called unknown' if found[name]['count'] < FEWEST else ''
             print(f'{name}: {found[name]["count"]} images{rare}')
     # A file of this code keeps its whole content, including the state that a run resumes from.

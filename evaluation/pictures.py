@@ -228,6 +228,12 @@ def predict(model, number, image, label, place, precision='fp32'):
     return logits[0].argmax(dim=0).cpu()
 
 
+def shrunk(pixels, width):
+    """The image (H, W, 3) uint8, scaled down if it is wider than `width`."""
+    height = round(pixels.shape[0] * width / pixels.shape[1])
+    return pixels if pixels.shape[1] <= width else np.asarray(Image.fromarray(pixels).resize((width, height)))
+
+
 def figure_format(path):
     """The format given by the suffix of a figure's file name; UserError if matplotlib does not have it."""
     from matplotlib.backend_bases import FigureCanvasBase

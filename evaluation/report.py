@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import pictures, tables
-from mdil.evaluation.dashboard import curves, read_step, shrunk, starts
+from mdil.evaluation.history import curves, read_step, starts
 from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
@@ -63,7 +63,7 @@ def parse(argv=None):
 
 
 def find_steps(folder):
-    """The Steps in the folder of a sequence, in the order learnt; UserError if there are none."""
+    """The StepRecords in the folder of a sequence, in the order learnt; UserError if there are none."""
     runs = lambda place: any(os.path.exists(place / name) for name in ('opts.json', 'metrics.jsonl'))
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -104,13 +104,13 @@ def training_table(steps):
             for title, lines in found.items() for which, line in zip(('best', 'last'), lines) if line]
     if not rows:
         return None
-    note = ('From the validations at the end of the epochs: the one in which the learnt domain was best, as '
-            'model_best.pth.tar, which is chosen on these very images, and the last one.')
+    note = ('From the validations while training. Best: the epoch saved as model_best.pth.tar, chosen on these very '
+            'images. Last: the last validated epoch.')
     return tables.Table('mIoU while training', 'steps', ['step', 'epoch', *names], [rows], (note,))
 
 
 def curve_picture(plot, steps):
-    """data: URL of a dashboard.Plot as SVG, with the start of every step marked."""
+    """data: URL of a Plot as SVG, with the start of every step marked."""
     figure = pictures.new_figure(figsize=(5.6, 3.3))
     axis = figure.subplots()
     for number, (name, points) in enumerate(plot.lines.items()):
@@ -142,7 +142,8 @@ def address(file, kind):
 def jpeg(pixels):
     """data: URL of a picture (H, W, 3) uint8 as JPEG."""
     file = io.BytesIO()
-    Image.fromarray(shrunk(pictures.enlarged(pixels), PICTURE_WIDTH)).save(file, 'JPEG', quality=90, subsampling=0)
+    shown = pictures.shrunk(pictures.enlarged(pixels), PICTURE_WIDTH)
+    Image.fromarray(shown).save(file, 'JPEG', quality=90, subsampling=0)
     return address(file, 'image/jpeg')
 
 
@@ -156,7 +157,10 @@ class StepNetwork:
 
 
 def networks(steps, place):
-    """A StepNetwork for each step that has a best checkpoint of a run of this code; a joined file says no data root."""
+    """A StepNetwork for each step with a best checkpoint that a run wrote.
+
+    Joined files are left out, because they do not record where the data is.
+    """
     found = []
     for number, step in enumerate(steps, 1):
         if (step.folder / BEST).exists():

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mdil.datasets.class_weights import equal_weights
 from mdil.datasets.domains import domain_of, is_declared
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.pairs import pair_of
@@ -22,14 +23,13 @@ from mdil.models.checkpoint import check_known
 from mdil.models.exported import SIDE
 from mdil.models.identify import identifier_of
 from mdil.models.multi_domain import MultiDomainNet
-from mdil.predict import batched
-from mdil.training.building import plain_weights
 from mdil.training.options import LAMBDA, TEMPERATURE
 from mdil.training.step_loss import StepLoss, mean_over_batch
 from mdil.utils.errors import UserError
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, pick_device
 from mdil.utils.precision import check_precision, memory_format
+from mdil.utils.workers import batched
 
 BATCH = 6       # images segmented at a time
 PATH = str, os.PathLike
@@ -196,8 +196,8 @@ class Network:
         data = SegmentationDataset(known, '', 'given', self.predictor.size, pairs=found)
         loader = make_loader(data, EvalBatches(len(data), BATCH), 0, pin=False)
         try:
-            score = evaluate(self.model, index, loader, plain_weights(known), place, self.predictor.precision,
-                             known.name)
+            score = evaluate(self.model, index, loader, equal_weights(known.num_classes), place,
+                             self.predictor.precision, known.name)
         except UserError as error:
             if is_declared(known.name, self.known.paths or {}):
                 raise
@@ -315,7 +315,7 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     options = SimpleNamespace(lambdac=lambdac, temperature=temperature, distillation='kl', distill_domains=None)
     teacher = None if teacher is None else model_of('teacher', teacher)
     terms = [CrossEntropy(options)] + ([Distillation(options)] if teacher is not None else [])
-    weights = [torch.tensor([1.0] * (count - 1) + [0.0]) for count in student.num_classes]
+    weights = list(map(equal_weights, student.num_classes))
     if class_weights is not None:
         weights[domain] = torch.as_tensor(class_weights, dtype=torch.float32)
         if weights[domain].shape != (student.num_classes[domain],):

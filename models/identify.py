@@ -206,6 +206,6 @@ def identifier_of(content, domains, source):
     known = content.get('domain_statistics', {})
     missing = [domain.name for domain in domains if domain.name not in known]
     if missing:
-        raise UserError(f'{source} does not know what images of {", ".join(missing)} look like, so --domain auto '
-                        f'cannot choose; add it with python -m mdil identify {source} --out FILE, or name the domain')
+        raise UserError(f'{source} has no image statistics of {", ".join(missing)}, which --domain auto needs; add '
+                        f'them with python -m mdil identify {source} --out FILE, or name the domain')
     return Identifier([known[domain.name] for domain in domains])

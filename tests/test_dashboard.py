@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from mdil import train
-from mdil.evaluation import dashboard
+from mdil.evaluation import dashboard, history
 from mdil.training import records
 from mdil.utils.files import write_json
 
@@ -87,13 +87,13 @@ def test_curves_lead_on_from_step_to_step(tmp_path):
     one = write_run(tmp_path / '1', ['cityscapes'], [line(1), line(2, val=()), line(3)])
     two = write_run(tmp_path / '2', ['cityscapes', 'IDD'],
                     [line(1, 0.2, ('cityscapes', 'IDD')), line(2, 0.1, (), 2.5e-4)], one / 'model_best.pth.tar')
-    steps = dashboard.history(two)
-    assert [step.title for step in steps] == ['cityscapes', 'IDD'] and dashboard.starts(steps) == [0, 3]
-    lines = {plot.title: plot.lines for plot in dashboard.curves(steps)}
+    steps = history.history(two)
+    assert [step.title for step in steps] == ['cityscapes', 'IDD'] and history.starts(steps) == [0, 3]
+    lines = {plot.title: plot.lines for plot in history.curves(steps)}
     miou = lines['mIoU on the validation images']
     # an epoch that was not validated leaves no hole, the next step is not joined to this one
-    assert [point for point in miou['cityscapes'] if point != dashboard.GAP] == [(1, 10.0), (3, 30.0), (4, 10.0)]
-    assert miou['cityscapes'][2] == dashboard.GAP and miou['IDD'] == [(4, 10.0)]
+    assert [point for point in miou['cityscapes'] if point != history.GAP] == [(1, 10.0), (3, 30.0), (4, 10.0)]
+    assert miou['cityscapes'][2] == history.GAP and miou['IDD'] == [(4, 10.0)]
     assert lines['learning rates']['learnt weights'][-1] == (5, 2.5e-4)
     assert lines['learning rates']['shared weights'] == [(4, 5e-6), (5, pytest.approx(2.5e-6))]
     assert [math.isnan(value) or value for _, value in lines['loss term kd, before its weight']['kd']] == [
@@ -105,17 +105,17 @@ def test_curves_lead_on_from_step_to_step(tmp_path):
 def test_an_epoch_in_which_nothing_was_left_to_train_has_no_speed(tmp_path):
     whole, rest = line(1), line(2)
     del rest['train']['images_per_second']
-    steps = dashboard.history(write_run(tmp_path / '1', ['cityscapes'], [whole, rest]))
-    assert {plot.title: plot.lines for plot in dashboard.curves(steps)}['speed'] == {'images/s': [(1, 8.0)]}
+    steps = history.history(write_run(tmp_path / '1', ['cityscapes'], [whole, rest]))
+    assert {plot.title: plot.lines for plot in history.curves(steps)}['speed'] == {'images/s': [(1, 8.0)]}
 
 
 def test_history_takes_only_the_step_before(tmp_path):
     one = write_run(tmp_path / '1', ['BDD'], [line(1)])
     two = write_run(tmp_path / '2', ['cityscapes', 'IDD'], [line(1)], one / 'model_best.pth.tar')
-    assert len(dashboard.history(two)) == 1
+    assert len(history.history(two)) == 1
     itself = write_run(tmp_path / '3', ['cityscapes'], [line(1)], tmp_path / '3/model_best.pth.tar')
-    assert len(dashboard.history(itself)) == 1
-    assert dashboard.curves(dashboard.history(tmp_path / 'none')) == []
+    assert len(history.history(itself)) == 1
+    assert history.curves(history.history(tmp_path / 'none')) == []
 
 
 def test_a_run_a_reload_and_a_resumed_run_show_every_point_once(server, toy, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from mdil import eval as evaluation
 from mdil import train
 from mdil.evaluation import epochs, report, tables
-from mdil.evaluation.dashboard import StepRecord
+from mdil.evaluation.history import StepRecord
 from mdil.evaluation.evaluation import Score
 from mdil.evaluation.scalars import Scalars
 from mdil.training import options, records

@@ -17,7 +17,7 @@ from mdil.__main__ import TOOLS, run as run_tool
 from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.datasets.loading import EvalBatches, TrainBatches, check_shared_memory, make_loader
 from mdil.eval import eval_parser
-from mdil.evaluation import dashboard
+from mdil.evaluation import dashboard, history
 from mdil.evaluation.evaluation import split_of
 from mdil.models import checkpoint
 from mdil.training import building, records
@@ -181,7 +181,7 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, last):
 
 def test_metrics_and_options_that_cannot_be_read_or_written(toy, tmp_path):
     (tmp_path / 'opts.json').write_bytes(b'\xff')
-    assert dashboard.read_step(tmp_path).record == {}
+    assert history.read_step(tmp_path).record == {}
     (tmp_path / 'metrics.jsonl').mkdir()
     with pytest.raises(UserError, match='metrics.jsonl cannot be read: Is a directory'):
         records.read_metrics(tmp_path)

@@ -13,7 +13,7 @@ from mdil.datasets import SegmentationDataset
 from mdil.datasets.augment import augment_batch, draw
 from mdil.datasets.cache import cached
 from mdil.datasets.check import inspect_pair
-from mdil.datasets.class_weights import histogram, needs_counts, training_weights
+from mdil.datasets.class_weights import equal_weights, histogram, needs_counts, training_weights
 from mdil.datasets.domains import domain_of, is_declared
 from mdil.datasets.judgement import judge, shared_files
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader
@@ -61,7 +61,7 @@ def seed_everything(seed, deterministic=False):
 
 
 def domains_of(options, saved):
-    """The Domains of a step. Old ones that are not declared here are as the file says that the step goes on from.
+    """The Domains of a step. The checkpoint describes old ones that are neither built in nor given with --data.
 
     saved: the content of the checkpoint to resume from, or None.
     """
@@ -92,7 +92,7 @@ def build_data(options, place, saved=None):
             data = DomainData(index, domain, training_weights(domain, options.data_root, options.class_weights, counts))
             data.train = train_loader(options, place, train_sets[index], sizes)
         else:
-            data = DomainData(index, domain, plain_weights(domain))
+            data = DomainData(index, domain, equal_weights(domain.num_classes))
         data.val = val_loader(options, place, domain, required=index in train_sets)
         found.append(data)
         judge_data(data)
@@ -131,11 +131,6 @@ def epoch_samples(options, size, sizes):
         return max(sizes)
     rounds = -(-min(sizes) // options.batch_size)
     return min(size, rounds * options.batch_size)
-
-
-def plain_weights(domain):
-    """Equal cross-entropy weights (C,), void 0, for validation without training labels."""
-    return torch.tensor([1.0] * len(domain.classes) + [0.0])
 
 
 def dataset(options, domain, split):
@@ -286,7 +281,7 @@ def with_trained(known, data, options, place):
     Only the main process reads the images, because it alone saves the statistics.
     """
     found = {entry.domain.name: statistics_of([pair.image for pair in entry.train.dataset.pairs], options.num_workers,
-                                              f'the look of {entry.domain.name}')
+                                              f'image statistics of {entry.domain.name}')
              for entry in data if place.main and entry.train and entry.domain.name not in known}
     return {**known, **found}
 

@@ -52,7 +52,7 @@ def short_digest(value):
 
 
 def plain_digests(value):
-    """Whether `value` has the form that `digests` returns."""
+    """Whether `value` has the form that `data_digests` returns."""
     return isinstance(value, dict) and all(
         isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in value.values())
 

@@ -21,6 +21,18 @@ PARENTS_DEATH = 1       # PR_SET_PDEATHSIG of Linux's prctl
 CONTEXT = multiprocessing.get_context('fork') if sys.platform == 'linux' else None
 
 
+def batched(iterable, size):
+    """Yields lists of `size` elements; the last may be shorter."""
+    batch = []
+    for element in iterable:
+        batch.append(element)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
 def end_with(parent, number=signal.SIGKILL):
     """Makes this process receive the signal `number` when its parent, the process `parent`, ends; Linux only.
 
