@@ -18,6 +18,7 @@ from mdil.evaluation import tables
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.methods import nameless_options, unused
+from mdil.models.networks import get_network
 from mdil.training import records
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
@@ -112,7 +113,8 @@ def card(checkpoint, options):
     model = load_network(checkpoint, options.method)
     method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
-    parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nmethod: {about}',
+    network = f'{checkpoint.found.network}: {get_network(checkpoint.found.network).about}'
+    parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nnetwork: {network}\nmethod: {about}',
              tables.plain(*domain_rows(model, checkpoint, options))
              + f'\n(one image of {options.width}x{options.height} through one branch; 2 FLOP for each multiply-add)',
              'Classes\n' + '\n'.join(textwrap.fill(f'{name}: {", ".join(names) if names else "names not known"}', 100,

@@ -20,9 +20,10 @@ import torch
 
 from mdil.datasets.domains import canonical
 from mdil.models import unchanged
-from mdil.models.checkpoint import check_stated, load_network, read, read_checkpoint, state_in
+from mdil.models.checkpoint import check_stated, load_network, read_checkpoint, state_in
 from mdil.models.fingerprint import tensor_digests
 from mdil.models.methods import nameless_options
+from mdil.models.safe_reading import read
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from mdil.models.checkpoint import leaves
+from mdil.models.safe_reading import leaves
 
 SHOWN = 16      # characters of a digest that are shown; files hold all 64
 COUNTER = 'num_batches_tracked'

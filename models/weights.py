@@ -1,10 +1,11 @@
 """Initial weights for the encoder of a network: ImageNet-trained ones by name, or a file of them."""
 from mdil.models.adapters import Adapted
-from mdil.models.checkpoint import read, state_in
+from mdil.models.checkpoint import state_in
 from mdil.models.fingerprint import COUNTER
 from mdil.models.layouts import WRAPPED, faults
 from mdil.models.multi_domain import outside_heads
 from mdil.models.networks import Scaling, get_network
+from mdil.models.safe_reading import read
 from mdil.utils.errors import UserError
 
 IMAGENET = 'imagenet'
