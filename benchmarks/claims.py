@@ -218,11 +218,23 @@ def first_domain():
         yield f'CamVid, {words} against the same network from random weights', lead
     yield 'CamVid, lead of `adapters-only` minus lead of fine-tuning', minus(leads['`adapters-only`'],
                                                                            leads['fine-tuning'])
-    many, few = scores('toy-first-1000', ADAPTERS), scores('toy-first-60', ADAPTERS)
     separate, joint = scores('toy-first-1000', SEPARATE), scores('toy-baselines-seed0 toy-joint', JOINT)
+    many = scores('toy-first-1000', ADAPTERS)
+    few = {150: scores('toy-first-60', ADAPTERS), 500: scores('toy-first-60-long', ADAPTERS)}
+    plain, tuned = (scores('toy-baselines-seed0 toy-plain', row) for row in (PLAIN, TUNED))
     yield 'BDD, `adapters-only` after 1,000 scenes against separate networks', points(many, separate, 'BDD')
-    yield 'BDD, `adapters-only` after 60 scenes against separate networks', points(few, separate, 'BDD')
-    yield 'BDD, `adapters-only` after 1,000 scenes against after 60', points(many, few, 'BDD')
+    yield 'BDD, fine-tuning after 1,000 scenes against plain separate networks', points(tuned, plain, 'BDD')
+    yield 'BDD, lead of `adapters-only` minus lead of fine-tuning', minus(points(many, separate, 'BDD'),
+                                                                        points(tuned, plain, 'BDD'))
+    for epochs, found in few.items():
+        yield f'BDD, `adapters-only` after 60 scenes in {epochs} epochs against separate networks', points(
+            found, separate, 'BDD')
+    for epochs, found in few.items():
+        yield f'BDD, `adapters-only` after 1,000 scenes in 30 epochs against after 60 in {epochs}', points(
+            many, found, 'BDD')
+    yield 'BDD, `adapters-only` after 60 scenes in 500 epochs against in 150', points(few[500], few[150], 'BDD')
+    yield 'toy Cityscapes after BDD, fine-tuning against `adapters-only`', points(tuned, many, 'cityscapes')
+    yield 'toy roads, plain separate networks against separate networks', relative(plain, separate)
     yield 'toy roads, joint training against separate networks', relative(joint, separate)
     yield 'toy roads, `adapters-only` against joint training', relative(many, joint)
 
