@@ -191,7 +191,7 @@ def test_the_frames_of_a_sequence_are_judged_together(knowing, mixed, tmp_path):
 
 def test_auto_needs_statistics_and_says_how_to_add_them(state, photos, tmp_path):
     for arguments in ([], ['--domain', 'auto']):
-        with pytest.raises(UserError, match='cityscapes, IDD look like.*python -m mdil identify'):
+        with pytest.raises(UserError, match='no image statistics of cityscapes, IDD.*python -m mdil identify'):
             run(state, tmp_path / 'out', '--input', photos, *arguments)
     with pytest.raises(UserError, match='--sequence works only with --domain auto'):
         run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS', '--sequence')
