@@ -177,3 +177,24 @@ def test_a_stream_that_recovers_is_written_to_again():
     for text in ('one', 'lost', 'two'):
         stream.write(text)
     assert texts == ['one', 'two'] and stream.error.errno == 28 and stream.encoding == 'utf-8'
+
+
+KEPT = """
+from mdil.datasets.loading import EvalBatches, make_loader
+
+class Numbers:
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, key):
+        return key[0] if isinstance(key, tuple) else key
+
+kept = make_loader(Numbers(), EvalBatches(6, 2), 2, pin=False)
+print(sum(len(batch) for batch in kept))
+"""
+
+
+def test_a_process_ends_though_it_keeps_a_loader():
+    """Loaders ignore the SIGTERM that Python sends them at exit, after which it would wait for them forever."""
+    done = subprocess.run([sys.executable, '-c', KEPT], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '6\n', '')

@@ -1,6 +1,7 @@
 """Sharing work among processes and threads, and ending those processes."""
+import atexit
 import ctypes
-import multiprocessing
+import multiprocessing.util     # for its exit function, which runs after `end_loaders` because it comes first
 import os
 import signal
 import sys
@@ -61,6 +62,21 @@ def become_loader(parent, _):
     needs them to finish its batch.
     """
     become_worker(parent, STOPPING)
+
+
+def end_loaders():
+    """Kills the loaders that are still there when this process ends.
+
+    Python then sends them SIGTERM and waits, but loaders ignore that signal.
+    """
+    loaders = [child for child in multiprocessing.active_children() if child.daemon]
+    if loaders and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would call this an error
+    for loader in loaders:
+        loader.kill()
+
+
+atexit.register(end_loaders)
 
 
 def in_parallel(function, items, workers, title):
