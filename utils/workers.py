@@ -64,19 +64,19 @@ def become_loader(parent, _):
     become_worker(parent, STOPPING)
 
 
-def end_loaders():
-    """Kills the loaders that are still there when this process ends.
+def end_loaders(owner):
+    """Kills the loaders that are still there when the process `owner`, not a fork of it, ends.
 
     Python then sends them SIGTERM and waits, but loaders ignore that signal.
     """
-    loaders = [child for child in multiprocessing.active_children() if child.daemon]
+    loaders = [child for child in multiprocessing.active_children() if child.daemon and os.getpid() == owner]
     if loaders and hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would call this an error
     for loader in loaders:
         loader.kill()
 
 
-atexit.register(end_loaders)
+atexit.register(end_loaders, os.getpid())
 
 
 def in_parallel(function, items, workers, title):
