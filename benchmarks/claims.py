@@ -13,7 +13,8 @@ from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
-from mdil.benchmarks.sequence_tables import LEAST_P
+from mdil.benchmarks.scoring import TRAINED
+from mdil.benchmarks.sequence_tables import LEAST_P, in_column
 from mdil.evaluation import tables
 from mdil.evaluation.paired import LIMIT, p_value, student
 from mdil.evaluation.tables import Table, number, spread
@@ -52,18 +53,18 @@ def stored(name):
     return json.loads((STORED / f'{name}.json').read_text())
 
 
-def scores(files, row, order=None, column=None, step=-1):
+def scores(files, row, order=None, column=TRAINED, step=-1):
     """Scores of a row after a step of its sequence.
 
     files: names of stored files that share its seeds; order: of the domains (default: any, for rows that have none);
-    column: 'estimated' or 'kept' instead of the scores as they are.
+    column: of scoring.COLUMNS, 'estimated' or 'kept' instead of the scores as they are.
     """
     seeds = {}
     for file in files.split():
         orders = stored(file)['orders']
         found = orders[order] if order else next(rows for rows in orders.values() if row in rows)
         for seed, figures in found[row]['seeds'].items():
-            seeds[seed] = (figures['columns'][column] if column else figures)['steps'][step]
+            seeds[seed] = in_column(figures, column)['steps'][step]
     return Scores(seeds, tuple(files.split()))
 
 
@@ -222,10 +223,10 @@ def first_domain():
     many = scores('toy-first-1000', ADAPTERS)
     few = {150: scores('toy-first-60', ADAPTERS), 500: scores('toy-first-60-long', ADAPTERS)}
     plain, tuned = (scores('toy-baselines-seed0 toy-plain', row) for row in (PLAIN, TUNED))
-    yield 'BDD, `adapters-only` after 1,000 scenes against separate networks', points(many, separate, 'BDD')
-    yield 'BDD, fine-tuning after 1,000 scenes against plain separate networks', points(tuned, plain, 'BDD')
-    yield 'BDD, lead of `adapters-only` minus lead of fine-tuning', minus(points(many, separate, 'BDD'),
-                                                                        points(tuned, plain, 'BDD'))
+    frozen, moved = points(many, separate, 'BDD'), points(tuned, plain, 'BDD')
+    yield 'BDD, `adapters-only` after 1,000 scenes against separate networks', frozen
+    yield 'BDD, fine-tuning after 1,000 scenes against plain separate networks', moved
+    yield 'BDD, lead of `adapters-only` minus lead of fine-tuning', minus(frozen, moved)
     for epochs, found in few.items():
         yield f'BDD, `adapters-only` after 60 scenes in {epochs} epochs against separate networks', points(
             found, separate, 'BDD')

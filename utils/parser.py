@@ -8,7 +8,6 @@ from pathlib import Path
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import check_alone
 
-
 LONGEST = 2 ** 16       # image side that is accepted
 
 
