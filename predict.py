@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_o
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
-from mdil.models.identify import Sequence, appearance, looks_of, never_unknown
+from mdil.models.identify import Sequence, appearance, never_unknown
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new, check_writable, same_file, write_json, written_through
@@ -42,6 +43,7 @@ from mdil.utils.workers import batched, in_threads
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
 MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
+LEGENDS = 'legend-of-*.png'     # in --out: the colours of each domain
 
 
 def predict_parser():
@@ -54,8 +56,7 @@ def predict_parser():
                        help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a '
                             'new one is worth training')
     group.add_argument('--domain', metavar='NAME|auto',
-                       help='domain whose branch is used, or auto: choose it for each image (default: auto, if the '
-                            'checkpoint has several domains)')
+                       help='domain whose branch is used, or auto: choose it for each image (default: auto)')
     group.add_argument('--sequence', action='store_true',
                        help='the images of each folder are frames of one drive, in order: the domain is chosen from '
                             'all of them so far (videos: always)')
@@ -172,6 +173,8 @@ def check_targets(options, sources):
                 raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
             if place in inputs:
                 raise UserError(f'{path} is an input and would be replaced; choose another --out')
+            if path.match(str(Path(options.out) / LEGENDS)):
+                raise UserError(f'{path} is the name of a legend of colours; rename {source.path}')
             if owners.get(path) == source.path:
                 raise UserError(f'{source.path} is given twice')
             if path in owners:
@@ -214,6 +217,14 @@ def answers_to(options, source):
     return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
 
 
+def save_legends(options, predictor):
+    """Writes the legend of the colours of each branch that may be used, if colours are saved."""
+    for domain in predictor.domains if {'color', 'overlay'} & set(options.save) else ():
+        if branch_of(options, predictor) in ('auto', domain.name):
+            path = Path(options.out) / LEGENDS.replace('*', quote(domain.name, safe=''))
+            pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
+
+
 def claim(options, predictor, sources):
     """Records in --out the settings of the predictions.
 
@@ -231,7 +242,8 @@ def claim(options, predictor, sources):
     if not options.overwrite and not before and (path.exists() or there):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
-    others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs} - there
+    others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs}
+    others -= {*there, *Path(options.out).glob(LEGENDS)}
     if other and others:
         raise UserError(f'--out {options.out} holds {min(others).name}, which was made with other settings and would '
                         'remain; choose another --out')
@@ -303,7 +315,8 @@ def save(options, loaded, prediction):
 def record(prediction):
     """The entry of an image in --json."""
     choice = prediction.choice
-    return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'domains': choice.probabilities,
+    return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'branch': prediction.domain.name,
+            'domains': choice.probabilities,
             'confidence': prediction.confidence.mean().item(), 'classes': prediction.shares}
 
 
@@ -371,6 +384,7 @@ def run(options, place):
         if branch_of(options, predictor) in ('auto', domain.name):
             file_values(domain)
     claim(options, predictor, sources)
+    save_legends(options, predictor)
     try:
         done, errors = predict_all(options, predictor, sources, records)
     finally:
@@ -379,24 +393,42 @@ def run(options, place):
     print(f'{options.out}: {done}', file=sys.stderr)
     if predictor.identifier and (note := never_unknown(predictor.identifier, predictor.domains)):
         print(note, file=sys.stderr)
-    if errors:
-        for error in errors[1:]:
-            print(error, file=sys.stderr)
-        raise UserError(f'1 image was left out: {errors[0]}' if len(errors) == 1 else
-                        f'{len(errors)} images were left out, e.g. {errors[0]}')
+    report_errors(errors)
+
+
+def look_at(source):
+    """(path, look, None) of an image, or (path, None, the UserError) if it cannot be read."""
+    try:
+        return source.path, appearance(upright(source.path)), None
+    except UserError as error:
+        return source.path, None, error
 
 
 def run_advice(options, place):
-    """Prints the advice about the images of --advise; --json gets the same."""
+    """Prints the advice about the images of --advise that can be read; --json gets the same."""
     sources = images_in(options.advise)
     options.domain = 'auto'
     predictor = load_predictor(options, place)
-    looks = looks_of([source.path for source in sources], options.num_workers, 'image statistics', upright)
-    prepare = partial(map, lambda number: predictor.prepare(upright(sources[number].path)))
-    found = advise(predictor, looks, prepare, options.data_root)
-    if options.json:
-        write_json(options.json, found)
-    print(*sentences(found, len(sources)), sep='\n')
+    seen = list(tqdm(in_threads(look_at, sources, options.num_workers), total=len(sources), desc='image statistics',
+                     unit='image', leave=False, disable=None))
+    known = [(path, look) for path, look, error in seen if not error]
+    if known:
+        paths, looks = zip(*known)
+        prepare = partial(map, lambda number: predictor.prepare(upright(paths[number])))
+        found = advise(predictor, torch.stack(looks), prepare, options.data_root)
+        if options.json:
+            write_json(options.json, found)
+        print(*sentences(found, len(paths)), sep='\n')
+    report_errors([error for *_, error in seen if error])
+
+
+def report_errors(errors):
+    """UserError that counts the images left out, if any; prints the reasons of all but the first."""
+    for error in errors[1:]:
+        print(error, file=sys.stderr)
+    if errors:
+        raise UserError(f'1 image was left out: {errors[0]}' if len(errors) == 1 else
+                        f'{len(errors)} images were left out, e.g. {errors[0]}')
 
 
 def main(argv=None):

@@ -159,4 +159,4 @@ def sentences(found, images):
                'training images, too few to tell which images are unlike them')
         return
     yield ('a new branch is worth training: most images are unlike what this one was trained on' if found['worth'] else
-           'no new branch is needed: most images are like those that this one was trained on')
+           'no new branch is needed: at least half of the images are like those that this one was trained on')

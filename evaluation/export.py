@@ -1,11 +1,11 @@
 """Exports a checkpoint for other programs.
 
-    python -m mdil export runs/3/model_best.pth.tar idd.onnx --format onnx --domain IDD
-    python -m mdil export runs/3/model_best.pth.tar idd.xml --format openvino --domain IDD --int8 --calibrate photos/
+    python -m mdil export runs/3/model_best.pth.tar idd.onnx --domain IDD
+    python -m mdil export runs/3/model_best.pth.tar idd.xml --domain IDD --int8 --calibrate photos/
     python -m mdil export runs/mdil/step2-BDD/model_best.pth.tar out.pth.tar
 
-The formats onnx, torch and openvino hold one domain's network; `predict.py --state` takes the file.
-The format `published`, the default, holds all domains in the key layout of the published code:
+The formats onnx (.onnx), torch (.pt2) and openvino (.xml) hold one domain's network; `predict.py
+--state` takes the file. The format `published` holds all domains in the key layout of the published code:
 adapter models keep their keys, prefixed with `module.`; plain networks get the published
 single-task (decoder), fine-tune (decoder_old, decoder_new) or multi-task (decoder.N) layout.
 Networks that the published code does not have are refused.
@@ -39,8 +39,9 @@ def parse(argv=None):
     parser = Parser(prog='python -m mdil export', description='Writes a checkpoint for other programs.')
     parser.add_argument('state', help='a checkpoint of train.py')
     parser.add_argument('out', help='the file to write')
-    parser.add_argument('--format', choices=('published', *WRITERS), default='published',
-                        help='the published key layout, ONNX, torch.export or OpenVINO')
+    parser.add_argument('--format', choices=('published', *WRITERS),
+                        help='the published key layout, ONNX, torch.export or OpenVINO (default: by the suffix of OUT: '
+                             + ', '.join(SUFFIXES) + ', or any other for published)')
     parser.add_argument('--domain', metavar='NAME', help='the domain whose network is written; not for published')
     parser.add_argument('--int8', action='store_true', help='8-bit weights and activations (NNCF), for openvino')
     parser.add_argument('--calibrate', metavar='FOLDER', help='images to calibrate the activation ranges of --int8')
@@ -53,7 +54,9 @@ def parse(argv=None):
 
 
 def check(options):
-    """Refuses conflicting options."""
+    """Completes the format; refuses conflicting options."""
+    suffix = Path(options.out).suffix
+    options.format = options.format or SUFFIXES.get(suffix, 'published')
     if options.format == 'published' and (options.domain or options.int8):
         raise UserError('--format published writes all domains in float32; leave out --domain and --int8, or choose '
                         'another format')
@@ -61,9 +64,10 @@ def check(options):
         raise UserError(f'--int8 needs --format openvino, not {options.format}')
     if options.int8 != bool(options.calibrate):
         raise UserError('--int8 and --calibrate FOLDER, a folder of typical images, go together')
-    suffixes = [suffix for suffix, name in SUFFIXES.items() if name == options.format]
-    if suffixes and Path(options.out).suffix != suffixes[0]:
-        raise UserError(f'--format {options.format}: OUT must end in {suffixes[0]}, so that predict.py knows it')
+    if SUFFIXES.get(suffix, 'published') != options.format:
+        wanted = next((f'end in {own}' for own, name in SUFFIXES.items() if name == options.format),
+                      f'not end in {suffix}')
+        raise UserError(f'--format {options.format}: OUT must {wanted}, so that predict.py knows it')
 
 
 def about(domain, size):

@@ -9,7 +9,7 @@ from mdil.datasets.domains import domain_of
 from mdil.evaluation.evaluation import load_network_and_domains, logits_of
 from mdil.models.checkpoint import check_stated, stated_size
 from mdil.models.exported import SIDE, Exported, is_exported
-from mdil.models.identify import appearance, identifier_of
+from mdil.models.identify import appearance, identifier_of, unstated
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from mdil.utils.parser import data_paths
@@ -158,6 +158,8 @@ def load_predictor(options, place):
                                                           options.domains, options.method, options.precision)
     check_stated(options.domains, [domain.name for domain in domains], options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
-    auto = options.domain == 'auto' or options.domain is None and len(domains) > 1
+    # A single domain without statistics needs no choice; with them, images unlike it are called unknown.
+    auto = options.domain == 'auto' or options.domain is None and (
+        len(domains) > 1 or not unstated(checkpoint.content, domains))
     identifier = identifier_of(checkpoint.content, domains, options.state) if auto else None
     return Predictor(model, domains, size, place, options.precision, identifier)

@@ -21,7 +21,7 @@ from mdil.models import checkpoint
 from mdil.models.branches import LoadedCheckpoint
 from mdil.models.checkpoint import check_known
 from mdil.models.exported import SIDE
-from mdil.models.identify import identifier_of
+from mdil.models.identify import identifier_of, unstated
 from mdil.models.multi_domain import MultiDomainNet
 from mdil.training.options import LAMBDA, TEMPERATURE
 from mdil.training.step_loss import StepLoss, mean_over_batch
@@ -148,15 +148,16 @@ class Network:
         return self.of_each(images, self.predictor.guess)
 
     def chosen(self, domain):
-        """The `domain` to pass to the predictor: for a network with one domain, 'auto' becomes that domain.
+        """The `domain` to pass to the predictor.
 
-        With several domains, 'auto' needs the predictor's identifier, which this creates on first use.
+        'auto' becomes the domain's name if the network has only one and no statistics of its images. Otherwise it needs
+        the predictor's identifier, which this creates on first use.
         """
-        if domain == 'auto' and len(self.domains) == 1:
+        about, domains = self.known.about(), self.predictor.domains
+        if domain == 'auto' and len(domains) == 1 and unstated(about, domains):
             return self.domains[0]
         if domain == 'auto' and self.predictor.identifier is None:
-            self.predictor.identifier = identifier_of(self.known.about(), self.predictor.domains,
-                                                      self.known.checkpoint.source)
+            self.predictor.identifier = identifier_of(about, domains, self.known.checkpoint.source)
         return domain
 
     def of_each(self, images, function):

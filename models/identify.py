@@ -201,11 +201,16 @@ def never_unknown(identifier, domains):
             'images were known' if names else '')
 
 
+def unstated(content, domains):
+    """Names of the Domains for which a checkpoint's content holds no statistics."""
+    known = content.get('domain_statistics', {})
+    return [domain.name for domain in domains if domain.name not in known]
+
+
 def identifier_of(content, domains, source):
     """The Identifier for the Domains of a checkpoint's content; UserError that names domains without statistics."""
-    known = content.get('domain_statistics', {})
-    missing = [domain.name for domain in domains if domain.name not in known]
+    missing = unstated(content, domains)
     if missing:
         raise UserError(f'{source} has no image statistics of {", ".join(missing)}, which --domain auto needs; add '
                         f'them with python -m mdil identify {source} --out FILE, or name the domain')
-    return Identifier([known[domain.name] for domain in domains])
+    return Identifier([content['domain_statistics'][domain.name] for domain in domains])

@@ -1,11 +1,13 @@
 """predict.py --advise: expected mIoU from confidence, and what it says about images of a new place."""
 import json
+import shutil
 
 import pytest
 import torch
 
 from mdil import predict
 from mdil.datasets import DOMAINS, SegmentationDataset
+from mdil.datasets.pairs import find_split
 from mdil.evaluation import advise, metrics
 from mdil.evaluation.advise import Calibration, Counts, calibration, counts_of
 from mdil.evaluation.predictor import Predictor
@@ -96,6 +98,26 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
     assert 'expected mIoU: not known without labelled validation images of IDD (no val images' in said
     run(tmp_path / 'strict.pth', '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', toy)
     assert 'expected mIoU of that branch: at most ' in capsys.readouterr().out
+
+
+def test_an_unreadable_image_is_left_out_of_the_advice(toy, knowing, tmp_path, capsys):  # noqa: F811
+    for pair in find_split(DOMAINS['IDD'], toy, 'val').pairs[:2]:
+        shutil.copy(pair.image, tmp_path)
+    (tmp_path / 'broken.png').write_bytes(b'not an image')
+    with pytest.raises(UserError, match='1 image was left out: .*broken.png'):
+        run(knowing, '--advise', tmp_path, '--data-root', toy)
+    assert '2 images; the branch that fits best: IDD' in capsys.readouterr().out
+    for path in tmp_path.glob('*[!n].png'):
+        path.unlink()
+    with pytest.raises(UserError, match='1 image was left out'):
+        run(knowing, '--advise', tmp_path, '--data-root', toy)
+    assert not capsys.readouterr().out
+
+
+def test_half_of_the_images_unknown_is_no_reason_for_a_new_branch():
+    found = {'domain': 'IDD', 'unknown': 0.5, 'worth': 0.5 > advise.WORTH, 'domains': {'IDD': 1.0},
+             'expected_miou': None, 'why_not': 'none'}
+    assert 'at least half of the images are like those' in list(advise.sentences(found, 2))[-1]
 
 
 def test_advice_segments_nothing(knowing, photos, tmp_path):  # noqa: F811

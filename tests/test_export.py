@@ -107,7 +107,8 @@ def test_eight_bits_are_calibrated_by_images(tmp_path):
     (['x.bin', '--format', 'onnx', '--domain', 'CS'], 'OUT must end in .onnx'),
     (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
-    (['x.onnx', '--format', 'onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 needs --format openvino'),
+    (['x.onnx', '--format', 'published'], '--format published: OUT must not end in .onnx'),
+    (['x.onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 needs --format openvino, not onnx'),
     (['x.xml', '--format', 'openvino', '--domain', 'CS', '--int8'], 'go together')])
 def test_what_cannot_be_exported_is_refused(arguments, says, state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -122,7 +123,7 @@ def test_an_export_replaces_no_file_unasked(state, tmp_path):
     export.main([str(state), str(tmp_path / 'x'), '--overwrite'])
     (tmp_path / 'y.bin').write_bytes(b'precious')
     with pytest.raises(UserError, match='OUT .*y.bin exists'):
-        export.main([str(state), str(tmp_path / 'y.xml'), '--format', 'openvino', '--domain', 'CS'])
+        export.main([str(state), str(tmp_path / 'y.xml'), '--domain', 'CS'])
 
 
 def test_another_file_is_refused_by_name(tmp_path):

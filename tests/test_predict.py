@@ -100,7 +100,9 @@ def pixels(path):
 def test_a_folder_keeps_its_tree_and_every_image_its_size(model, state, photos, tmp_path):
     run(state, tmp_path / 'out', '--input', photos, '--domain', 'IDD', '--json', tmp_path / 'r.json', '--save',
         'labels', 'color', 'overlay', 'confidence')
-    assert len(list((tmp_path / 'out').rglob('*.png'))) == 12
+    assert len(list((tmp_path / 'out').rglob('*.png'))) == 13       # and the legend
+    legend = np.asarray(Image.open(tmp_path / 'out/legend-of-IDD.png')).reshape(-1, 3)
+    assert all((legend == color).all(axis=1).any() for color in DOMAINS['IDD'].colors)
     records = json.loads((tmp_path / 'r.json').read_text())
     assert set(records) == {str(path) for path in photos.rglob('*.*')}
     for name, source in (('a', 'a.png'), ('sub/b', 'sub/b.JPG'), ('sub/c', 'sub/c.png')):
@@ -147,6 +149,30 @@ def test_the_branch_that_answers_is_told_from_the_image(model, knowing, mixed, t
         assert np.array_equal(pixels(tmp_path / f'out/{path.stem}.png'), expected(model, NAMES.index(name), path)[0])
         entry = records[str(path)]['domains']
         assert list(entry) == NAMES and max(entry, key=entry.get) == name and sum(entry.values()) == pytest.approx(1)
+
+
+def test_a_network_of_one_domain_tells_what_is_unlike_it(mixed, toy, tmp_path, capsys):
+    known = statistics_of([pair.image for pair in find_split(get_domain('IDD'), toy, 'train').pairs], 0, 'IDD')
+    content = {'version': 1, 'state_dict': build_model([27]).state_dict(), 'method': 'mdil',
+               'domains': [{'name': 'IDD', 'classes': 27}], 'options': {'height': 32, 'width': 64}}
+    checkpoint.save({**content, 'domain_statistics': {'IDD': {**known, 'threshold': 1e-9}}}, tmp_path / 'strict.pth')
+    run(tmp_path / 'strict.pth', tmp_path / 'a', '--input', mixed[0], '--json', tmp_path / 'a.json')
+    found = json.loads((tmp_path / 'a.json').read_text()).values()
+    assert {(entry['domain'], entry['branch']) for entry in found} == {('unknown', 'IDD')}
+    assert f'{len(mixed[1])} of them like no domain that the network knows' in capsys.readouterr().err
+    checkpoint.save(content, tmp_path / 'silent.pth')       # without statistics, nothing is called unknown
+    run(tmp_path / 'silent.pth', tmp_path / 'b', '--input', mixed[0], '--json', tmp_path / 'b.json')
+    assert {entry['domain'] for entry in json.loads((tmp_path / 'b.json').read_text()).values()} == {'IDD'}
+
+
+def test_a_legend_replaces_no_prediction_and_is_none(state, photos, tmp_path):
+    arguments = ['--domain', 'IDD', '--save', 'labels', 'color']
+    (photos / 'a.png').rename(photos / 'legend-of-IDD.png')
+    with pytest.raises(UserError, match='legend-of-IDD.png is the name of a legend.*; rename .*photos/legend-of-IDD'):
+        run(state, tmp_path / 'out', '--input', photos, *arguments)
+    (photos / 'legend-of-IDD.png').rename(photos / 'a.png')
+    run(state, tmp_path / 'out', '--input', photos, *arguments)
+    run(state, tmp_path / 'out', '--input', photos, *arguments, '--overwrite', '--height', 16)      # it is no prediction
 
 
 def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, mixed, tmp_path, capsys):
@@ -258,7 +284,7 @@ def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
 
 def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, photos, tmp_path, capsys, monkeypatch):
     def answers():
-        return {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*.png')}
+        return {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*.png') if 'legend' not in path.name}
     first = '--input', photos, '--domain', 'CS'
     run(state, tmp_path / 'out', *first)
     before = answers()
