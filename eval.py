@@ -230,6 +230,7 @@ def run(options, place):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
         steps.append({'state': str(state), 'digest': digests[number - 1], 'domains': entries,
+                      'method': contents[number - 1].get('method'),
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
@@ -249,7 +250,7 @@ def run(options, place):
 
 def report(results, options):
     """Writes the tables, and prints them."""
-    about = tables.describe(results['protocol'])
+    about = f'{tables.describe(results["protocol"])} {tables.origin([results])} One run, n = 1.'
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
     if options.csv:
         write_text(options.csv, tables.csv_text(results))

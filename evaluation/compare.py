@@ -119,7 +119,7 @@ def step_table(name, seeds):
 
 def mean_miou(result):
     """Mean mIoU over the domains after the last step; None if one is unknown."""
-    return mean([entry['miou'] for entry in result['domains'].values()])
+    return tables.mean([entry['miou'] for entry in result['domains'].values()])
 
 
 def summary_table(results):
@@ -137,10 +137,10 @@ def summary_table(results):
             figures[label] = lambda result, key=key: result['summary'].get(key)
     note = ()
     if all(last_training(result) for seeds in results.values() for result in seeds):
-        note = ('best epoch, last epoch: mIoU of what the last step learns, as validated while training; the best is '
-                'chosen on these very images.',)
+        note = ('mIoU, best and last: of the last step\'s best and last epoch on what it learns, as validated while '
+                'training; the best is chosen on these very images.',)
         for which in ('best', 'last'):
-            figures[f'{which} epoch'] = lambda result, which=which: last_training(result)[which]['miou']
+            figures[f'mIoU, {which}'] = lambda result, which=which: last_training(result)[which]['miou']
     rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
             for name, seeds in results.items()]
     return Table('Methods', 'methods', ['method', *figures], [rows], note)
@@ -153,14 +153,17 @@ def last_training(result):
 
 def kept_and_lost(name, seeds):
     """A sentence on how much mIoU a method kept on each old domain, averaged over seeds; '' without old domains."""
-    lost = {domain: mean([result['summary']['forgetting'][domain] for result in seeds])
+    lost = {domain: tables.mean([result['summary']['forgetting'][domain] for result in seeds])
             for domain in seeds[0]['summary']['forgetting']}
     old = [domain for domain in lost if lost[domain] is not None]
     if not old:
         return ''
-    left = {domain: mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
-    kept = ' and '.join(f'{left[domain]:.1f} of {left[domain] + lost[domain]:.1f} on {domain}' for domain in old)
-    points = mean([max(0.0, lost[domain]) for domain in old])      # a gain elsewhere makes up for no loss
+    left = {domain: tables.mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
+    before = {domain: left[domain] + lost[domain] for domain in old}
+    kept = ' and '.join(f'{left[domain]:.1f} ' + (f'(before: {before[domain]:.1f})' if lost[domain] < -0.05 else
+                                                  f'of {max(before[domain], left[domain]):.1f}') + f' on {domain}'
+                        for domain in old)
+    points = tables.mean([max(0.0, lost[domain]) for domain in old])      # a gain elsewhere makes up for no loss
     return f'{name} kept {kept}: {points:.1f} points of mIoU lost' + (' on average.' if len(old) > 1 else '.')
 
 
@@ -171,26 +174,19 @@ def newest(results):
     if len(new) != 1:
         return ''
     domain, = new
-    scores = {name: mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
+    scores = {name: tables.mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
     if None in scores.values():
         return ''
     return f'On {domain}, learnt last: {", ".join(f"{name} {score:.1f}" for name, score in scores.items())}.'
 
 
-def mean(values):
-    """Mean of the values; None if one is None."""
-    return None if None in values else sum(values) / len(values)
-
-
 def describe(results):
     """One paragraph: what the figures mean, and the torch version, device and revision that made them."""
     everything = [result for seeds in results.values() for result in seeds]
-    stated = [' or '.join(dict.fromkeys(str(result['versions'][key] or 'not recorded') for result in everything))
-              for key in ('torch', 'device', 'git')]
     several = any(len(seeds) > 1 for seeds in results.values())
     return (tables.describe(everything[0]['protocol'])
             + (' Several seeds: mean and sample standard deviation.' if several else '')
-            + ' torch {} on {}, revision {}.'.format(*stated))
+            + f' {tables.origin(everything)}')
 
 
 def draw(results, options):

@@ -158,12 +158,27 @@ def describe(protocol):
     """One paragraph on what the results mean, from the protocol stored with them."""
     size = f'{protocol["width"]}x{protocol["height"]}'
     how = (f"at each label's own size (native): logits of the images resized to {size} are upsampled bilinearly"
-           if protocol.get('resolution') == 'native' else f'at {size}: images and labels resized, as published')
+           if protocol.get('resolution') == 'native' else f'at {size}, to which images and labels are resized')
     absent = 'counts 0' if protocol['published_metric'] else 'is left out'
     limit = protocol.get('limit_batches')
     return (f'mIoU in percent over the non-void classes, split {protocol["split"]}, {how}. Void pixels do not count, '
             f'void predicted elsewhere is a miss; a class absent from truth and prediction {absent}.'
             + (f' Trial: {limit * protocol["batch_size"]} images of each domain at most.' if limit else ''))
+
+
+def origin(results):
+    """One sentence: method, torch version, device and revision of one or several results of eval.py."""
+    methods = list(dict.fromkeys(step.get('method') for result in results for step in result['steps']))
+    stated = [' or '.join(dict.fromkeys(str(result['versions'][key] or 'not recorded') for result in results))
+              for key in ('torch', 'device', 'git')]
+    method = f'Method {" or ".join(methods)}, torch' if all(methods) else 'torch'
+    return '{} {} on {}, revision {}.'.format(method, *stated)
+
+
+def mean(values):
+    """Mean of the values; None if there are none, or one of them is None or NaN."""
+    values = list(values)
+    return None if not values or any(number(value) == '-' for value in values) else statistics.fmean(values)
 
 
 def step_rows(steps, show=number):
@@ -196,16 +211,21 @@ def domain_table(entries, summary):
     """Table of one checkpoint: mIoU and pixel accuracy of each domain."""
     single, note = summary['single_task'], transfer_note(summary)
     header = ['domain', 'mIoU', 'pixel accuracy', *(['single-task mIoU'] if single else [])]
-    rows = [[name, number(entry['miou']), number(entry['accuracy']), *([number(single.get(name))] if single else [])]
-            for name, entry in entries.items()]
-    return Table('Scores of each domain', 'domains', header, [rows], (note,) if note else ())
+    columns = {name: [entry['miou'], entry['accuracy'], *([single.get(name)] if single else [])]
+               for name, entry in entries.items()}
+    rows = [[name, *map(number, values)] for name, values in columns.items()]
+    means = [['mean', *(number(mean(values)) for values in zip(*columns.values()))]] if len(rows) > 1 else []
+    return Table('Scores of each domain', 'domains', header, [rows, means], (note,) if note else ())
 
 
 def step_table(steps, summary):
     """Table of a sequence: mIoU of each domain after each step, forgetting and single-task results."""
-    header, rows = step_rows([{name: entry['miou'] for name, entry in step.items()} for step in steps])
-    extra = [[label, *(number(summary[key].get(name)) for name in header[1:])]
+    steps = [{name: entry['miou'] for name, entry in step.items()} for step in steps]
+    header, rows = step_rows(steps)
+    rows = [[*row, number(mean(step.values()))] for row, step in zip(rows, steps)]
+    extra = [[label, *(number(summary[key].get(name)) for name in header[1:]), number(mean(summary[key].values()))]
              for key, label in (('forgetting', 'forgetting'), ('single_task', 'single-task')) if summary[key]]
+    header = [*header, 'mean']
     note = transfer_note(summary)
     return Table('mIoU of each domain after each step', 'steps', header, [rows, extra], (note,) if note else ())
 

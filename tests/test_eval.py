@@ -112,7 +112,7 @@ def test_the_size_is_that_of_the_training_unless_stated(toy, states, tmp_path, c
     words = ['--data-root', str(toy), '--num-workers', '0', '--device', 'cpu', '--limit-batches', '1', '--state']
     evaluation.main([*words, str(tmp_path / '1.pth'), '--json', str(tmp_path / 'r.json')])
     protocol = json.loads((tmp_path / 'r.json').read_text())['protocol']
-    assert (protocol['height'], protocol['width']) == (32, 64) and 'at 64x32: images' in capsys.readouterr().out
+    assert (protocol['height'], protocol['width']) == (32, 64) and 'at 64x32, to which' in capsys.readouterr().out
     with pytest.raises(UserError, match='different sizes .*1.pth 64x32, .*2.pth 64x16.; choose one for all with --height'):
         evaluation.main([*words, str(tmp_path / '1.pth'), str(tmp_path / '2.pth')])
     run(toy, '--state', tmp_path / '1.pth', tmp_path / '2.pth', '--limit-batches', 1)
@@ -151,7 +151,8 @@ def test_native_resolution_scores_at_each_labels_own_size(uneven, states, tmp_pa
     assert figures(native['domains']['BDD']) == pytest.approx(want(truth, answer, 19, 255))
     assert "at each label's own size (native): logits of the images resized to 64x32" in ' '.join(text.split())
     published = evaluate(uneven, tmp_path, '--state', state)
-    assert 'at 64x32: images and labels resized, as published' in ' '.join(capsys.readouterr().out.split())
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'at 64x32, to which images and labels are resized' in said and 'Method mdil, torch ' in said
     assert published['domains']['BDD']['miou'] != pytest.approx(native['domains']['BDD']['miou'])
     assert native['protocol'] == {**published['protocol'], 'resolution': 'native', 'batch_size': 3}
 
@@ -273,7 +274,7 @@ def test_markdown_and_latex_hold_the_tables(sequence):
         rows = [line for line in body.splitlines() if line.endswith(r'\\')]
         assert len(rows) > 1 and all(line.count(' & ') == columns - 1 for line in rows) and r'\midrule' in body
     assert latex.count(r'\caption') == latex.count(r'\label') == latex.count(r'\begin{table}')
-    assert 'images and labels resized, as published' in latex and r'$\Delta_m$\%' in latex
+    assert 'to which images and labels are resized' in latex and 'revision' in latex and r'$\Delta_m$\%' in latex
     assert not re.search(r'(?<!\\)[%_#](?! \\usepackage)', re.sub(r'\\label\{[^}]*\}|\$.*?\$', '', latex).split('\n', 1)[1])
 
 
@@ -456,7 +457,7 @@ def test_a_last_step_that_learnt_no_domain_has_no_sentence_of_its_own(tmp_path, 
 def test_what_several_old_domains_lose_is_a_mean_that_gains_do_not_hide():
     seeds = [{'summary': {'forgetting': {'CS': -2.0, 'BDD': 4.0}}, 'domains': {'CS': {'miou': 58.0}, 'BDD': {'miou': 9.0}}}]
     assert compare.kept_and_lost('mdil', seeds) == (
-        'mdil kept 58.0 of 56.0 on CS and 9.0 of 13.0 on BDD: 2.0 points of mIoU lost on average.')
+        'mdil kept 58.0 (before: 56.0) on CS and 9.0 of 13.0 on BDD: 2.0 points of mIoU lost on average.')
 
 
 def test_a_domain_that_one_seed_could_not_score_is_left_out_of_the_sentence():
@@ -497,11 +498,11 @@ def test_compare_shows_the_last_epoch_next_to_the_best(tmp_path, capsys):
     arguments = [f'one={tmp_path}/one', f'two={tmp_path}/two', '--out', str(tmp_path / 'out'), '--no-picture']
     compare.main(arguments)
     lines = [line.split() for line in capsys.readouterr().out.partition('method ')[2].splitlines()]
-    assert lines[0][-4:] == ['best', 'epoch', 'last', 'epoch']
+    assert lines[0][-4:] == ['mIoU,', 'best', 'mIoU,', 'last']
     assert [line[-2:] for line in lines if line[:1] in (['one'], ['two'])][:2] == [['41.50', '38.25'], ['33.75', '33.50']]
     seed_results(tmp_path / 'three', [{'CS': 60.0}, {'CS': 50.0, 'IDD': 40.0}])
     compare.main([f'three={tmp_path}/three', *arguments])
-    assert 'last epoch' not in capsys.readouterr().out
+    assert 'mIoU, last' not in capsys.readouterr().out
 
 
 def test_compare_refuses_what_is_not_alike(tmp_path):
