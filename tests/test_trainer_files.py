@@ -32,7 +32,8 @@ def test_setup_names_an_interpreter_that_does_not_start(tmp_path):
     done = subprocess.run(['bash', 'trainer_files/setup.sh'], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, 'PYTHON_BIN': 'python3.99'})
     assert done.returncode == 2 and done.stderr == (
-        'error: PYTHON_BIN=python3.99 does not start Python 3.10 to 3.14; name one that does, or leave it out\n')
+        'error: PYTHON_BIN=python3.99 does not start Python 3.10 to 3.14 (python3.99: command not found); name one that '
+        'does, or leave it out\n')
 
 
 def commands(text):

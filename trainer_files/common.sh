@@ -182,6 +182,8 @@ interrupted() {
     if [ -z "${BRANCH:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && command -v scontrol > /dev/null; then
         echo "== interrupted; back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
+    elif [ -z "${BRANCH:-}" ]; then
+        echo "== interrupted; the same command continues"
     fi
     exit 75
 }

@@ -41,18 +41,18 @@ learn_branch() {
     run "$PYTHON" -m mdil branches extract "$(state_of "$folder")" --domain "$domain" --out "$folder/$domain.branch" --overwrite
 }
 
-# The file that gets the output of step $1.
-log_of() {
-    if [ -n "$DRY_RUN" ]; then echo /dev/stdout; else echo "$out/step$1-${domains[$1 - 1]}/log.txt"; fi
-}
-
 children=() branches=()
 for ((step = 2; step <= ${#domains[@]}; step++)); do
-    [ -n "$DRY_RUN" ] || mkdir -p "$out/step$step-${domains[step - 1]}"
-    echo "== ${domains[step - 1]}: output in $(log_of "$step")"
-    if [ -n "$DRY_RUN" ]; then (learn_branch "$step"); else (learn_branch "$step") >> "$(log_of "$step")" 2>&1 & fi
-    children+=("${!:-}")
-    branches+=("$out/step$step-${domains[step - 1]}/${domains[step - 1]}.branch")
+    domain=${domains[step - 1]} folder=$out/step$step-${domains[step - 1]}
+    branches+=("$folder/$domain.branch")
+    if [ -n "$DRY_RUN" ]; then
+        (learn_branch "$step")
+    else
+        mkdir -p "$folder"
+        echo "== $domain: output in $folder/log.txt"
+        (learn_branch "$step") >> "$folder/log.txt" 2>&1 &
+        children+=($!)
+    fi
 done
 
 signalled= failed=
@@ -74,3 +74,4 @@ fi
 run "$PYTHON" -m mdil branches add "$base" "${branches[@]}" --out "$out/joined.pth.tar" --overwrite
 run "$PYTHON" -m mdil verify "$base" "$out/joined.pth.tar"
 evaluate_states "$out/results.json" "$base" "$out/joined.pth.tar"
+run "$PYTHON" -m mdil report "$out" "${data[@]}"

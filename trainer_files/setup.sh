@@ -19,14 +19,15 @@ for made in "$stamp" "${stamp%requirements*}requirements-dev.txt"; do     # dev 
     [ -e "$made" ] && exit 0
 done
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))'; }
 
-python=
+python= said=
 for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.13 python3.14 python3.10 python3}; do
-    if supported "$candidate"; then python=$candidate; break; fi
+    if said=$(supported "$candidate" 2>&1); then python=$candidate; break; fi
 done
 if [ -z "$python" ] && [ -n "${PYTHON_BIN:-}" ]; then
-    echo "error: PYTHON_BIN=$PYTHON_BIN does not start Python 3.10 to 3.14; name one that does, or leave it out" >&2
+    said=$(head -n 1 <<< "${said#*: line [0-9]*: }")
+    echo "error: PYTHON_BIN=$PYTHON_BIN does not start Python 3.10 to 3.14${said:+ ($said)}; name one that does, or leave it out" >&2
     exit 2
 fi
 if [ -z "$python" ]; then
@@ -42,10 +43,12 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
         exit 2
     fi
 fi
-echo "== installing $requirements into .venv (torch is large: several GB the first time)"
+echo "== installing $requirements into .venv (torch is large: several GB and minutes the first time)"
+quiet=(--quiet)
+[ ! -t 1 ] || quiet=()      # in a terminal, pip shows its progress
 # visdom 0.2, the last version for Python 3.10 and 3.11, comes as source; building it needs pkg_resources, which
 # newer setuptools no longer have.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<81' wheel
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r "$requirements"
+.venv/bin/python -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check 'setuptools>=77,<81' wheel
+.venv/bin/python -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check --no-build-isolation -r "$requirements"
 touch "$stamp"
 echo "== ready: $(.venv/bin/python -c 'import torch; print("torch", torch.__version__, "with", torch.cuda.device_count(), "CUDA devices")')"

@@ -22,3 +22,4 @@ for domain in $DOMAINS; do
         ${first[@]+"${first[@]}"}
     evaluate_states "$OUT/single-task/$domain/results.json" "$(state_of "$OUT/single-task/$domain")"
 done
+run "$PYTHON" -m mdil report "$OUT/single-task" "${data[@]}"
