@@ -49,8 +49,9 @@ def eval_parser():
     nameless_options(group, ' of the last checkpoint')
     group.add_argument('--only', nargs='+', default=[], metavar='NAME',
                        help='score only these domains, for example if you have only their images (one checkpoint)')
-    group.add_argument('--single-task', nargs='+', default=[], metavar='NAME=mIoU|FILE',
-                       help='single-task results, or checkpoints, for Delta_m%% and forward transfer')
+    group.add_argument('--single-task', nargs='+', default=[], metavar='RESULT',
+                       help='for Delta_m%% and forward transfer: NAME=mIoU of single-task networks, or their checkpoint '
+                            'files')
     group.add_argument('--cross-heads', action='store_true',
                        help='also score each decoder of the last checkpoint on every domain with the same classes '
                             '(with --common-classes: on all domains)')
@@ -150,6 +151,8 @@ def single_task_scores(items, evaluator):
 
 def stated_miou(item, value):
     """The mIoU of --single-task NAME=mIoU."""
+    if os.path.exists(value):
+        raise UserError(f'--single-task {item}: a checkpoint names its domain itself; give {value} alone')
     try:
         miou = float(value)
     except ValueError:

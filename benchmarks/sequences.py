@@ -50,7 +50,8 @@ class Row:
 
 # Options of train.py that a row may set.
 LEARNING = {'recipe', 'lr', 'shared_lr', 'no_dropout', 'distill_domains', *RECIPES['corrected']} - {'num_epochs'}
-ROWS = {'fine-tune-copies': Row('fine-tune', copies=True), 'released': Row('mdil', ('--recipe', 'released'))}
+COPIES = 'fine-tune-copies'
+ROWS = {COPIES: Row('fine-tune', copies=True), 'released': Row('mdil', ('--recipe', 'released'))}
 DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for difference in (
     '--old-bn frozen', '--distillation kl', '--teacher-mode eval', '--steps-per-batch 1', '--new-statistics copied')))
 
@@ -58,8 +59,9 @@ DEFAULT_ROWS = (*METHODS, *ROWS, *(f'mdil --recipe released {difference}' for di
 def row_of(text):
     """The Row that `text` stands for: a name of ROWS, or a method and options of train.py; UserError if neither."""
     later, split, first = f'{text} '.partition(f' {FIRST} ')
-    method, *args = later.split() or ['']
-    method = method_name(method)
+    name, *args = later.split() or ['']
+    copies = name == COPIES
+    method = 'fine-tune' if copies else method_name(name)
     if text not in ROWS and method not in METHODS:
         raise UserError(f'--rows {text!r} is none of {", ".join(ROWS)}, and does not begin with a method: '
                         f'{", ".join(METHODS)}')
@@ -67,7 +69,7 @@ def row_of(text):
         raise UserError(f'--rows {text!r}: {method} has one step; give its options without {FIRST}')
     if split and not first.strip():
         raise UserError(f'--rows {text!r}: no option follows {FIRST}')
-    return ROWS.get(text) or Row(method, tuple(args), tuple(first.split()))
+    return ROWS.get(text) or Row(method, tuple(args), tuple(first.split()), copies)
 
 
 @dataclass(frozen=True)

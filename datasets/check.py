@@ -23,7 +23,7 @@ from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
 from mdil.utils.errors import UserError, printable, run_main
 from mdil.utils.files import check_results, write_json
-from mdil.utils.parser import Parser, data_options, data_paths, positive
+from mdil.utils.parser import Parser, data_options, data_paths, natural
 from mdil.utils.workers import in_parallel
 
 LISTED = 20     # files printed of each kind; --json has all
@@ -170,10 +170,15 @@ def problem_lines(title, problems):
     return lines
 
 
+def counted(number, noun):
+    """A number of things in words."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 def print_report(report):
     """Prints a Report: counts, problems and the table of classes."""
-    print(f'{report.domain} {report.split}: {report.pairs} pairs, {len(report.errors)} errors, '
-          f'{len(report.warnings)} files without a partner')
+    print(f'{report.domain} {report.split}: {counted(report.pairs, "pair")}, {counted(len(report.errors), "error")}, '
+          f'{counted(len(report.warnings), "file")} without a partner')
     lines = problem_lines('error', report.errors) + problem_lines('warning', report.warnings)
     for remark in report.remarks:
         lines += textwrap.wrap(f'note: {printable(remark)}', 80, subsequent_indent='  ', break_on_hyphens=False,
@@ -203,7 +208,7 @@ def check_parser():
     parser.add_argument('--splits', nargs='+', default=['train', 'val'], metavar='SPLIT', help='splits to check')
     parser.add_argument('--pairs-only', action='store_true', help='look for pairs of files, but read none of them')
     parser.add_argument('--json', metavar='FILE', help='write everything found')
-    parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
+    parser.add_argument('--num-workers', '--workers', type=natural, default=os.cpu_count() or 1, help='processes')
     return parser
 
 
@@ -218,7 +223,7 @@ def main(arguments=None):
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
     reports = []
     for domain in domains.values():
-        found = [check_split(domain, options.data_root, split, options.workers, options.pairs_only)
+        found = [check_split(domain, options.data_root, split, options.num_workers, options.pairs_only)
                  for split in dict.fromkeys(options.splits)]
         compare_splits(found)
         for report in found:

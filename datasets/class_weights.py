@@ -21,7 +21,7 @@ from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import open_label, to_classes
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, write_json
-from mdil.utils.parser import Parser, data_options, data_paths, positive
+from mdil.utils.parser import Parser, data_options, data_paths, natural
 from mdil.utils.workers import in_parallel
 
 CHOICES = ('published', 'computed', 'none')
@@ -48,7 +48,7 @@ def histogram(domain, root, split='train', workers=None, pairs=None):
     """
     pairs = find_split(domain, root, split).pairs if pairs is None else pairs
     count = partial(label_counts, num_classes=domain.num_classes)
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     return sum(in_parallel(count, pairs, workers, f'{domain.name} {split}'), np.zeros(domain.num_classes, np.int64))
 
 
@@ -110,7 +110,7 @@ def class_weights_parser():
     data_options(parser)
     parser.add_argument('--split', default='train', help='split to count')
     parser.add_argument('--json', metavar='FILE', help='write {domain: [weights, void last]}')
-    parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
+    parser.add_argument('--num-workers', '--workers', type=natural, default=os.cpu_count() or 1, help='processes')
     return parser
 
 
@@ -121,7 +121,7 @@ def main(arguments=None):
     if options.json:
         check_results('--json', options.json, [domain.name for domain in domains])
     for domain in domains:
-        counts = histogram(domain, options.data_root, options.split, options.workers)
+        counts = histogram(domain, options.data_root, options.split, options.num_workers)
         computed = weights_of(counts)
         print(f'{domain.name} {options.split}', *weights_table(domain, counts, computed), '', sep='\n')
         weights[domain.name] = computed.tolist()

@@ -37,7 +37,7 @@ from mdil.datasets.pairs import Pair, files_by_key
 from mdil.datasets.segmentation import FORMATS, UNREADABLE, open_label, to_classes
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_atomically
-from mdil.utils.parser import Parser, positive
+from mdil.utils.parser import Parser, natural
 from mdil.utils.workers import in_parallel
 
 ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', 'csId')
@@ -224,7 +224,7 @@ def create_labels_parser():
                         help='folder for the label images, and a link to the images, if --datadir is read-only')
     parser.add_argument('--id-type', choices=ID_TYPES, help='label values of idd (level3Id if not given)')
     parser.add_argument('--force', action='store_true', help='also remake images that are up to date')
-    parser.add_argument('--workers', type=positive, default=os.cpu_count() or 1, help='processes')
+    parser.add_argument('--num-workers', '--workers', type=natural, default=os.cpu_count() or 1, help='processes')
     return parser
 
 
@@ -239,7 +239,7 @@ def main(arguments=None):
     make = partial(make_label, encoding=encoding, force=options.force)
     sources = find_sources(options.datadir, encoding, options.out)
     prepare(options.datadir, options.out, options.dataset)
-    report(list(in_parallel(make, sources, options.workers, 'labels')), encoding)
+    report(list(in_parallel(make, sources, options.num_workers, 'labels')), encoding)
     return 0
 
 

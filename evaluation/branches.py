@@ -1,6 +1,7 @@
 """Extracts domains from checkpoints as branch files, and adds branch files to a base checkpoint.
 
     python -m mdil branches list runs/3/model_best.pth.tar
+    python -m mdil branches list idd.branch
     python -m mdil branches extract runs/3/model_best.pth.tar --domain IDD --out idd.branch
     python -m mdil branches add runs/1/model_best.pth.tar bdd.branch idd.branch --out all.pth.tar
     python -m mdil branches remove all.pth.tar --domain BDD --out rest.pth.tar
@@ -14,15 +15,18 @@ from mdil.evaluation import tables
 from mdil.models import branches, checkpoint
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, shared_state
 from mdil.models.methods import nameless_options
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import run_main
 from mdil.utils.files import check_new
 from mdil.utils.parser import Parser, data_paths
+
+HEADER = ['domain', 'classes', 'values', 'MiB', 'fingerprint']
 
 
 def parse(argv=None):
     parser = Parser(prog='python -m mdil branches', description='Extracts domains as files, and joins them.')
     actions = parser.add_subparsers(dest='action', required=True, metavar='list|extract|add|remove')
-    action(actions, 'list', 'print domains, classes, sizes and the fingerprint of the shared weights')
+    action(actions, 'list', 'print domains, classes, sizes and fingerprints of a checkpoint or a branch file')
     one = action(actions, 'extract', 'write one domain as a branch file'), action(actions, 'remove', 'drop one domain')
     for part in one:
         part.add_argument('--domain', required=True, metavar='NAME', help='the domain')
@@ -62,7 +66,17 @@ def listing(known):
             for number, entry in enumerate(known.entries)]
     rows.append(row('shared by all', '', shared_state(known.model)))
     return (f'{known.checkpoint.source}: {known.method}, {known.checkpoint.found.kind}\n\n'
-            + tables.plain(['domain', 'classes', 'values', 'MiB', 'fingerprint'], rows))
+            + tables.plain(HEADER, rows))
+
+
+def branch_listing(path, paths):
+    """The text that `list` prints about a branch file."""
+    branch = branches.read_branch(path, paths)
+    entry = branch['domain']
+    rows = [row(entry['name'], f'{entry["classes"] - 1} + void', branch['state'])]
+    return (f'{path}: branch of {branch["method"]}, {branch.get("network", ERFNET)}; fits the shared weights '
+            f'{branch["base"][:SHOWN]}\n\n' + tables.plain(HEADER, rows)
+            + ('\n\n' + ', '.join(entry['class_names']) if 'class_names' in entry else ''))
 
 
 def make(known, options):
@@ -82,7 +96,11 @@ def main(argv=None):
     options = parse(argv)
     if options.action != 'list':
         check_new('--out', options.out, options.overwrite, [options.state, *getattr(options, 'branches', [])])
-    known = branches.LoadedCheckpoint(options.state, options.domains, options.method, data_paths(options.data))
+    paths = data_paths(options.data)
+    if options.action == 'list' and branches.is_branch(options.state):
+        print(branch_listing(options.state, paths))
+        return
+    known = branches.LoadedCheckpoint(options.state, options.domains, options.method, paths)
     if options.action == 'list':
         print(listing(known))
         return

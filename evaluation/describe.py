@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdil.datasets.domains import domain_of
+from mdil.datasets.domains import DOMAINS, canonical, domain_of
 from mdil.evaluation import tables
 from mdil.models import METHODS
 from mdil.models.checkpoint import load_network, read_checkpoint
@@ -88,7 +88,7 @@ def best_lines(checkpoint):
     """Lines about the best validation results, from the file and from the metrics.jsonl next to it."""
     content, lines = checkpoint.content, []
     if isinstance(content.get('best_acc'), float) and content['best_acc'] >= 0:     # -inf before any validation
-        lines.append(f'validation mIoU when it was best: {tables.number(content["best_acc"])}')
+        lines.append(f'best validation mIoU of the run: {tables.number(content["best_acc"])}')
     epochs = [line for line in records.read_metrics(Path(checkpoint.source).parent)
               if line['epoch'] == content.get('epoch')]
     for name, entry in epochs[-1]['val'].items() if epochs else ():
@@ -103,6 +103,9 @@ def training_lines(checkpoint):
     idle = unused(checkpoint.method) if checkpoint.method else ()
     lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING
              if options.get(name) is not None and name not in idle]
+    own = [name for name in checkpoint.domains or () if canonical(name) not in DOMAINS]
+    if own and options.get('class_weights') == 'published':
+        lines.append(f'class-weights of {", ".join(own)}: of its domain.json, or else computed; none are published')
     if 'epoch' in checkpoint.content and options:
         lines.append(f'this file: after epoch {checkpoint.content.get("epoch")} of {options.get("num_epochs")}')
     return lines or ['not recorded in the file']

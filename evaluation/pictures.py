@@ -333,7 +333,8 @@ def save_confusion(path, matrix, domain):
     """Writes a figure of a confusion matrix (C, C): percent of each true class (row) predicted as each class."""
     matrix = matrix[:-1].double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()     # NaN for a class without pixels
-    names, answers = domain.classes, [*domain.classes, 'void']
+    names = [name if known else f'{name} (no pixels)' for name, known in zip(domain.classes, matrix.any(dim=1))]
+    answers = [*domain.classes, 'void']
     side = 2.2 + 0.42 * len(answers)
     figure = new_figure(figsize=(side + 1.2, side))
     axis = figure.subplots()

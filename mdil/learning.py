@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,10 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     check_types(domain, train, val, savedir, state, on_epoch, options)
     folder, data = Path(savedir).expanduser(), dict(options.pop('data', None) or {})
     state = state and Path(state).expanduser()
-    check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
-                               overwrite=options.get('overwrite')))
-    with taken_back(folder, domain):
+    with as_arguments():
+        check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
+                                   overwrite=options.get('overwrite')))
+    with taken_back(folder, domain), as_arguments():
         if train is not None:
             pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
             data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
@@ -130,6 +132,18 @@ def taken_back(folder, name):
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
+
+
+@contextlib.contextmanager
+def as_arguments():
+    """In a UserError, names options of train.py as arguments of `learn`; commands to run stay as they are."""
+    try:
+        yield
+    except UserError as error:
+        if 'python ' in str(error):
+            raise
+        raise UserError(re.sub(r'(?<!\S)--([a-z][a-z-]*)', lambda match: match[1].replace('-', '_'),
+                               str(error))) from error
 
 
 @contextlib.contextmanager

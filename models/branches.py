@@ -105,6 +105,16 @@ def extract(known, name):
     return {**branch, 'digests': digests_of(branch)}
 
 
+def is_branch_content(content):
+    """Whether the content of a file is that of a branch file."""
+    return isinstance(content, dict) and content.get('kind') == KIND
+
+
+def is_branch(path):
+    """Whether `path` is a branch file, perhaps a damaged one; UserError if it cannot be read."""
+    return is_branch_content(read(path))
+
+
 def read_branch(path, paths=None):
     """The content of a branch file.
 
@@ -112,7 +122,7 @@ def read_branch(path, paths=None):
     here.
     """
     branch = read(path)
-    if not isinstance(branch, dict) or branch.get('kind') != KIND:
+    if not is_branch_content(branch):
         raise UserError(f'{path} is not a branch file; python -m mdil branches extract makes one from a checkpoint')
     lacking = [name for name in PARTS if name not in branch]
     if lacking:
@@ -154,7 +164,8 @@ def put_on(known, branch, source):
         raise UserError(f'{source}: a branch of {name}, which is already there: {", ".join(known.names)}')
     if branch['base'] != base:
         raise UserError(f'{source}: the branch of {name} was trained with the shared weights {branch["base"][:SHOWN]}, '
-                        f'those of {known.checkpoint.source} are {base[:SHOWN]}')
+                        f'those of {known.checkpoint.source} are {base[:SHOWN]}; add it to the checkpoint that it was '
+                        'trained from, or to one with the same shared weights (python -m mdil branches list)')
     number = model.add_domain(entry['classes'])
     own = branch_state(model, number)
     odd = sorted(own.keys() ^ branch['state'].keys()) or [

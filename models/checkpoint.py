@@ -287,10 +287,10 @@ def start_from_encoder(model, checkpoint, batch_norms):
 
 
 def report(checkpoint, loaded, fresh, dropped=0):
-    """Three lines: what was loaded, renamed and left fresh (with what the network did not use of the file)."""
+    """Three lines: what was loaded, renamed, and not loaded."""
     found = checkpoint.found
     unused = dropped + len(found.ignored)
     return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded\n'
             f'  renamed: {found.renamed} (layouts of the published code)\n'
-            f'  left fresh: {fresh} tensors of the network; not used of the file: {unused}'
+            f'  of the network, {fresh} tensors stay as initialised; of the file, {unused} are not used'
             + (f', e.g. {found.ignored[0]}' if found.ignored else ''))

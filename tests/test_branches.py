@@ -104,10 +104,22 @@ def test_the_first_domain_may_go_too(three, tmp_path):
 
 @pytest.mark.usefixtures('shallow')
 def test_a_branch_is_no_checkpoint_and_names_that_contradict_a_file_are_refused(three, parted):
-    for words, message in (([parted[0]], 'is a branch file, one domain without the shared weights; .* branches add'),
-                           ([three, '--domains', 'IDD', 'BDD', 'CS'], '--domains IDD BDD cityscapes contradicts')):
+    for words, message in ((['remove', parted[0], '--domain', 'IDD', '--out', 'x'],
+                            'is a branch file, one domain without the shared weights; .* branches add'),
+                           (['list', three, '--domains', 'IDD', 'BDD', 'CS'],
+                            '--domains IDD BDD cityscapes contradicts')):
         with pytest.raises(UserError, match=message):
-            run('list', *words)
+            run(*words)
+
+
+@pytest.mark.usefixtures('shallow')
+def test_a_branch_file_is_listed_with_the_shared_weights_that_it_fits(three, parted, capsys):
+    run('list', parted[0])
+    of_branch = capsys.readouterr().out
+    run('list', three)
+    shared = capsys.readouterr().out.split()[-1]
+    assert 'branch of mdil, erfnet' in of_branch and f'fits the shared weights {shared}' in of_branch
+    assert '26 + void' in of_branch and 'road, drivable fallback, sidewalk' in of_branch
 
 
 @pytest.mark.usefixtures('shallow')

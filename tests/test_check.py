@@ -318,7 +318,7 @@ def test_pairs_only_reads_no_file(tmp_path, capsys):
         path.write_bytes(b'no image')
     words = ['--domains', 'mine', option, '--pairs-only']
     assert main(words) == 0
-    assert capsys.readouterr().out.endswith('mine val: 1 pairs, 0 errors, 0 files without a partner\n\n'
+    assert capsys.readouterr().out.endswith('mine val: 1 pair, 0 errors, 0 files without a partner\n\n'
                                             'every domain has pairs; no file was read\n')
     Image.new('RGB', (8, 8)).save(tmp_path / 'own/train/train0.jpg')        # training takes the first of a stem
     assert main(words) == 0
@@ -363,7 +363,7 @@ def test_processes_find_what_one_finds(tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (['--domains', 'mars'], "unknown domain 'mars'"),
     (['--domains', 'BDD', '--data', 'BDD'], 'NAME=PATH'),
-    (['--domains', 'BDD', '--workers', 'many'], 'workers'),
+    (['--domains', 'BDD', '--num-workers', 'many'], 'num-workers'),
     (['--domains', 'BDD', '--json', '.'], '--json . is a folder'),
     ([], '--domains'),
 ])
@@ -388,4 +388,4 @@ def test_real_domains():
     real = Path(os.environ.get('REAL_DATA', ROOT / '../shared/real'))
     if not (real / 'camvid').is_dir():
         pytest.skip('no real data')
-    assert main(['--domains', 'camvid', 'idd-lite', '--data-root', str(real), '--splits', 'val', '--workers', '1']) == 0
+    assert main(['--domains', 'camvid', 'idd-lite', '--data-root', str(real), '--splits', 'val', '--num-workers', '0']) == 0

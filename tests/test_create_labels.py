@@ -315,7 +315,7 @@ def test_broken_annotation_as_command(tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (['idd', '--datadir', 'nowhere'], 'nowhere/gtFine'),
     (['idd', '--datadir', 'nowhere', '--id-type', 'level5Id'], 'level5Id'),
-    (['idd', '--datadir', 'nowhere', '--workers', '0'], 'workers'),
+    (['idd', '--datadir', 'nowhere', '--num-workers', '-1'], 'num-workers'),
     (['cityscapes', '--datadir', 'nowhere'], '_gtFine_polygons.json or .*_gtFine_labelIds.png'),
     (['cityscapes', '--datadir', 'nowhere', '--id-type', 'id'], '--id-type is for idd'),
     (['bdd', '--datadir', 'nowhere'], 'bdd'),

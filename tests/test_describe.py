@@ -63,7 +63,7 @@ def test_card_of_a_run(tmp_path, capsys):
     describe.main([str(path), '--height', '64'])
     out = ' '.join(capsys.readouterr().out.split())
     for expected in ('2 domains (20, 27 classes)', "mdil: the paper's method, parallel adapters", '501,796', '1,868,252', '128x64',
-                     'cityscapes: road, sidewalk', 'autorickshaw', 'when it was best: 41.25',
+                     'cityscapes: road, sidewalk', 'autorickshaw', 'best validation mIoU of the run: 41.25',
                      'cityscapes: mIoU 62.00, loss 0.5000 after epoch 2', 'recipe: corrected', 'lambdac: 0.1',
                      'this file: after epoch 2 of 3'):
         assert expected in out, expected
@@ -71,7 +71,20 @@ def test_card_of_a_run(tmp_path, capsys):
     assert 'rounds' not in out          # an option of joint training
     torch.save({**content, 'epoch': 0, 'best_acc': float('-inf')}, path)         # before the first validation
     describe.main([str(path), '--height', '64'])
-    assert 'when it was best' not in capsys.readouterr().out
+    assert 'best validation mIoU' not in capsys.readouterr().out
+
+
+def test_card_does_not_call_the_weights_of_an_own_domain_published(tmp_path, capsys):
+    path = save_network(tmp_path / 'model_best.pth.tar', ['cityscapes', 'IDD'], 'mdil', 0)
+    content = torch.load(path, weights_only=True)
+    content['options'] = {'class_weights': 'published'}
+    torch.save(content, path)
+    describe.main([str(path), '--height', '64'])
+    assert 'none are published' not in capsys.readouterr().out
+    content['domains'][1]['name'] = 'mine'
+    torch.save(content, path)
+    describe.main([str(path), '--height', '64'])
+    assert 'class-weights of mine: of its domain.json, or else computed; none are published' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('shallow')

@@ -370,6 +370,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--save-panels', '{folder}/p.png', '--images', '4'], '--images 4: no image, or more than one'),
     (['--single-task', 'CS=0'], 'an mIoU in percent, above 0'),
     (['--single-task', 'CS=good'], 'neither NAME=mIoU nor a checkpoint'),
+    (['--single-task', f'CS={__file__}'], 'a checkpoint names its domain itself; give .*test_eval.py alone'),
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
     (['--single-task', '{two}'], 'contains 2 domains; a checkpoint with one is expected'),
     (['--resolution', 'huge'], 'invalid choice'),

@@ -132,6 +132,12 @@ def test_units_count_teacher_and_old_branches(tmp_path):
         p.numel() for p in build_model([27], 'single-task').parameters())
 
 
+def test_copies_take_options_as_methods_do():
+    row = sequences.row_of('fine-tune-copies --recipe fast --first --lr 1')
+    assert row == sequences.Row('fine-tune', ('--recipe', 'fast'), ('--lr', '1'), copies=True)
+    assert not sequences.row_of('fine-tune --recipe fast').copies and sequences.row_of('fine-tune-copies').copies
+
+
 def test_copies_keep_what_each_domain_had_when_learnt():
     steps = [{'CS': 40.0}, {'CS': 30.0, 'BDD': 50.0}, {'CS': 20.0, 'BDD': 44.0, 'IDD': 60.0}]
     assert scoring.own_networks(steps) == [{'CS': 40.0}, {'CS': 40.0, 'BDD': 50.0}, {'CS': 40.0, 'BDD': 50.0, 'IDD': 60.0}]

@@ -133,7 +133,7 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': ['mud', 'hut', 'mud']}, "two classes are called 'mud'"),
     ({'domain': 'CS', 'train': ['a.png']}, 'is not a pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),
     ({'domain': 'CS', 'train': [('none.png', 'none.png')]}, 'is not a file'),
-    ({'domain': 'CS', 'colour': 3}, '--colour=3'), ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'),
+    ({'domain': 'CS', 'colour': 3}, 'arguments: colour=3'), ({'domain': 'CS', 'num_epochs': 0}, 'not at least 1'),
     ({'domain': 'CS', 'state': 'none.pth'}, 'does not exist')])
 def test_what_does_not_fit_is_said(arguments, says, tmp_path):
     with pytest.raises(mdil.UserError, match=says):
@@ -150,7 +150,7 @@ def test_other_types_are_refused_at_the_door(arguments, tmp_path):
 
 def test_a_file_in_the_place_of_savedir_is_said(village, tmp_path):
     (tmp_path / 'run').touch()
-    with pytest.raises(mdil.UserError, match='--savedir .*run cannot be written to'):
+    with pytest.raises(mdil.UserError, match='^savedir .*run cannot be written to'):
         mdil.learn('village', village, village[:1], classes=['mud', 'hut'], savedir=tmp_path / 'run', **TINY)
 
 

@@ -207,6 +207,7 @@ class Run:
             self.totals = {name: torch.tensor(value, dtype=wide_type(self.place.device), device=self.place.device)
                            for name, value in state['totals'].items() if name in self.loss_names}
             self.epoch, self.batch, self.best = state['epoch'], state['batch'], float(state['best_acc'])
+            self.loaded += f' after epoch {self.epoch}' + (f' and {self.batch} batches' if self.batch else '')
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f'the checkpoint in {self.folder} does not fit this run '
                             f'({brief(error, 200)}); use another --savedir') from None

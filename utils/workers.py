@@ -82,11 +82,11 @@ atexit.register(end_loaders, os.getpid())
 def in_parallel(function, items, workers, title):
     """Yields function(item) in the order of the list `items`, with a progress bar on standard error.
 
-    `workers` processes share the work (1: this process does it), so `function`, items and results
+    `workers` processes share the work (0 or 1: this process does it), so `function`, items and results
     must be picklable. Raises what `function` raises; UserError if a process was killed.
     """
     progress = partial(tqdm, total=len(items), desc=title, unit='file', leave=False, disable=None)
-    if workers == 1 or len(items) < 2:
+    if workers < 2 or len(items) < 2:
         yield from progress(map(function, items))
         return
     chunk = max(1, min(16, len(items) // (4 * workers)))
@@ -97,7 +97,7 @@ def in_parallel(function, items, workers, title):
             yield from progress(pool.map(function, items, chunksize=chunk))
     except BrokenProcessPool:
         raise UserError(f'{title}: a worker process was killed, perhaps for lack of memory; '
-                        'use fewer processes (--num-workers or --workers)') from None
+                        'use fewer processes (--num-workers)') from None
 
 
 def in_threads(function, items, threads):

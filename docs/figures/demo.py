@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from matplotlib.patches import Patch
+
 from mdil.datasets import get_domain
 from mdil.evaluation import pictures
 from mdil.evaluation.evaluation import split_of
@@ -34,10 +36,14 @@ def show(axis, pixels, classes, domain, title):
 
 
 def draw(axes, number, dataset, networks):
-    """Fills two rows: input above truth, then a column for each step, a row for each method."""
+    """Fills two rows: input above truth, then a column for each step, a row for each method.
+
+    Returns the indices of the classes in the pictures.
+    """
     image, truth = dataset.load(pictures.richest(dataset))
     truth, domain = truth.long().clamp(max=dataset.domain.void), dataset.domain
     pixels = pictures.hwc(image, truth.shape)
+    seen = set(truth.unique().tolist())
     show(axes[0, 0], pixels, None, domain, f'{domain.name}: input')
     show(axes[1, 0], pixels, truth, domain, 'truth')
     for row, (name, steps) in zip(axes, networks.items()):
@@ -46,18 +52,24 @@ def draw(axes, number, dataset, networks):
                 axis.text(0.5, 0.5, 'not learnt yet', ha='center', va='center', fontsize=9)
                 continue
             answer = pictures.predict(network, number, image, truth, Place(pick_device('cpu')))
+            seen |= set(answer.unique().tolist())
             score = pictures.image_miou(truth, answer, domain)
             show(axis, pixels, answer, domain, f'{name}, after step {step}: mIoU {score:.0f}')
+    return seen - {domain.void}
 
 
 def main(folder='runs/demo'):
     networks, datasets = load(Path(folder))
-    figure = pictures.new_figure(figsize=(12, 6.6))
+    figure = pictures.new_figure(figsize=(12, 7.1))
     axes = figure.subplots(4, 4)
     for axis in axes.flat:
         axis.axis('off')
-    for number in (0, 1):
-        draw(axes[2 * number:2 * number + 2], number, datasets[number], networks)
+    seen = set().union(*(draw(axes[2 * number:2 * number + 2], number, datasets[number], networks)
+                         for number in (0, 1)))
+    domain = datasets[0].domain         # both have the same classes
+    patches = [Patch(facecolor=[part / 255 for part in domain.colors[index]], edgecolor='black', linewidth=0.5,
+                     label=domain.classes[index]) for index in sorted(seen)]
+    figure.legend(handles=patches, loc='outside lower center', ncols=10, fontsize=8, frameon=False)
     pictures.save_figure(Path(__file__).with_name('demo.png'), figure, dpi=74)
 
 
