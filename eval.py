@@ -50,8 +50,8 @@ def eval_parser():
     group.add_argument('--only', nargs='+', default=[], metavar='NAME',
                        help='score only these domains, for example if you have only their images (one checkpoint)')
     group.add_argument('--single-task', nargs='+', default=[], metavar='RESULT',
-                       help='for Delta_m%% and forward transfer: NAME=mIoU of single-task networks, or their checkpoint '
-                            'files')
+                       help='for Delta_m%% and forward transfer: NAME=mIoU of single-task networks, or their '
+                            'checkpoints')
     group.add_argument('--cross-heads', action='store_true',
                        help='also score each decoder of the last checkpoint on every domain with the same classes '
                             '(with --common-classes: on all domains)')

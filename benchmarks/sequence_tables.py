@@ -5,6 +5,7 @@ gives it. options: of `python -m benchmarks.forgetting`.
 """
 import argparse
 import statistics
+from collections import Counter
 
 from mdil.benchmarks.scoring import COLUMNS, ESTIMATED, KEPT, TRAINED
 from mdil.benchmarks.sequences import is_single, parsed, row_of
@@ -17,6 +18,7 @@ from mdil.training.plan import plan_step
 from mdil.utils.parser import data_paths
 
 MARKERS = 'osD^v<>Pphd'
+STROKES = '-', '--', '-.', ':'
 LEAST = 1.0     # points: smaller losses get no percentages
 LEAST_P = 0.0001    # smaller p are shown as below it
 TITLES = {TRAINED: '', ESTIMATED: ', estimated', KEPT: ', kept'}
@@ -232,25 +234,27 @@ def draw_curves(plans, options):
     height, width = len(options.orders), max(map(len, options.orders))
     figure = pictures.new_figure(figsize=(3.2 * width + 3, 3 * height))
     axes = figure.subplots(height, width, squeeze=False)
+    short = short_names(options.rows)
     panels = {(order, domain): axis for order, line in zip(options.orders, axes) for domain, axis in zip(order, line)}
     for (order, domain), axis in panels.items():
         for index, name in enumerate(options.rows):
             seeds = [curve(learning_step(plans[order, name, seed], domain), domain, options) for seed in options.seeds]
             for seed in seeds:
                 axis.plot(seed.keys(), seed.values(), f'C{index % 10}', alpha=0.3, linewidth=0.7)
+            stroke = STROKES[index % len(STROKES)]      # rows that share a step have the same curve there
             common = [percent for percent in seeds[0] if all(percent in seed for seed in seeds)]
             axis.plot(common, [statistics.fmean(seed[percent] for seed in seeds) for percent in common],
-                      f'C{index % 10}', linewidth=1.5, label=name)
+                      f'C{index % 10}{stroke}', linewidth=1.5, label=short[name])
         axis.set(title=f'{domain}, {order.index(domain) + 1} of {len(order)}', xlabel="percent of the step's epochs",
                  ylabel='validation mIoU in percent')
         axis.grid(color='#eee')
-    add_legend(figure)
+    add_legend(figure, 'mean over seeds; thin: each seed' if len(options.seeds) > 1 else None)
     pictures.save_figure(options.curves, figure)
 
 
 def draw_rows(figures, options):
     """Writes --figure: what rows reach on new domains over what they lose of old ones, mean and deviation."""
-    figure = pictures.new_figure(figsize=(5 * len(figures) + 2.5, 4.4))
+    figure, short = pictures.new_figure(figsize=(5 * len(figures) + 2.5, 4.4)), short_names(options.rows)
     styles = {name: f'C{number % 10}{MARKERS[number % len(MARKERS)]}' for number, name in enumerate(options.rows)}
     for axis, (order, rows) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items()):
         for name, seeds in rows.items():
@@ -258,20 +262,28 @@ def draw_rows(figures, options):
             lost = [statistics.fmean(one['forgetting'].values()) for one in seeds.values() if one['forgetting']]
             if lost:
                 axis.errorbar(statistics.fmean(lost), statistics.fmean(new), deviation(new), deviation(lost),
-                              styles[name], markersize=7, label=name, alpha=0.8)
+                              styles[name], markersize=7, label=short[name], alpha=0.8)
             else:
-                axis.axhline(statistics.fmean(new), color=styles[name][:2], linestyle='--', linewidth=1, label=name)
+                axis.axhline(statistics.fmean(new), color=styles[name][:2], linestyle='--', linewidth=1,
+                             label=short[name])
         axis.set(title=', then '.join(order), xlabel='points forgotten, mean over the old domains',
                  ylabel='mIoU of new domains when learnt, mean')
         axis.grid(color='#eee')
-    add_legend(figure)
+    add_legend(figure, 'mean and standard deviation over seeds' if len(options.seeds) > 1 else None)
     pictures.save_figure(options.figure, figure)
 
 
-def add_legend(figure):
+def short_names(rows):
+    """{row: its method, or the whole row if others have the same method}."""
+    methods = Counter(row.split()[0] for row in rows)
+    return {row: row.split()[0] if methods[row.split()[0]] == 1 else row for row in rows}
+
+
+def add_legend(figure, title):
     """One legend for all panels, each label once."""
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc='outside right upper', frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles, loc='outside right upper', frameon=False, fontsize=8, title=title,
+                  title_fontsize=8)
 
 
 def deviation(values):

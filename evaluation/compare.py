@@ -174,7 +174,8 @@ def newest(results):
     if len(new) != 1:
         return ''
     domain, = new
-    scores = {name: tables.mean([result['domains'][domain]['miou'] for result in seeds]) for name, seeds in results.items()}
+    scores = {name: tables.mean([result['domains'][domain]['miou'] for result in seeds])
+              for name, seeds in results.items()}
     if None in scores.values():
         return ''
     return f'On {domain}, learnt last: {", ".join(f"{name} {score:.1f}" for name, score in scores.items())}.'

@@ -82,8 +82,8 @@ def read_results(folder):
     try:
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
-        return Results(len(results['steps']), f'{tables.describe(results["protocol"])} {tables.origin([results])}', shown,
-                       classes)
+        about = f'{tables.describe(results["protocol"])} {tables.origin([results])}'
+        return Results(len(results['steps']), about, shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
