@@ -25,14 +25,14 @@ from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
 from mdil.models.checkpoint import check_stated, read_checkpoint
 from mdil.models.identify import identifier_of
-from mdil.models.methods import nameless_options
+from mdil.models.methods import method_name, nameless_options
 from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_results, check_writable, write_json, write_text
 from mdil.utils.parallel import check_alone, session
-from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
+from mdil.utils.parser import Parser, complete_size, data_options, flag, machine_options, positive, size_options
 
 FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
 FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
@@ -102,9 +102,9 @@ def check_options(options):
     for name in (*FILES, *FOLDERS.values()):
         if getattr(options, name):
             if Path(getattr(options, name)).name in WRITTEN:
-                raise UserError(f'--{name.replace("_", "-")} {getattr(options, name)} is the name of a file that runs '
-                                'write; choose another name')
-            check_writable(f'--{name.replace("_", "-")}', getattr(options, name), name in FOLDERS.values(),
+                raise UserError(f'{flag(name)} {getattr(options, name)} is the name of a file that runs write; choose '
+                                'another name')
+            check_writable(flag(name), getattr(options, name), name in FOLDERS.values(),
                            (*options.state, *options.single_task))
     if options.only and len(options.state) > 1:
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
@@ -151,12 +151,12 @@ def single_task_scores(items, evaluator):
 
 def stated_miou(item, value):
     """The mIoU of --single-task NAME=mIoU."""
-    if os.path.exists(value):
-        raise UserError(f'--single-task {item}: a checkpoint names its domain itself; give {value} alone')
     try:
         miou = float(value)
     except ValueError:
-        raise UserError(f'--single-task {item}: neither NAME=mIoU nor a checkpoint') from None
+        raise UserError(f'--single-task {item}: a checkpoint names its domain itself; give {value} alone'
+                        if os.path.exists(value) else
+                        f'--single-task {item}: neither NAME=mIoU nor a checkpoint') from None
     if not 0 < miou <= 100:
         raise UserError(f'--single-task {item}: an mIoU in percent, above 0 and up to 100, is expected')
     return miou
@@ -233,7 +233,7 @@ def run(options, place):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
         steps.append({'state': str(state), 'digest': digests[number - 1], 'domains': entries,
-                      'method': contents[number - 1].get('method'),
+                      'method': method_name(contents[number - 1].get('method') or options.method),
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
@@ -253,7 +253,7 @@ def run(options, place):
 
 def report(results, options):
     """Writes the tables, and prints them."""
-    about = f'{tables.describe(results["protocol"])} {tables.origin([results])} One run, n = 1.'
+    about = f'{tables.describe(results["protocol"])} {tables.origin([results])}'
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
     if options.csv:
         write_text(options.csv, tables.csv_text(results))

@@ -34,7 +34,7 @@ from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, never_unknown
 from mdil.models.methods import nameless_options
-from mdil.utils.errors import UserError, run_main
+from mdil.utils.errors import UserError, counted, run_main
 from mdil.utils.files import check_new, check_writable, same_file, write_json, written_through
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
@@ -43,7 +43,7 @@ from mdil.utils.workers import batched, in_threads
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
 MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
-LEGENDS = 'legend-of-*.png'     # in --out: the colours of each domain
+LONGEST = 100                   # letters of a domain's name in the file name of its legend
 
 
 def predict_parser():
@@ -56,7 +56,8 @@ def predict_parser():
                        help='instead of --input: say which branch fits these images, the mIoU to expect, and whether a '
                             'new one is worth training')
     group.add_argument('--domain', metavar='NAME|auto',
-                       help='domain whose branch is used, or auto: choose it for each image (default: auto)')
+                       help='domain whose branch is used, or auto: choose it for each image (default: auto, unless the '
+                            'file knows one domain and not what its images look like)')
     group.add_argument('--sequence', action='store_true',
                        help='the images of each folder are frames of one drive, in order: the domain is chosen from '
                             'all of them so far (videos: always)')
@@ -173,8 +174,6 @@ def check_targets(options, sources):
                 raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
             if place in inputs:
                 raise UserError(f'{path} is an input and would be replaced; choose another --out')
-            if path.match(str(Path(options.out) / LEGENDS)):
-                raise UserError(f'{path} is the name of a legend of colours; rename {source.path}')
             if owners.get(path) == source.path:
                 raise UserError(f'{source.path} is given twice')
             if path in owners:
@@ -217,12 +216,28 @@ def answers_to(options, source):
     return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
 
 
-def save_legends(options, predictor):
-    """Writes the legend of the colours of each branch that may be used, if colours are saved."""
-    for domain in predictor.domains if {'color', 'overlay'} & set(options.save) else ():
-        if branch_of(options, predictor) in ('auto', domain.name):
-            path = Path(options.out) / LEGENDS.replace('*', quote(domain.name, safe=''))
-            pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
+def legends(options, predictor):
+    """{path in --out: Domain} of the legends of the colours of all branches."""
+    return {Path(options.out) / f'legend-of-{quote(domain.name, safe="")[:LONGEST]}.png': domain
+            for domain in predictor.domains}
+
+
+def wanted_legends(options, predictor, sources):
+    """Those of `legends` to write: of the branches that may be used, if colours are saved.
+
+    A file that is there is kept, unless --overwrite. UserError if one has the name of an input or of another output.
+    """
+    if not {'color', 'overlay'} & set(options.save):
+        return {}
+    branch, taken = branch_of(options, predictor), real_paths(sources)
+    taken |= {os.path.realpath(path) for source in sources for path in targets(options, source.name).values()}
+    taken |= {os.path.realpath(path) for path in (options.state, options.json) if path}
+    found = {path: domain for path, domain in legends(options, predictor).items() if branch in ('auto', domain.name)}
+    for path in found:
+        if os.path.realpath(path) in taken:
+            raise UserError(f'{path} is where the legend of the colours goes, but also an input or another output; '
+                            'rename that, or choose another --out')
+    return {path: domain for path, domain in found.items() if options.overwrite or not os.path.lexists(path)}
 
 
 def claim(options, predictor, sources):
@@ -243,7 +258,7 @@ def claim(options, predictor, sources):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
     others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs}
-    others -= {*there, *Path(options.out).glob(LEGENDS)}
+    others -= {*there, *legends(options, predictor)}
     if other and others:
         raise UserError(f'--out {options.out} holds {min(others).name}, which was made with other settings and would '
                         'remain; choose another --out')
@@ -369,7 +384,7 @@ def predict_all(options, predictor, sources, records):
         count += len(todo)
     there = f', {len(skipped)} were there already' if skipped else ''
     odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
-    return f'{count} images predicted{odd}{there}', errors
+    return f'{counted(count, "image")} predicted{odd}{there}', errors
 
 
 def run(options, place):
@@ -383,8 +398,10 @@ def run(options, place):
     for domain in predictor.domains if options.label_ids == 'files' else ():
         if branch_of(options, predictor) in ('auto', domain.name):
             file_values(domain)
+    colors = wanted_legends(options, predictor, sources)
     claim(options, predictor, sources)
-    save_legends(options, predictor)
+    for path, domain in colors.items():
+        pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
     try:
         done, errors = predict_all(options, predictor, sources, records)
     finally:
@@ -397,11 +414,11 @@ def run(options, place):
 
 
 def look_at(source):
-    """(path, look, None) of an image, or (path, None, the UserError) if it cannot be read."""
+    """(look, None) of an image, or (None, the UserError) if it cannot be read."""
     try:
-        return source.path, appearance(upright(source.path)), None
+        return appearance(upright(source.path)), None
     except UserError as error:
-        return source.path, None, error
+        return None, error
 
 
 def run_advice(options, place):
@@ -411,7 +428,7 @@ def run_advice(options, place):
     predictor = load_predictor(options, place)
     seen = list(tqdm(in_threads(look_at, sources, options.num_workers), total=len(sources), desc='image statistics',
                      unit='image', leave=False, disable=None))
-    known = [(path, look) for path, look, error in seen if not error]
+    known = [(source.path, look) for source, (look, error) in zip(sources, seen) if not error]
     if known:
         paths, looks = zip(*known)
         prepare = partial(map, lambda number: predictor.prepare(upright(paths[number])))
@@ -419,7 +436,7 @@ def run_advice(options, place):
         if options.json:
             write_json(options.json, found)
         print(*sentences(found, len(paths)), sep='\n')
-    report_errors([error for *_, error in seen if error])
+    report_errors([error for _, error in seen if error])
 
 
 def report_errors(errors):

@@ -20,6 +20,7 @@ from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.norms import estimate_statistics, take_statistics
 from mdil.models import METHODS
 from mdil.utils.files import write_json
+from mdil.utils.parser import flag
 
 TRAINED, ESTIMATED, KEPT = COLUMNS = 'trained', 'estimated', 'kept'
 
@@ -29,7 +30,7 @@ def make_evaluator(options, place):
     arguments = [*data_arguments(options), '--state', '-', '--num-workers', options.num_workers]
     for name in ('height', 'width', 'batch_size', 'precision', 'limit_batches'):
         if getattr(options, name) is not None:
-            arguments += [f'--{name.replace("_", "-")}', getattr(options, name)]
+            arguments += [flag(name), getattr(options, name)]
     return Evaluator(eval_parser().parse_args(list(map(str, arguments))), place)
 
 

@@ -23,7 +23,7 @@ from mdil.training import resume
 from mdil.training.options import RECIPES, parse_train
 from mdil.training.run import BEST, LATEST
 from mdil.utils.errors import UserError
-from mdil.utils.parser import data_paths
+from mdil.utils.parser import data_paths, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINT = 'multi-task'
@@ -135,7 +135,7 @@ def protocol_arguments(options, name):
     for option in ('network', 'height', 'width', 'batch_size', 'lr', 'class_weights', 'precision', 'limit_batches',
                    'val_every'):
         if getattr(options, option) is not None:
-            arguments += [f'--{option.replace("_", "-")}', getattr(options, option)]
+            arguments += [flag(option), getattr(options, option)]
     return list(map(str, arguments))
 
 
@@ -163,8 +163,7 @@ def parsed_row(common, args):
     except UserError as error:
         raise UserError(f'{about}: {error}' if args else str(error)) from None
     same = parsed(common)
-    others = [f'--{name.replace("_", "-")}' for name in sorted(found)
-              if found[name] != same[name] and name not in LEARNING]
+    others = [flag(name) for name in sorted(found) if found[name] != same[name] and name not in LEARNING]
     if others:
         raise UserError(f'{about}: {" ".join(others)} must be the same for all rows; leave it out there')
     return found

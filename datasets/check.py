@@ -21,7 +21,7 @@ from mdil.datasets.domains import get_domain
 from mdil.datasets.judgement import copied_files, judge, shared_files
 from mdil.datasets.pairs import find_split
 from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
-from mdil.utils.errors import UserError, printable, run_main
+from mdil.utils.errors import UserError, counted, printable, run_main
 from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, natural
 from mdil.utils.workers import in_parallel
@@ -168,11 +168,6 @@ def problem_lines(title, problems):
         if count > LISTED:
             lines.append(f'  and {count - LISTED} more; --json FILE lists all')
     return lines
-
-
-def counted(number, noun):
-    """A number of things in words."""
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 def print_report(report):

@@ -19,7 +19,7 @@ from mdil.datasets.loading import spaced
 from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import logits_of
 from mdil.models.identify import FEWEST
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, counted
 
 PART = 4            # images per part; each part gives one ratio of true to trusted mIoU
 MOST = 64           # maximum number of images to segment, of the folder and of the validation set each
@@ -142,7 +142,7 @@ def advise(predictor, looks, prepare, root):
 
 def sentences(found, images):
     """The advice as lines of text."""
-    yield f'{images} images; the branch that fits best: {found["domain"]}'
+    yield f'{counted(images, "image")}; the branch that fits best: {found["domain"]}'
     yield 'images by branch: ' + ', '.join(f'{name} {100 * share:.0f} %' for name, share in found['domains'].items())
     if found['unknown'] is not None:
         yield f'{100 * found["unknown"]:.0f} % are like no domain that the network knows'

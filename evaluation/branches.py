@@ -16,9 +16,9 @@ from mdil.models import branches, checkpoint
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, shared_state
 from mdil.models.methods import nameless_options
 from mdil.models.networks import DEFAULT as ERFNET
-from mdil.utils.errors import run_main
+from mdil.utils.errors import UserError, printable, run_main
 from mdil.utils.files import check_new
-from mdil.utils.parser import Parser, data_paths
+from mdil.utils.parser import Parser, data_paths, paths_option
 
 HEADER = ['domain', 'classes', 'values', 'MiB', 'fingerprint']
 
@@ -41,10 +41,10 @@ def parse(argv=None):
 def action(actions, name, text):
     """The parser of the action `name`, with the options that all actions share."""
     parser = actions.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
-    parser.add_argument('state', metavar='BASE' if name == 'add' else 'CKPT', help='checkpoint, published ones too')
+    kinds = 'checkpoint, published ones too' + (', or branch file' if name == 'list' else '')
+    parser.add_argument('state', metavar='BASE' if name == 'add' else 'CKPT', help=kinds)
     nameless_options(parser)
-    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                        help='path of your own domain (folder with domain.json), for its class names; repeatable')
+    paths_option(parser)
     return parser
 
 
@@ -69,14 +69,16 @@ def listing(known):
             + tables.plain(HEADER, rows))
 
 
-def branch_listing(path, paths):
+def branch_listing(options, paths):
     """The text that `list` prints about a branch file."""
-    branch = branches.read_branch(path, paths)
+    if options.domains or options.method:
+        raise UserError(f'--domains and --method are for checkpoints that do not say them; {options.state} does')
+    path, branch = options.state, branches.read_branch(options.state, paths)
     entry = branch['domain']
     rows = [row(entry['name'], f'{entry["classes"] - 1} + void', branch['state'])]
     return (f'{path}: branch of {branch["method"]}, {branch.get("network", ERFNET)}; fits the shared weights '
             f'{branch["base"][:SHOWN]}\n\n' + tables.plain(HEADER, rows)
-            + ('\n\n' + ', '.join(entry['class_names']) if 'class_names' in entry else ''))
+            + ('\n\n' + printable(', '.join(entry['class_names'])) if 'class_names' in entry else ''))
 
 
 def make(known, options):
@@ -98,7 +100,7 @@ def main(argv=None):
         check_new('--out', options.out, options.overwrite, [options.state, *getattr(options, 'branches', [])])
     paths = data_paths(options.data)
     if options.action == 'list' and branches.is_branch(options.state):
-        print(branch_listing(options.state, paths))
+        print(branch_listing(options, paths))
         return
     known = branches.LoadedCheckpoint(options.state, options.domains, options.method, paths)
     if options.action == 'list':

@@ -137,10 +137,10 @@ def summary_table(results):
             figures[label] = lambda result, key=key: result['summary'].get(key)
     note = ()
     if all(last_training(result) for seeds in results.values() for result in seeds):
-        note = ('mIoU, best and last: of the last step\'s best and last epoch on what it learns, as validated while '
-                'training; the best is chosen on these very images.',)
+        note = ('best epoch, last epoch: mIoU on what the last step learns, as validated while training; the best '
+                'epoch is chosen on these very images.',)
         for which in ('best', 'last'):
-            figures[f'mIoU, {which}'] = lambda result, which=which: last_training(result)[which]['miou']
+            figures[f'{which} epoch mIoU'] = lambda result, which=which: last_training(result)[which]['miou']
     rows = [[name, *(spread([figure(result) for result in seeds]) for figure in figures.values())]
             for name, seeds in results.items()]
     return Table('Methods', 'methods', ['method', *figures], [rows], note)
@@ -155,10 +155,10 @@ def kept_and_lost(name, seeds):
     """A sentence on how much mIoU a method kept on each old domain, averaged over seeds; '' without old domains."""
     lost = {domain: tables.mean([result['summary']['forgetting'][domain] for result in seeds])
             for domain in seeds[0]['summary']['forgetting']}
-    old = [domain for domain in lost if lost[domain] is not None]
+    left = {domain: tables.mean([result['domains'][domain]['miou'] for result in seeds]) for domain in lost}
+    old = [domain for domain in lost if None not in (lost[domain], left[domain])]
     if not old:
         return ''
-    left = {domain: tables.mean([result['domains'][domain]['miou'] for result in seeds]) for domain in old}
     before = {domain: left[domain] + lost[domain] for domain in old}
     kept = ' and '.join(f'{left[domain]:.1f} ' + (f'(before: {before[domain]:.1f})' if lost[domain] < -0.05 else
                                                   f'of {max(before[domain], left[domain]):.1f}') + f' on {domain}'

@@ -20,8 +20,8 @@ from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.methods import nameless_options, unused
 from mdil.models.networks import get_network
 from mdil.training import records
-from mdil.utils.errors import UserError, run_main
-from mdil.utils.parser import Parser, complete_size, data_options, data_paths, show, size_options
+from mdil.utils.errors import UserError, printable, run_main
+from mdil.utils.parser import Parser, complete_size, data_options, data_paths, flag, show, size_options
 
 # The options to show, in this order; those that a file does not hold, or its method does not use, are left out.
 TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr',
@@ -101,11 +101,11 @@ def training_lines(checkpoint):
     """Lines about the training, from the options stored in the file."""
     options = checkpoint.content.get('options') or {}
     idle = unused(checkpoint.method) if checkpoint.method else ()
-    lines = [f'{name.replace("_", "-")}: {show(options[name])}' for name in TRAINING
+    lines = [f'{flag(name)[2:]}: {show(options[name])}' for name in TRAINING
              if options.get(name) is not None and name not in idle]
     own = [name for name in checkpoint.domains or () if canonical(name) not in DOMAINS]
     if own and options.get('class_weights') == 'published':
-        lines.append(f'class-weights of {", ".join(own)}: of its domain.json, or else computed; none are published')
+        lines.append(f'class-weights of {", ".join(own)}: from domain.json, or computed (none are published)')
     if 'epoch' in checkpoint.content and options:
         lines.append(f'this file: after epoch {checkpoint.content.get("epoch")} of {options.get("num_epochs")}')
     return lines or ['not recorded in the file']
@@ -120,7 +120,7 @@ def card(checkpoint, options):
     parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nnetwork: {network}\nmethod: {about}',
              tables.plain(*domain_rows(model, checkpoint, options))
              + f'\n(one image of {options.width}x{options.height} through one branch; 2 FLOP for each multiply-add)',
-             'Classes\n' + '\n'.join(textwrap.fill(f'{name}: {", ".join(names) if names else "names not known"}', 100,
+             'Classes\n' + '\n'.join(textwrap.fill(f'{name}: {printable(", ".join(names or ["names not known"]))}', 100,
                                                    initial_indent='  ', subsequent_indent='    ')
                                      for name, names in classes_of(checkpoint, options)),
              'Best results\n  ' + '\n  '.join(best_lines(checkpoint)),

@@ -29,7 +29,7 @@ from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
-from mdil.utils.parser import Parser, data_paths
+from mdil.utils.parser import Parser, data_paths, paths_option
 
 COMPARED = 20           # images of the --calibrate folder on which to compare the int8 network with PyTorch
 CALIBRATION = 100       # images, evenly spaced in that folder; each takes a second on a slow core
@@ -47,7 +47,7 @@ def parse(argv=None):
     parser.add_argument('--calibrate', metavar='FOLDER', help='images to calibrate the activation ranges of --int8')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     nameless_options(parser)
-    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH', help='path of your own domain')
+    paths_option(parser)
     options = parser.parse_args(argv)
     check(options)
     return options
@@ -55,16 +55,16 @@ def parse(argv=None):
 
 def check(options):
     """Completes the format; refuses conflicting options."""
-    suffix = Path(options.out).suffix
-    options.format = options.format or SUFFIXES.get(suffix, 'published')
+    suffix, endings = Path(options.out).suffix, ', '.join(SUFFIXES)
+    options.format = options.format or SUFFIXES.get(suffix.lower(), 'published')
     if options.format == 'published' and (options.domain or options.int8):
-        raise UserError('--format published writes all domains in float32; leave out --domain and --int8, or choose '
-                        'another format')
+        raise UserError(f'{options.out}: a file of the published code holds all domains in float32; leave out --domain '
+                        f'and --int8, or let OUT end in one of {endings}')
     if options.int8 and options.format != 'openvino':
-        raise UserError(f'--int8 needs --format openvino, not {options.format}')
+        raise UserError(f'--int8 is for OpenVINO: OUT must end in .xml, not {suffix}')
     if options.int8 != bool(options.calibrate):
         raise UserError('--int8 and --calibrate FOLDER, a folder of typical images, go together')
-    if SUFFIXES.get(suffix, 'published') != options.format:
+    if SUFFIXES.get(suffix.lower() if options.format == 'published' else suffix, 'published') != options.format:
         wanted = next((f'end in {own}' for own, name in SUFFIXES.items() if name == options.format),
                       f'not end in {suffix}')
         raise UserError(f'--format {options.format}: OUT must {wanted}, so that predict.py knows it')
@@ -145,7 +145,7 @@ def export_published(options):
     checkpoint = read_checkpoint(options.state)
     if checkpoint.found.network != ERFNET:
         raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only '
-                        f'{ERFNET}: choose --format onnx, torch or openvino')
+                        f'{ERFNET}: let OUT end in one of {", ".join(SUFFIXES)}')
     model, method = load_network(checkpoint, options.method), method_of(checkpoint, options.method)
     row, counts = get_method(method), checkpoint.found.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):

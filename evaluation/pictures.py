@@ -314,18 +314,18 @@ def draw_row(row, dataset, number, index, models, place, precision):
     for axis in row[:-1]:
         axis.set_xticks([])
         axis.set_yticks([])
-    draw_legend(row[-1], domain, sorted(shown - {domain.void}))
+    shown = sorted(shown - {domain.void})
+    row[-1].axis('off')
+    draw_legend(row[-1], domain, shown, loc='center left', ncols=1 + len(shown) // 10, fontsize=7, borderaxespad=0,
+                columnspacing=1)
 
 
-def draw_legend(axis, domain, classes):
-    """Draws the colours and names of the classes with the indices `classes`."""
+def draw_legend(place, domain, classes, **keywords):
+    """Draws the colours and names of the classes with the indices `classes` on `place`, an axis or a figure."""
     from matplotlib.patches import Patch
-    axis.axis('off')
     patches = [Patch(facecolor=np.divide(domain.colors[index], 255), edgecolor='black', linewidth=0.5,
                      label=domain.classes[index]) for index in classes]
-    found = axis.legend(handles=patches, loc='center left', ncols=1 + len(classes) // 10, fontsize=7, frameon=False,
-                        borderaxespad=0, columnspacing=1)
-    for text in found.get_texts():
+    for text in place.legend(handles=patches, frameon=False, **keywords).get_texts():
         text.set_parse_math(False)
 
 

@@ -29,7 +29,7 @@ from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_text
 from mdil.utils.parallel import Place, pick_device
-from mdil.utils.parser import Parser, data_paths, show
+from mdil.utils.parser import Parser, data_paths, paths_option, show
 
 PICTURE_WIDTH = 512
 LINES = ('#1f6fb4', '#d95f02', '#1b8a5a', '#8e44ad', '#b8860b', '#c0392b', '#5d6d7e', '#16a085')
@@ -38,11 +38,11 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoesca
 
 @dataclass
 class Results:
-    """The content of results.json: number of evaluated steps, a paragraph about the protocol, and Tables.
+    """The content of results.json: evaluated domains, a paragraph about the protocol, and Tables.
 
     tables: across domains; classes: IoU of the classes of each domain.
     """
-    steps: int
+    domains: list
     about: str
     tables: list
     classes: list
@@ -57,8 +57,7 @@ def parse(argv=None):
     group = parser.add_argument_group('data')
     group.add_argument('--data-root', '--datadir', default=argparse.SUPPRESS, metavar='DIR',
                        help="folder that holds the data sets (default: the run's own)")
-    group.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                       help='path of a data set, or of your own domain; repeatable')
+    paths_option(group)
     return parser.parse_args(argv)
 
 
@@ -83,7 +82,7 @@ def read_results(folder):
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
         about = f'{tables.describe(results["protocol"])} {tables.origin([results])}'
-        return Results(len(results['steps']), about, shown, classes)
+        return Results(list(results['domains']), about, shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
@@ -236,9 +235,11 @@ def page(folder, options, place):
     """The HTML document about the sequence in `folder`."""
     steps, results = find_steps(folder), read_results(folder)
     method = method_name(steps[-1].options.get('method'))
+    learnt = dict.fromkeys(name for step in steps for name in step.learnt)
     return TEMPLATES.get_template('report.html').render(
         folder=Path(folder).absolute(), about=f'{method}: {METHODS[method].about}. ' if method in METHODS else '',
-        progress=progress(steps), steps=steps, results=results, training=training_table(steps),
+        progress=progress(steps), steps=steps, results=results,
+        missing=[name for name in learnt if results and name not in results.domains], training=training_table(steps),
         revisions=dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps),
         curves=[(plot.title, curve_picture(plot, steps)) for plot in curves(steps)],
         predictions=predictions(steps, options, place), recorded=recorded, heat=heat)

@@ -167,18 +167,19 @@ def describe(protocol):
 
 
 def origin(results):
-    """One sentence: method, torch version, device and revision of one or several results of eval.py."""
-    methods = list(dict.fromkeys(step.get('method') for result in results for step in result['steps']))
-    stated = [' or '.join(dict.fromkeys(str(result['versions'][key] or 'not recorded') for result in results))
-              for key in ('torch', 'device', 'git')]
-    method = f'Method {" or ".join(methods)}, torch' if all(methods) else 'torch'
-    return '{} {} on {}, revision {}.'.format(method, *stated)
+    """A sentence: torch version, device and revision of results of eval.py, and the method and n of a single one."""
+    methods = {str(step.get('method') or '') for result in results for step in result['steps']}
+    stated = [' or '.join(dict.fromkeys(str(result.get('versions', {}).get(key) or 'not recorded')
+                                        for result in results)) for key in ('torch', 'device', 'git')]
+    method = f'Method {min(methods)}, torch' if all(methods) and len(methods) == 1 else 'torch'
+    return '{} {} on {}, revision {}{}.'.format(method, *stated, ', n = 1' if len(results) == 1 else '')
 
 
 def mean(values):
     """Mean of the values; None if there are none, or one of them is None or NaN."""
     values = list(values)
-    return None if not values or any(number(value) == '-' for value in values) else statistics.fmean(values)
+    unknown = any(value is None or math.isnan(value) for value in values)
+    return None if unknown or not values else statistics.fmean(values)
 
 
 def step_rows(steps, show=number):
@@ -223,8 +224,10 @@ def step_table(steps, summary):
     steps = [{name: entry['miou'] for name, entry in step.items()} for step in steps]
     header, rows = step_rows(steps)
     rows = [[*row, number(mean(step.values()))] for row, step in zip(rows, steps)]
-    extra = [[label, *(number(summary[key].get(name)) for name in header[1:]), number(mean(summary[key].values()))]
-             for key, label in (('forgetting', 'forgetting'), ('single_task', 'single-task')) if summary[key]]
+    forgetting, single = summary['forgetting'], summary['single_task']
+    extra = [[label, *(number(values.get(name)) for name in header[1:]), number(mean(map(values.get, averaged)))]
+             for label, values, averaged in (('forgetting', forgetting, forgetting),
+                                             ('single-task', single, header[1:])) if values]
     header = [*header, 'mean']
     note = transfer_note(summary)
     return Table('mIoU of each domain after each step', 'steps', header, [rows, extra], (note,) if note else ())

@@ -153,11 +153,12 @@ class Network:
         'auto' becomes the domain's name if the network has only one and no statistics of its images. Otherwise it needs
         the predictor's identifier, which this creates on first use.
         """
+        if domain != 'auto' or self.predictor.identifier:
+            return domain
         about, domains = self.known.about(), self.predictor.domains
-        if domain == 'auto' and len(domains) == 1 and unstated(about, domains):
+        if len(domains) == 1 and unstated(about, domains):
             return self.domains[0]
-        if domain == 'auto' and self.predictor.identifier is None:
-            self.predictor.identifier = identifier_of(about, domains, self.known.checkpoint.source)
+        self.predictor.identifier = identifier_of(about, domains, self.known.checkpoint.source)
         return domain
 
     def of_each(self, images, function):

@@ -24,6 +24,7 @@ from mdil.training.records import best_and_last, make_folder, mean_miou, read_me
 from mdil.training.run import BEST, LATEST, check_kept, results_in
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
+from mdil.utils.parser import flag
 from mdil.utils.workers import INTERRUPTED
 
 
@@ -90,10 +91,9 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
     check_types(domain, train, val, savedir, state, on_epoch, options)
     folder, data = Path(savedir).expanduser(), dict(options.pop('data', None) or {})
     state = state and Path(state).expanduser()
-    with as_arguments():
+    with as_arguments(), taken_back(folder, domain):
         check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                    overwrite=options.get('overwrite')))
-    with taken_back(folder, domain), as_arguments():
         if train is not None:
             pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
             data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
@@ -140,10 +140,11 @@ def as_arguments():
     try:
         yield
     except UserError as error:
-        if 'python ' in str(error):
-            raise
-        raise UserError(re.sub(r'(?<!\S)--([a-z][a-z-]*)', lambda match: match[1].replace('-', '_'),
-                               str(error))) from error
+        if 'python ' not in str(error):
+            as_argument = lambda option: option[1].replace('-', '_')
+            error.args = re.sub(r'(?<![\w-])--([a-z][a-z-]*)(?!\w)', as_argument,
+                                str(error).removesuffix(' (--help lists the options)')),
+        raise
 
 
 @contextlib.contextmanager
@@ -170,7 +171,7 @@ def declare(name, pairs, classes, folder, overwrite=False):
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
     if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name:
-        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name and in --data NAME=PATH')
+        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, without "="')
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'
@@ -227,7 +228,7 @@ def arguments(options):
     """The command-line arguments for a dict of options; False and None leave an option out."""
     words = []
     for name, value in options.items():
-        option = f'--{name.replace("_", "-")}'
+        option = flag(name)
         if name == 'data':
             words += [f'{option}={item}' for item in value]
         elif isinstance(value, (list, tuple)):

@@ -34,7 +34,7 @@ def start_from_weights(model, network, weights):
         for key, value in found.items():
             tensors[key].copy_(value)
     return (f'{source}: {len(found)} tensors loaded, {len(given) - len(found)} not used; '
-            f'{len(own) - len(found)} tensors of the network and its output layers stay as initialised')
+            f'{len(own) - len(found)} other tensors and the output layers stay as initialised')
 
 
 def plain_state(view):

@@ -84,7 +84,7 @@ def test_card_does_not_call_the_weights_of_an_own_domain_published(tmp_path, cap
     content['domains'][1]['name'] = 'mine'
     torch.save(content, path)
     describe.main([str(path), '--height', '64'])
-    assert 'class-weights of mine: of its domain.json, or else computed; none are published' in capsys.readouterr().out
+    assert 'class-weights of mine: from domain.json, or computed (none are published)' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('shallow')

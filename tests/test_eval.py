@@ -499,11 +499,11 @@ def test_compare_shows_the_last_epoch_next_to_the_best(tmp_path, capsys):
     arguments = [f'one={tmp_path}/one', f'two={tmp_path}/two', '--out', str(tmp_path / 'out'), '--no-picture']
     compare.main(arguments)
     lines = [line.split() for line in capsys.readouterr().out.partition('method ')[2].splitlines()]
-    assert lines[0][-4:] == ['mIoU,', 'best', 'mIoU,', 'last']
+    assert lines[0][-6:] == ['best', 'epoch', 'mIoU', 'last', 'epoch', 'mIoU']
     assert [line[-2:] for line in lines if line[:1] in (['one'], ['two'])][:2] == [['41.50', '38.25'], ['33.75', '33.50']]
     seed_results(tmp_path / 'three', [{'CS': 60.0}, {'CS': 50.0, 'IDD': 40.0}])
     compare.main([f'three={tmp_path}/three', *arguments])
-    assert 'mIoU, last' not in capsys.readouterr().out
+    assert 'last epoch mIoU' not in capsys.readouterr().out
 
 
 def test_compare_refuses_what_is_not_alike(tmp_path):
@@ -605,3 +605,14 @@ def test_the_step_of_one_checkpoint_is_its_own(tmp_path):
     found = training_of(tmp_path / 'model_best.pth.tar')
     table = tables.epoch_table([{'domains': {'c': {}}, 'training': found}])
     assert table.groups[0][0][0] == '3 (c)'
+
+
+def test_tables_of_steps_have_means_of_what_is_known():
+    """Of single-task scores only if there is one for every column; of what is forgotten over the old domains."""
+    steps = [{'CS': {'miou': 60.0}}, {'CS': {'miou': 50.0}, 'IDD': {'miou': 40.0}}]
+    summary = {'forgetting': {'CS': 10.0}, 'single_task': {'CS': 61.0, 'BDD': 90.0}, 'backward_transfer': None,
+               'forward_transfer': None, 'delta_m': None}
+    table = tables.step_table(steps, summary)
+    assert table.header[1:] == ['CS', 'IDD', 'mean']
+    assert table.groups[0] == [['1 (CS)', '60.00', '-', '60.00'], ['2 (IDD)', '50.00', '40.00', '45.00']]
+    assert table.groups[1] == [['forgetting', '10.00', '-', '10.00'], ['single-task', '61.00', '-', '-']]

@@ -108,7 +108,8 @@ def test_eight_bits_are_calibrated_by_images(tmp_path):
     (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
     (['x.onnx', '--format', 'published'], '--format published: OUT must not end in .onnx'),
-    (['x.onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 needs --format openvino, not onnx'),
+    (['x.ONNX', '--domain', 'CS'], '--format onnx: OUT must end in .onnx'),
+    (['x.onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 is for OpenVINO: OUT must end in .xml, not .onnx'),
     (['x.xml', '--format', 'openvino', '--domain', 'CS', '--int8'], 'go together')])
 def test_what_cannot_be_exported_is_refused(arguments, says, state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """predict.py: answers against an independent implementation, every kind of input, what is written and skipped."""
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -165,14 +166,23 @@ def test_a_network_of_one_domain_tells_what_is_unlike_it(mixed, toy, tmp_path, c
     assert {entry['domain'] for entry in json.loads((tmp_path / 'b.json').read_text()).values()} == {'IDD'}
 
 
-def test_a_legend_replaces_no_prediction_and_is_none(state, photos, tmp_path):
+def test_a_legend_replaces_nothing_and_is_no_prediction(state, photos, tmp_path):
     arguments = ['--domain', 'IDD', '--save', 'labels', 'color']
+    out, legend = tmp_path / 'out', tmp_path / 'out/legend-of-IDD.png'
     (photos / 'a.png').rename(photos / 'legend-of-IDD.png')
-    with pytest.raises(UserError, match='legend-of-IDD.png is the name of a legend.*; rename .*photos/legend-of-IDD'):
-        run(state, tmp_path / 'out', '--input', photos, *arguments)
+    with pytest.raises(UserError, match='legend-of-IDD.png is where the legend of the colours goes, but also an input'):
+        run(state, out, '--input', photos, *arguments)
+    run(state, tmp_path / 'labels', '--input', photos, '--domain', 'IDD')       # without colours there is no legend
     (photos / 'legend-of-IDD.png').rename(photos / 'a.png')
-    run(state, tmp_path / 'out', '--input', photos, *arguments)
-    run(state, tmp_path / 'out', '--input', photos, *arguments, '--overwrite', '--height', 16)      # it is no prediction
+    shutil.copy(photos / 'a.png', legend)
+    (tmp_path / 'list.txt').write_text('out/legend-of-IDD.png\n')
+    for words in (['--input', tmp_path / 'list.txt'], ['--input', photos, '--json', legend]):
+        with pytest.raises(UserError, match='legend-of-IDD.png'):
+            run(state, out, *words, *arguments)
+    run(state, out, '--input', photos, *arguments)
+    assert legend.read_bytes() == (photos / 'a.png').read_bytes()       # a file of the user's stays
+    run(state, out, '--input', photos, *arguments, '--overwrite', '--height', 16)      # it is no prediction
+    assert legend.read_bytes() != (photos / 'a.png').read_bytes()
 
 
 def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, mixed, tmp_path, capsys):
@@ -291,7 +301,7 @@ def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, pho
     run(state, tmp_path / 'out', *first, '--save', 'labels', 'color')       # more of the same
     (photos / 'd.png').write_bytes((photos / 'a.png').read_bytes())
     run(state, tmp_path / 'out', *first)
-    assert capsys.readouterr().err.endswith('out: 1 images predicted, 3 were there already\n')
+    assert capsys.readouterr().err.endswith('out: 1 image predicted, 3 were there already\n')
     for file, arguments, said in ((knowing, first, 'network .*, now'),
                                   (state, (*first, '--height', 64), 'size 64x32, now 128x64'),
                                   (state, ('--input', photos, '--domain', 'IDD'), 'domain cityscapes, now IDD'),
@@ -378,7 +388,7 @@ def test_a_resumed_drive_chooses_as_if_it_had_not_been_interrupted(knowing, mixe
     capsys.readouterr()
     assert len(kept) == 4 and predicted('broken') == whole
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / 'broken').rglob('*.png')}.items()
-    assert '1 images predicted, 4 were there already' in capsys.readouterr().err
+    assert '1 image predicted, 4 were there already' in capsys.readouterr().err
 
 
 def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):

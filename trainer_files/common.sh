@@ -183,7 +183,7 @@ interrupted() {
         echo "== interrupted; back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
     elif [ -z "${BRANCH:-}" ]; then
-        echo "== interrupted; the same command continues"
+        echo "== interrupted; run the same command again to continue"
     fi
     exit 75
 }
@@ -261,8 +261,11 @@ learn_sequence() {
         [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
     [ "$EVALUATE" != last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
-    [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$OUT/$name" "${data[@]}"
+    write_report "$OUT/$name"
 }
+
+# Writes the report about a folder of runs, on the first machine only.
+write_report() { [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$1" "${data[@]}"; }
 
 # Refuses unknown domains and missing images before the first step, for the steps without a folder: check_data FOLDER.
 check_data() {

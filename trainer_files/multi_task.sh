@@ -17,4 +17,4 @@ set_metric
 # shellcheck disable=SC2086
 run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${first[@]+"${first[@]}"}
 evaluate_states "$OUT/multi-task/results.json" "$(state_of "$OUT/multi-task/all")"
-run "$PYTHON" -m mdil report "$OUT/multi-task" "${data[@]}"
+write_report "$OUT/multi-task"

@@ -74,4 +74,4 @@ fi
 run "$PYTHON" -m mdil branches add "$base" "${branches[@]}" --out "$out/joined.pth.tar" --overwrite
 run "$PYTHON" -m mdil verify "$base" "$out/joined.pth.tar"
 evaluate_states "$out/results.json" "$base" "$out/joined.pth.tar"
-run "$PYTHON" -m mdil report "$out" "${data[@]}"
+write_report "$out"

@@ -19,14 +19,16 @@ for made in "$stamp" "${stamp%requirements*}requirements-dev.txt"; do     # dev 
     [ -e "$made" ] && exit 0
 done
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))'; }
-
+candidates=(python3.12 python3.11 python3.13 python3.14 python3.10 python3)
+[ -z "${PYTHON_BIN:-}" ] || candidates=("$PYTHON_BIN")
+test='import sys; print("fits" if (3, 10) <= sys.version_info[:2] <= (3, 14) else "it is " + sys.version.split()[0])'
 python= said=
-for candidate in ${PYTHON_BIN:-python3.12 python3.11 python3.13 python3.14 python3.10 python3}; do
-    if said=$(supported "$candidate" 2>&1); then python=$candidate; break; fi
+for candidate in "${candidates[@]}"; do
+    said=$("$candidate" -c "$test" 2>&1) || true
+    if [ "$said" = fits ]; then python=$candidate; break; fi
 done
 if [ -z "$python" ] && [ -n "${PYTHON_BIN:-}" ]; then
-    said=$(head -n 1 <<< "${said#*: line [0-9]*: }")
+    said=$(head -n 1 <<< "${said#trainer_files/setup.sh: line [0-9]*: }")
     echo "error: PYTHON_BIN=$PYTHON_BIN does not start Python 3.10 to 3.14${said:+ ($said)}; name one that does, or leave it out" >&2
     exit 2
 fi
@@ -43,7 +45,7 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
         exit 2
     fi
 fi
-echo "== installing $requirements into .venv (torch is large: several GB and minutes the first time)"
+echo "== installing $requirements into .venv (several GB and some minutes the first time)"
 quiet=(--quiet)
 [ ! -t 1 ] || quiet=()      # in a terminal, pip shows its progress
 # visdom 0.2, the last version for Python 3.10 and 3.11, comes as source; building it needs pkg_resources, which

@@ -21,5 +21,5 @@ for domain in $DOMAINS; do
     run_train "$OUT/single-task/$domain" "$(epochs_of $step)" --method single-task --domains "$domain" \
         ${first[@]+"${first[@]}"}
     evaluate_states "$OUT/single-task/$domain/results.json" "$(state_of "$OUT/single-task/$domain")"
+    write_report "$OUT/single-task/$domain"
 done
-run "$PYTHON" -m mdil report "$OUT/single-task" "${data[@]}"

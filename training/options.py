@@ -16,8 +16,8 @@ from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.training.schedules import SCHEDULES
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import pick_device, tell
-from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, machine_options, natural, positive,
-                               rate, seed_number, size_options)
+from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, flag, machine_options, natural,
+                               positive, rate, seed_number, size_options)
 from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
@@ -226,16 +226,16 @@ def check_declared(options):
         get_domain(name, data_paths(options.data))
 
 
-def flag(name, value=None):
-    """An option as the user types it."""
-    return '--dropout' if (name, value) == ('no_dropout', False) else f'--{name.replace("_", "-")}'
+def typed(name, value):
+    """An option with this value, as the user types it."""
+    return '--dropout' if (name, value) == ('no_dropout', False) else flag(name)
 
 
 def check_uses(options):
     """Refuses given options that other methods use and this one does not. Runs before defaults are filled in."""
     given = [name for name in unused(options.method) if getattr(options, name, None) is not None]
     if given:
-        named = ' '.join(flag(name, getattr(options, name)) for name in given)
+        named = ' '.join(typed(name, getattr(options, name)) for name in given)
         fitting = ', '.join(name for name, row in METHODS.items() if set(given) <= set(row.uses))
         raise UserError(f'--method {options.method} does not use {named}; leave '
                         + ('it out' if len(given) == 1 else 'them out')

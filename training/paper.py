@@ -4,7 +4,7 @@ Only training.options uses this module.
 """
 from mdil.datasets.domains import canonical, get_domain
 from mdil.utils.errors import UserError
-from mdil.utils.parser import data_paths, natural, positive, show
+from mdil.utils.parser import data_paths, flag, natural, positive, show
 
 JOINT = 'multi-task'
 # Options of the published scripts that have no counterpart here, and why.
@@ -121,5 +121,5 @@ def check_counts(paper, options):
             expected[option] = [get_domain(name, paths).num_classes for name in domains]
     for name, value in expected.items():
         if paper[name] is not None and paper[name] != value:
-            raise UserError(f'--{name.replace("_", "-")} {show(paper[name])} contradicts the domains {show(names)}: '
+            raise UserError(f'{flag(name)} {show(paper[name])} contradicts the domains {show(names)}: '
                             f'expected {show(value) or "none"}')

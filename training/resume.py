@@ -19,6 +19,7 @@ from mdil.utils.fetch import Fetched
 from mdil.utils.files import locked
 from mdil.utils.output import say
 from mdil.utils.parallel import tell
+from mdil.utils.parser import flag
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
 # A resumed run may change these options. HARMLESS: no effect on results. SAID: results are no longer bit-equal,
@@ -182,7 +183,7 @@ def differences(saved, options):
         unsaid = name == 'network' and value is None        # the file's network is kept
         if name in HARMLESS or before == value or later or unsaid:
             continue
-        line = f'--{name.replace("_", "-")} was {before}, is {value}'
+        line = f'{flag(name)} was {before}, is {value}'
         (said if name in SAID else refused).append(line)
     return refused, said
 

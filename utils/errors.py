@@ -35,6 +35,11 @@ def brief(error, most=150):
     return ' '.join(str(error).split())[:most]
 
 
+def counted(number, noun):
+    """A number of things in words."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 class UserError(Exception):
     """Says in one line what is wrong, where, and what to do."""
 

@@ -52,6 +52,11 @@ def home_in(text):
     return re.sub(r'(^|=)(~[\w.-]*)(?=/|$)', lambda found: found[1] + os.path.expanduser(found[2]), text)
 
 
+def flag(name):
+    """The option whose value argparse keeps as `name`."""
+    return f'--{name.replace("_", "-")}'
+
+
 def show(value):
     """The value of an option as text."""
     return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
@@ -113,9 +118,14 @@ def data_options(parser):
     group = parser.add_argument_group('data')
     group.add_argument('--data-root', '--datadir', default='data', metavar='DIR',
                        help='folder that holds the data sets')
-    group.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
-                       help='path of a data set, or of your own domain (folder with domain.json); repeatable')
+    paths_option(group)
     return group
+
+
+def paths_option(parser):
+    """Adds `--data`, for `data_paths`."""
+    parser.add_argument('--data', action='append', default=[], metavar='NAME=PATH',
+                        help='path of a data set, or of your own domain (folder with domain.json); repeatable')
 
 
 def data_paths(items):

@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.patches import Patch
-
 from mdil.datasets import get_domain
 from mdil.evaluation import pictures
 from mdil.evaluation.evaluation import split_of
@@ -66,10 +64,8 @@ def main(folder='runs/demo'):
         axis.axis('off')
     seen = set().union(*(draw(axes[2 * number:2 * number + 2], number, datasets[number], networks)
                          for number in (0, 1)))
-    domain = datasets[0].domain         # both have the same classes
-    patches = [Patch(facecolor=[part / 255 for part in domain.colors[index]], edgecolor='black', linewidth=0.5,
-                     label=domain.classes[index]) for index in sorted(seen)]
-    figure.legend(handles=patches, loc='outside lower center', ncols=10, fontsize=8, frameon=False)
+    # Both domains have the same classes.
+    pictures.draw_legend(figure, datasets[0].domain, sorted(seen), loc='outside lower center', ncols=10, fontsize=8)
     pictures.save_figure(Path(__file__).with_name('demo.png'), figure, dpi=74)
 
 
