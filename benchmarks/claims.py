@@ -138,7 +138,7 @@ def long_training():
     for words, order in ORDERS.items():
         yield from against(f'`adapters-only` against joint training, {words}', own[words], joint, order.split())
     yield from against('joint training against separate networks', joint, separate, FIRST.split())
-    mdil = scores('long-mdil', MDIL, FIRST)
+    mdil = scores('long-mdil long-mdil-seed2', MDIL, FIRST)
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
 
@@ -219,6 +219,13 @@ def first_domain():
         yield f'CamVid, {words} against the same network from random weights', lead
     yield 'CamVid, lead of `adapters-only` minus lead of fine-tuning', minus(leads['`adapters-only`'],
                                                                            leads['fine-tuning'])
+    longer, shorter, separate = scores('long-first-700', ADAPTERS), scores('long', ADAPTERS), scores('long', SEPARATE)
+    for name in FIRST.split():
+        yield f'{TITLES[name]}, `adapters-only` with 700 epochs of Cityscapes against 150', points(longer, shorter,
+                                                                                                  name)
+    for name in FIRST.split()[1:]:
+        yield f'{TITLES[name]}, `adapters-only` after 700 epochs of Cityscapes against separate networks', points(
+            longer, separate, name)
     separate, joint = scores('toy-first-1000', SEPARATE), scores('toy-baselines-seed0 toy-joint', JOINT)
     many = scores('toy-first-1000', ADAPTERS)
     few = {150: scores('toy-first-60', ADAPTERS), 500: scores('toy-first-60-long', ADAPTERS)}
