@@ -1,4 +1,4 @@
-"""Draws docs/figures/demo.png from the demo's results: python docs/figures/demo.py [runs/demo]
+"""Draws docs/figures/demo.png from the demo's results: PYTHONPATH=. python docs/figures/demo.py [runs/demo]
 
 Two toy streets, of the first and of the second domain: input, truth, and the prediction after each step by
 the method and by fine-tuning. The picture in the repository is of a demo with EPOCHS="14 5 4".
