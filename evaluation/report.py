@@ -123,6 +123,7 @@ def curve_picture(plot, steps):
     axis.set_xlabel('epoch of the sequence' if len(steps) > 1 else 'epoch')
     axis.set_ylabel(plot.unit)
     axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.get_offset_text().set(x=-0.02, horizontalalignment='right')      # beside the title of the first step
     if plot.log:
         axis.set_yscale('log')
     axis.grid(color='#eee')
