@@ -68,6 +68,18 @@ def scores(files, row, order=None, column=TRAINED, step=-1):
     return Scores(seeds, tuple(files.split()))
 
 
+def copies_of(file, row, order):
+    """Scores of copies of the network, one kept for each domain as it was when it had just learnt it."""
+    return Scores({seed: figures['learnt'] for seed, figures in stored(file)['orders'][order][row]['seeds'].items()},
+                  (file,))
+
+
+def together(one, other):
+    """The Scores of both on all their domains, of the seeds that both have."""
+    seeds, files = common(one, other)
+    return Scores({seed: {**one.seeds[seed], **other.seeds[seed]} for seed in seeds}, files)
+
+
 def branch(images, of):
     """Scores in the common classes on the images of a domain, with the branch of another, in each seed's file."""
     files = [f'label-seed{seed}' for seed in range(5)]
@@ -141,6 +153,13 @@ def long_training():
     mdil = scores('long-mdil long-mdil-seed2', MDIL, FIRST)
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
+    plain = together(scores('long-camvid', PLAIN), scores('long-plain', PLAIN))
+    copies, tuned = copies_of('long-fine-tune', TUNED, FIRST), scores('long-fine-tune', TUNED, FIRST)
+    yield from against('plain separate networks against separate networks', plain, separate, FIRST.split())
+    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
+    yield from against('fine-tuned copies against `adapters-only`', copies, own['first order'], FIRST.split())
+    for name in FIRST.split()[:2]:
+        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own['first order'], name)
 
 
 def short_training():
@@ -226,6 +245,10 @@ def first_domain():
     for name in FIRST.split()[1:]:
         yield f'{TITLES[name]}, `adapters-only` after 700 epochs of Cityscapes against separate networks', points(
             longer, separate, name)
+    moved = points(scores('long-fine-tune', TUNED), scores('long-plain', PLAIN), 'idd-lite')
+    yield 'IDD-Lite in step 3, fine-tuning against the same network from random weights', moved
+    yield 'IDD-Lite in step 3, lead of `adapters-only` minus lead of fine-tuning', minus(
+        points(shorter, separate, 'idd-lite'), moved)
     separate, joint = scores('toy-first-1000', SEPARATE), scores('toy-baselines-seed0 toy-joint', JOINT)
     many = scores('toy-first-1000', ADAPTERS)
     few = {150: scores('toy-first-60', ADAPTERS), 500: scores('toy-first-60-long', ADAPTERS)}
