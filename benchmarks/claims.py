@@ -171,7 +171,13 @@ def short_training():
                            order.split()[1:])
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
-    yield 'plain separate networks against separate networks', relative(scores('fast', PLAIN), separate)
+    plain, tuned = scores('fast', PLAIN), scores('fast-fine-tune', TUNED, FIRST)
+    copies = copies_of('fast-fine-tune', TUNED, FIRST)
+    yield 'plain separate networks against separate networks', relative(plain, separate)
+    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
+    yield from against('fine-tuned copies against `adapters-only`', copies, own['first order'], FIRST.split())
+    for name in FIRST.split()[:2]:
+        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own['first order'], name)
 
 
 def one_rate():
