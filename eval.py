@@ -253,7 +253,7 @@ def run(options, place):
 
 def report(results, options):
     """Writes the tables, and prints them."""
-    about = f'{tables.describe(results["protocol"])} {tables.origin([results])}'
+    about = tables.about(results)
     shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
     if options.csv:
         write_text(options.csv, tables.csv_text(results))

@@ -331,8 +331,8 @@ def record(prediction):
     """The entry of an image in --json."""
     choice = prediction.choice
     return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'branch': prediction.domain.name,
-            'domains': choice.probabilities,
-            'confidence': prediction.confidence.mean().item(), 'classes': prediction.shares}
+            'domains': choice.probabilities, 'confidence': prediction.confidence.mean().item(),
+            'classes': prediction.shares}
 
 
 def branch_of(options, predictor):

@@ -140,6 +140,15 @@ def against(words, one, other, names):
         yield f'{words}, {TITLES[name]}', points(one, other, name)
 
 
+def fine_tuning(file, plain, own):
+    """Claims about fine-tuning in a stored file and its copies; plain: separate plain networks, own: adapters-only."""
+    copies, tuned = copies_of(file, TUNED, FIRST), scores(file, TUNED, FIRST)
+    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
+    yield from against('fine-tuned copies against `adapters-only`', copies, own, FIRST.split())
+    for name in FIRST.split()[:2]:
+        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own, name)
+
+
 def long_training():
     """All rows use --recipe fast in all steps."""
     separate, joint = scores('long', SEPARATE), scores('long-joint', JOINT)
@@ -154,12 +163,8 @@ def long_training():
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
     plain = together(scores('long-camvid', PLAIN), scores('long-plain', PLAIN))
-    copies, tuned = copies_of('long-fine-tune', TUNED, FIRST), scores('long-fine-tune', TUNED, FIRST)
     yield from against('plain separate networks against separate networks', plain, separate, FIRST.split())
-    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
-    yield from against('fine-tuned copies against `adapters-only`', copies, own['first order'], FIRST.split())
-    for name in FIRST.split()[:2]:
-        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own['first order'], name)
+    yield from fine_tuning('long-fine-tune', plain, own['first order'])
 
 
 def short_training():
@@ -171,13 +176,9 @@ def short_training():
                            order.split()[1:])
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
-    plain, tuned = scores('fast', PLAIN), scores('fast-fine-tune', TUNED, FIRST)
-    copies = copies_of('fast-fine-tune', TUNED, FIRST)
+    plain = scores('fast', PLAIN)
     yield 'plain separate networks against separate networks', relative(plain, separate)
-    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
-    yield from against('fine-tuned copies against `adapters-only`', copies, own['first order'], FIRST.split())
-    for name in FIRST.split()[:2]:
-        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own['first order'], name)
+    yield from fine_tuning('fast-fine-tune', plain, own['first order'])
 
 
 def one_rate():

@@ -81,8 +81,7 @@ def read_results(folder):
     try:
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
-        about = f'{tables.describe(results["protocol"])} {tables.origin([results])}'
-        return Results(list(results['domains']), about, shown, classes)
+        return Results(list(results['domains']), tables.about(results), shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None

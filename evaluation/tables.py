@@ -175,6 +175,11 @@ def origin(results):
     return '{} {} on {}, revision {}{}.'.format(method, *stated, ', n = 1' if len(results) == 1 else '')
 
 
+def about(result):
+    """One paragraph on a result of eval.py: what its figures mean, and where they come from."""
+    return f'{describe(result["protocol"])} {origin([result])}'
+
+
 def mean(values):
     """Mean of the values; None if there are none, or one of them is None or NaN."""
     values = list(values)
