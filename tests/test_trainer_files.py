@@ -98,6 +98,12 @@ def test_the_released_recipe_is_evaluated_by_the_published_metric(arguments, pub
     assert {option.recipe for option in map(parse_train, commands(text))} == {recipe}
 
 
+@pytest.mark.parametrize('name, every', [('mdil', 3), ('single_task', 3), ('multi_task', 1), ('parallel', 1)])
+def test_evaluate_says_after_which_steps(name, every):
+    counts = [len(evaluations(script(name, '--dry-run', f'EVALUATE={word}'))) for word in ('every', 'last', 'none')]
+    assert counts == [every, every if name == 'single_task' else 1, 0]
+
+
 def test_epochs_are_those_of_train_py_unless_set():
     text = script('single_task', '--dry-run', '--recipe', 'released')
     assert [option.num_epochs for option in map(parse_train, commands(text))] == [150, 150, 200]

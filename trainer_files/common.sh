@@ -17,7 +17,7 @@ NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}       # number of machines
 HOST=${HOST:-}                                  # the first of several machines; not needed under SLURM
 NODE=${NODE:-${SLURM_NODEID:-0}}                # this machine's number; number 0 evaluates
 WORKERS=${WORKERS:-4}
-EVALUATE=${EVALUATE:-every}                     # every: after every step; last: after the last only
+EVALUATE=${EVALUATE:-every}                     # every: after every step; last: after the last only; none: never
 ENCODER=${ENCODER:-}                            # ImageNet encoder of ERFNet for the first step
 NETWORK=${NETWORK:-}                            # --network of train.py
 WEIGHTS=${WEIGHTS:-}                            # --weights of train.py for the first step: imagenet, or a file
@@ -36,7 +36,7 @@ Settings, from the environment (NAME=value bash $0) or as arguments (NAME=value)
   NETWORK=${NETWORK:-erfnet}  WEIGHTS=${WEIGHTS:-none} (or imagenet, or a file)  ENCODER=$ENCODER (of ERFNet, a file; docs/networks.md)
   GPUS=$GPUS (of each machine)  NODES=$NODES (machines)  HOST=$HOST  NODE=$NODE (docs/several-gpus.md)
   RECIPE=${RECIPE:-corrected} (or released, fast)  SELECT=$SELECT (or last)  METRIC=${METRIC:-plain, or published with --recipe released}
-  EVALUATE=$EVALUATE (every: after every step; last: after the last)  TRAIN_ARGS="$TRAIN_ARGS"
+  EVALUATE=$EVALUATE (every: after every step; last: after the last; none)  TRAIN_ARGS="$TRAIN_ARGS"
   PYTHON  interpreter (default: .venv/bin/python, created by trainer_files/setup.sh)
 Options: --help, --dry-run (prints the commands), --recipe NAME (as RECIPE=NAME). Finished steps are skipped,
 interrupted ones are resumed. Run it directly or under SLURM: sbatch [options] $0
@@ -83,7 +83,7 @@ check_words() {
     first=(${ENCODER:+--state "$ENCODER"} ${WEIGHTS:+--weights "$WEIGHTS"})     # options of train.py, first step only
     case $RECIPE in ''|corrected|released|fast) ;; *) refuse "--recipe $RECIPE is not corrected, released or fast" ;; esac
     case $SELECT in best|last) ;; *) refuse "SELECT=$SELECT is not best or last" ;; esac
-    case $EVALUATE in every|last) ;; *) refuse "EVALUATE=$EVALUATE is not every or last" ;; esac
+    case $EVALUATE in every|last|none) ;; *) refuse "EVALUATE=$EVALUATE is not every, last or none" ;; esac
     # The names in the table of methods, and those that other files add to it.
     known="ours $(find models losses -name '*.py' -exec sed -n \
         "s/^    '\([a-z0-9-]*\)': Method(.*/\1/p; s/^METHODS\['\([^']*\)'\] = .*/\1/p" {} + | tr '\n' ' ')"
@@ -258,7 +258,7 @@ learn_sequence() {
         [ "$step" -gt 1 ] && start=(--state "${states[-1]}")
         run_train "$savedir" "$(epochs_of $step)" --domains "${learnt[@]}" ${start[@]+"${start[@]}"} "$@"
         states+=("$(state_of "$savedir")")
-        [ "$EVALUATE" = last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
+        [ "$EVALUATE" != every ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     done
     [ "$EVALUATE" != last ] || evaluate_states "$OUT/$name/results.json" "${states[@]}"
     write_report "$OUT/$name"
@@ -281,7 +281,7 @@ check_data() {
 evaluate_states() {
     local json=$1
     shift
-    [ "$NODE" -eq 0 ] || return 0
+    [ "$NODE" -eq 0 ] && [ "$EVALUATE" != none ] || return 0
     run "$PYTHON" eval.py --state "$@" "${data[@]}" --height "$HEIGHT" --width "$WIDTH" \
         --num-workers "$WORKERS" --json "$json" --resume --per-class ${metric[@]+"${metric[@]}"}
 }
