@@ -90,7 +90,7 @@ def test_a_difference_that_a_step_of_the_released_recipe_has_not_is_no_other_ste
     (['--rows', 'mdil --first'], 'no option follows --first'),
     (['--rows', 'mdil --first --seed 5'], '--rows: .*: --seed must be'),
     (['--rows', 'mdil --seed 5 --state x'], '--rows: .*: --seed --state must be the same'),
-    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is not one of --rows: mdil"), (['--rows', ''], 'does not begin with a method'),
+    (['--rows', 'mdil --method lwf'], '--method must be the same'), (['--rows', 'mdil', '--against', 'lwf'], "--against 'lwf' is not one of --rows: mdil"), (['--rows', ' '], 'does not begin with a method'),
     (['--rows', 'mdil', '--steps', '1', '--figure', 'x.png'], 'no order'), (['--orders', ' '], 'empty order')])
 def test_bad_options_are_one_line(tmp_path, arguments, line):
     with pytest.raises(UserError, match=line):

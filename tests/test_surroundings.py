@@ -100,6 +100,13 @@ def test_home_is_found_in_options():
     assert (options.savedir, options.data, options.state) == (f'{home}/s', [f'BDD={home}/b'], f'{home}/c')
 
 
+@pytest.mark.parametrize('arguments, place', [
+    (['--state', 'x', '--json', ''], '--json'), (['--json=', '--state', 'x'], '--json='), ([''], 'eval.py')])
+def test_empty_values_are_refused(arguments, place):
+    with pytest.raises(UserError, match=f'the value after {place} is empty'):
+        eval_parser().parse_args(arguments)
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--seed', str(2 ** 64)], 'not between 0 and 2.63 - 1'), (['--seed', str(2 ** 63)], 'not between'),
     (['--num-workers', '-3'], '--num-workers: -3 is not at least 0'), (['--batch-size', 'six'], "'six' is not a whole number"),

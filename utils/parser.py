@@ -36,10 +36,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = [home_in(text) for text in (sys.argv[1:] if args is None else args)]
+        self.check_empty(args)
         parsed = super().parse_known_args(args, namespace)
         if not self.several:
             check_alone(self.prog)
         return parsed
+
+    def check_empty(self, args):
+        """Refuses an empty argument: it would count as not given, and hours later a result would be missing."""
+        for before, text in zip([self.prog, *args], args):
+            if not text or re.fullmatch(r'--[\w-]+=', text):
+                self.error(f'the value after {text or before} is empty, perhaps a variable that is not set; '
+                           'give one, or leave the option out')
 
     def error(self, message):
         reasons = '; '.join(f'{option}: {reason}' for option, reason in self.refused.items()
