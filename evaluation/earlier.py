@@ -1,5 +1,6 @@
 """The results of an earlier evaluation, which `eval.py --resume` keeps."""
 import json
+import os
 from pathlib import Path
 
 from mdil.datasets.judgement import content_digest
@@ -11,8 +12,12 @@ OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'json', 'cs
 
 
 def settings(options):
-    """{name: value} of the options that results depend on, as given: to be taken before any is completed."""
-    return {name: value for name, value in vars(options).items() if name not in OTHERS}
+    """{name: value} of the options that results depend on, as given: to be taken before any is completed.
+
+    Checkpoints in --single-task count by their content.
+    """
+    given = {name: value for name, value in vars(options).items() if name not in OTHERS}
+    return {**given, 'single_task': [digest(item) if os.path.isfile(item) else item for item in options.single_task]}
 
 
 def earlier_results(options):

@@ -8,6 +8,12 @@ from mdil.training.run import BEST, LATEST
 FILES = {BEST: 'best', LATEST: 'last'}
 
 
+def started_from(step):
+    """The name of the file, BEST or LATEST, of the step before that a StepRecord continued from; BEST if unknown."""
+    name = Path(step.options.get('state') or '').name
+    return name if name in FILES else BEST
+
+
 def training_of(path):
     """{'file', 'step', 'learnt', 'best', 'last'} of a checkpoint next to its run's metrics.jsonl; None for any other.
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import pictures, tables
+from mdil.evaluation.epochs import FILES, started_from
 from mdil.evaluation.history import curves, read_step, starts
 from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
-from mdil.training.run import BEST
+from mdil.training.run import BEST, LATEST
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_text
 from mdil.utils.parallel import Place, pick_device
@@ -40,9 +41,10 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoesca
 class Results:
     """The content of results.json: evaluated domains, a paragraph about the protocol, and Tables.
 
-    tables: across domains; classes: IoU of the classes of each domain.
+    tables: across domains; classes: IoU of the classes of each domain; files: names of the evaluated checkpoints.
     """
     domains: list
+    files: set
     about: str
     tables: list
     classes: list
@@ -81,7 +83,8 @@ def read_results(folder):
     try:
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
-        return Results(list(results['domains']), tables.about(results), shown, classes)
+        files = {Path(step['state']).name for step in results['steps']}
+        return Results(list(results['domains']), files, tables.about(results), shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
@@ -149,24 +152,30 @@ def jpeg(pixels):
 
 @dataclass
 class StepNetwork:
-    """The best network of a step, on the device, the names of its domains, and the options it was trained with."""
+    """The network of a step, on the device, the names of its domains, and the options it was trained with."""
     title: str
     model: object
     names: list
     options: dict
 
 
-def networks(steps, place):
-    """A StepNetwork for each step with a best checkpoint that a run wrote.
+def shown_file(steps, results):
+    """The name of the checkpoints to show: LATEST if only those were evaluated or continued from, else BEST."""
+    files = results.files if results else set(map(started_from, steps[1:]))
+    return LATEST if files == {LATEST} else BEST
+
+
+def networks(steps, file, place):
+    """A StepNetwork for each step whose checkpoint `file` was written by a run.
 
     Joined files are left out, because they do not record where the data is.
     """
     found = []
     for number, step in enumerate(steps, 1):
-        if (step.folder / BEST).exists():
-            checkpoint = read_checkpoint(step.folder / BEST)
+        if (step.folder / file).exists():
+            checkpoint = read_checkpoint(step.folder / file)
             if checkpoint.domains and 'data_root' in checkpoint.content.get('options', {}):
-                found.append(StepNetwork(f'after step {number} ({step.title})',
+                found.append(StepNetwork(f'after step {number} ({step.title}), {FILES[file]} epoch',
                                          load_network(checkpoint).to(place.device),
                                          checkpoint.domains, checkpoint.content['options']))
     return found
@@ -202,9 +211,9 @@ def domain_pictures(name, learnt, options, place):
     return {'pictures': cells, 'classes': classes}
 
 
-def predictions(steps, options, place):
-    """[(domain, its `domain_pictures`, or the reason why there are none)]."""
-    learnt, found = networks(steps, place), []
+def predictions(steps, file, options, place):
+    """[(domain, its `domain_pictures`, or the reason why there are none)], of the checkpoints `file` of the steps."""
+    learnt, found = networks(steps, file, place), []
     for name in tqdm(dict.fromkeys(name for step in learnt for name in step.names), desc='predictions', leave=False,
                      disable=None):
         try:
@@ -242,7 +251,7 @@ def page(folder, options, place):
         missing=[name for name in learnt if results and name not in results.domains], training=training_table(steps),
         revisions=dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps),
         curves=[(plot.title, curve_picture(plot, steps)) for plot in curves(steps)],
-        predictions=predictions(steps, options, place), recorded=recorded, heat=heat)
+        predictions=predictions(steps, shown_file(steps, results), options, place), recorded=recorded, heat=heat)
 
 
 def main(argv=None):

@@ -21,9 +21,12 @@ import numpy as np
 from mdil.datasets import SegmentationDataset
 from mdil.datasets.domains import canonical
 from mdil.evaluation import features, pictures, tables
+from mdil.evaluation.epochs import started_from
 from mdil.evaluation.evaluation import read_named
+from mdil.evaluation.history import read_step
 from mdil.evaluation.predictor import trained_size
 from mdil.models.checkpoint import load_network
+from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_writable, write_atomically, write_json
 from mdil.utils.parallel import pick_device
@@ -70,12 +73,12 @@ def tsne_parser():
 
 
 def steps_in(folder):
-    """{step number: path of its best checkpoint} in the folder of a sequence."""
+    """{step number: folder of the step}, of the steps with a checkpoint, in the folder of a sequence."""
     found = {}
-    for path in Path(folder).glob('step*/model_best.pth.tar'):
+    for path in Path(folder).glob(f'step*/{BEST}'):
         number = re.match(r'step(\d+)', path.parent.name)
         if number:
-            found[int(number.group(1))] = path
+            found[int(number.group(1))] = path.parent
     return found
 
 
@@ -92,9 +95,10 @@ def checkpoint_pair(item, step):
     found = steps_in(place)
     step = step or max(found, default=0)
     if step < 2 or step not in found or step - 1 not in found:
-        raise UserError(f'{item}: model_best.pth.tar of two steps in a row is needed, step{step - 1}-* and '
+        raise UserError(f'{item}: {BEST} of two steps in a row is needed, step{step - 1}-* and '
                         f'step{step}-*; found: {", ".join(f"step {k}" for k in sorted(found)) or "no step"}')
-    return name, str(found[step - 1]), str(found[step])
+    file = started_from(read_step(found[step]))
+    return name, str(found[step - 1] / file), str(found[step] / file)
 
 
 def compared_domain(before, options):

@@ -244,6 +244,17 @@ def test_a_signal_saves_and_stops_and_leaves_the_loaders_at_work(toy, tmp_path):
     assert checkpoint.read(tmp_path / 'checkpoint.pth.tar')['batch'] > 0
 
 
+def test_a_run_goes_on_when_the_folder_of_all_steps_has_moved(toy, tmp_path):
+    second = '--domains', 'CS', 'IDD', '--resume', '--state'
+    learn(toy, tmp_path / 'runs/1', '--domains', 'CS')
+    learn(toy, tmp_path / 'runs/2', *second, tmp_path / 'runs/1/model_best.pth.tar')
+    (tmp_path / 'runs').rename(tmp_path / 'moved')
+    learn(toy, tmp_path / 'moved/2', *second, tmp_path / 'moved/1/model_best.pth.tar')
+    learn(toy, tmp_path / 'moved/1', '--domains', 'CS', '--seed', '1', '--overwrite')
+    with pytest.raises(UserError, match='--state was .*/runs/1/model_best.pth.tar, is .*/moved/1/model_best'):
+        learn(toy, tmp_path / 'moved/2', *second, tmp_path / 'moved/1/model_best.pth.tar')
+
+
 def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(toy, tmp_path):
     process = start_script(toy, tmp_path)
     try:

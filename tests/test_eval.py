@@ -583,6 +583,14 @@ def test_results_that_are_there_already_are_kept(toy, states, tmp_path, capsys, 
         run(toy, '--state', files[0], '--resume', '--json', out)
 
 
+def test_single_task_checkpoints_are_compared_by_content(toy, states, tmp_path, capsys):
+    words = '--state', states[0], '--limit-batches', '1', '--resume', '--single-task', tmp_path / 'alone.pth'
+    for best, kept in ((1.0, False), (1.0, True), (2.0, False)):
+        checkpoint.save({**checkpoint.read(states[0]), 'best_acc': best}, tmp_path / 'alone.pth')
+        evaluate(toy, tmp_path, *words)
+        assert ('it already holds' in capsys.readouterr().out) == kept
+
+
 def test_a_checkpoint_that_is_replaced_while_it_is_scored_is_scored_again(toy, states, tmp_path, capsys, monkeypatch):
     file, step = shutil.copy(states[0], tmp_path / 'x.pth'), evaluation.evaluate_step
 

@@ -9,7 +9,7 @@ from torch import nn
 from mdil.losses.terms import LossTerm
 from mdil.models import build_model
 from mdil.models.erfnet import ERFNet
-from mdil.models.multi_domain import MultiDomainNet, divide, output_layer_like
+from mdil.models.multi_domain import MultiDomainNet, batch_norms_of, divide, output_layer_like
 from mdil.training.step_loss import StepLoss
 from mdil.utils.errors import UserError
 from tests.fill import fill, inputs
@@ -175,6 +175,14 @@ def test_dropout_of_a_frozen_view_is_off_and_of_the_others_on():
         assert not torch.equal(model(IMAGES, 1), model(IMAGES, 1))
         model.freeze((0,), dropout=False).train()
         assert torch.equal(model(IMAGES, 1), model(IMAGES, 1))
+
+
+def test_a_domain_added_after_old_norms_were_fixed_to_batches_learns_its_own_statistics():
+    model = three_domains(Tiny(3)).freeze((0, 1, 2), old_bn='batch')
+    added = model.add_domain(4, source=0)
+    model.freeze((0, 1, 2)).train()(IMAGES, added)
+    moved = [norm for norm in batch_norms_of(model.single(added).modules()) if norm.num_batches_tracked]
+    assert moved == list(batch_norms_of(model.single(added).modules())) and moved
 
 
 def test_a_view_is_the_plain_network_itself():

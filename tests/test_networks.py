@@ -1,6 +1,8 @@
 """Networks besides ERFNet: every method learns two steps with them, keeps what it promises, and its files are known again."""
 import copy
 import importlib.util
+import os
+import signal
 import sys
 from urllib.error import URLError
 
@@ -62,10 +64,26 @@ class NormFree(Tiny):
         self.features = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU())
 
 
+class Idle(Tiny):
+    """One with a layer that no output depends on, as some encoders of timm have them."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.idle = nn.Linear(2, 2)
+
+
+class OneSize(Tiny):
+    """One for images of one size, as transformers are."""
+
+    def forward(self, images):
+        assert images.shape[-1] == 32, 'the width must be 32'
+        return super().forward(images)
+
+
 @pytest.fixture(autouse=True)
 def own(monkeypatch):
     """Registers them as a user's file does."""
-    for name, network in (('tiny', Tiny), ('pooled', Pooled), ('norm-free', NormFree)):
+    for name, network in (('tiny', Tiny), ('pooled', Pooled), ('norm-free', NormFree), ('idle', Idle), ('one-size', OneSize)):
         monkeypatch.setitem(NETWORKS, name, Network(name, lambda classes, adapter, made=network: with_adapters(made(classes), adapter)))
 
 
@@ -235,6 +253,24 @@ def test_a_last_batch_of_one_image_is_refused_where_a_batch_norm_follows_pooling
     with pytest.raises(UserError, match='one image of 64x64 .* of deeplabv3_mobilenet_v3_large one value; choose a --batch-size'):
         learn(toy, tmp_path / 'x', *step, '--network', 'deeplabv3_mobilenet_v3_large')
     learn(toy, tmp_path / 'y', *step, '--network', LRASPP)
+
+
+def test_a_layer_that_no_output_depends_on_stays_and_the_run_goes_on(toy, tmp_path, monkeypatch):
+    step = '--domains', 'CS', '--network', 'idle', '--method', 'fine-tune', '--num-epochs', '2'
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'evaluate', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            learn(toy, tmp_path, *step)
+    assert checkpoint.read(learn(toy, tmp_path, *step, '--resume').with_name('checkpoint.pth.tar'))['epoch'] == 2
+    for network, idle in (('idle', True), ('tiny', False), ('erfnet', False)):
+        options = parse_train(['--domains', 'CS', '--savedir', 'S', '--height', '32', '--network', network])
+        assert building.has_idle_weights(build_model([3], 'mdil', network), options) == idle     # DDP must look for them
+
+
+def test_a_size_that_a_network_cannot_process_is_refused(toy, tmp_path):
+    with pytest.raises(UserError, match='one-size cannot process images of 64x64 .the width must be 32.*; change --height and --width'):
+        learn(toy, tmp_path, '--domains', 'CS', '--network', 'one-size')
+    learn(toy, tmp_path, '--domains', 'CS', '--network', 'one-size', '--height', '32', '--width', '32')
 
 
 @needs_timm

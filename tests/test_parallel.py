@@ -101,6 +101,18 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
             pass
 
 
+def test_a_session_works_with_torchs_newer_settings_of_precision():
+    cudnn = torch.backends.cudnn
+    with parallel.kept_settings():
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = 'ieee', 'tf32'
+        with pytest.raises(RuntimeError, match='allow_tf32'):
+            print(cudnn.allow_tf32)
+        with parallel.session('cpu'):
+            cudnn.allow_tf32 = False
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ('ieee', 'tf32')
+    assert cudnn.allow_tf32
+
+
 def test_a_session_leaves_torchs_settings_as_they_were(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')      # removed afterwards: seed_everything leaves it

@@ -134,6 +134,14 @@ def test_steps_not_yet_evaluated_and_a_single_run(copied, no_curves):
     assert 'Not evaluated yet' in page.text and len(contents(page, 'image/jpeg')) == 6
 
 
+def test_the_pictures_are_of_the_evaluated_checkpoints(copied, no_curves):
+    assert 'after step 2 (IDD), best epoch' in made(copied)
+    file = copied / 'results.json'
+    file.write_text(file.read_text().replace('model_best', 'checkpoint'))
+    text = made(copied)
+    assert 'after step 2 (IDD), last epoch' in text and 'best epoch, mIoU' not in text
+
+
 def test_a_joined_file_in_place_of_a_best_one_has_no_pictures(copied, no_curves):
     best = copied / 'step2-IDD' / 'model_best.pth.tar'
     branches.main(['remove', str(best), '--domain', 'cityscapes', '--out', str(copied / 'rest.pth.tar')])

@@ -1,6 +1,7 @@
 """The t-SNE figure: what is compared, the numbers next to it, the files."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +130,15 @@ def test_the_script_writes_picture_coordinates_and_numbers_the_same_each_time(to
     entry = numbers['sequences']['mdil']
     assert 0 <= entry['cka'] < 0.99 and -1 <= entry['silhouette_after'] <= 1     # two unrelated random networks
     assert f'linear CKA {entry["cka"]:.3f}' in capsys.readouterr().out
+
+
+def test_the_networks_are_those_that_the_step_started_from_and_left(sequences, tmp_path):
+    shutil.copytree(sequences / 'mdil', tmp_path / 'mdil')
+    pair = [str(tmp_path / 'mdil' / step / 'model_best.pth.tar') for step in ('step1-cityscapes', 'step2-IDD')]
+    assert tsne.checkpoint_pair(f'x={tmp_path}/mdil', None) == ('x', *pair)
+    (tmp_path / 'mdil/step2-IDD/opts.json').write_text('{"options": {"state": "moved/step1/checkpoint.pth.tar"}}')
+    last = [name.replace('model_best', 'checkpoint') for name in pair]
+    assert tsne.checkpoint_pair(f'x={tmp_path}/mdil', None) == ('x', *last)
 
 
 def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):

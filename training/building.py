@@ -27,7 +27,7 @@ from mdil.training.options import check_network
 from mdil.training.plan import plan_step
 from mdil.training.schedules import SCHEDULES
 from mdil.training.step_loss import StepLoss
-from mdil.utils.errors import UserError, printable
+from mdil.utils.errors import UserError, brief, printable
 from mdil.utils.parallel import tell, wrap
 from mdil.utils.parser import data_paths
 from mdil.utils.precision import memory_format
@@ -332,6 +332,23 @@ def bears_one_image(student, domain, height, width):
     return True
 
 
+def has_idle_weights(student, options):
+    """Whether a weight that should train never gets a gradient, as in some encoders of timm; computes nothing.
+
+    UserError if the network cannot process images of the training size.
+    """
+    probe = copy.deepcopy(student).eval().to('meta')
+    try:
+        for index in plan_step(options).trained:
+            probe(torch.empty(1, 3, options.height, options.width, device='meta'), index).sum().backward()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if 'meta' in str(error):        # an operation that cannot be tried without computing
+            return True
+        raise UserError(f'{options.network} cannot process images of {options.width}x{options.height} '
+                        f'({brief(error, 100)}); change --height and --width, or --network') from None
+    return any(weight.requires_grad and weight.grad is None for weight in probe.parameters())
+
+
 def freeze(student, options):
     """Freezes what the step's plan says."""
     plan = plan_step(options)
@@ -367,7 +384,8 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
                     precision=options.precision, compiled=options.compile)
     loss.to(place.device, memory_format=memory_format(place.device, options.precision))
     # A batch of one domain, or a step on one term, leaves other weights without a gradient.
-    unused = len(plan_step(options).trained) > 1 or options.steps_per_batch > 1 and len(terms) > 1
+    unused = (has_idle_weights(student, options) or len(plan_step(options).trained) > 1
+              or options.steps_per_batch > 1 and len(terms) > 1)
     wrapped = wrap(loss, place, options.parallel, unused)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not work with DataParallel; use torchrun --nproc_per_node N train.py ...')

@@ -1,6 +1,7 @@
 """Digests of the data that a run trains on, kept in its checkpoints to detect changes while it was stopped."""
 import hashlib
 import os
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -44,6 +45,12 @@ def split_digests(data):
     kinds = {id(pair.values): (sorted(pair.values.items()), pair.by_color) for pair in data.pairs}
     return {'pairs': short_digest(names), 'images': short_digest(sizes), 'labels': short_digest(labels),
             'values': short_digest(sorted(kinds.values()))}
+
+
+def start_digest(options):
+    """Digits that change with the content of the file, --state or --weights, that a step starts from; None without."""
+    path = options.state or options.weights
+    return content_digest(Path(path)).hex() if path and os.path.isfile(path) else None
 
 
 def short_digest(value):

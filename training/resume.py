@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
-from mdil.training.digest import plain_digests
+from mdil.training.digest import plain_digests, start_digest
 from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
 from mdil.utils.fetch import Fetched
@@ -38,7 +38,8 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-LATER = {'digests': (plain_digests, 'a dict of digests')}       # missing from earlier files, as is checkpoint.LATER
+LATER = {'digests': (plain_digests, 'a dict of digests'),       # missing from earlier files, as is checkpoint.LATER
+         'start': (lambda value: value is None or isinstance(value, str), 'a digest or None')}
 UNNAMED = {**RECIPES['corrected'], 'network': ERFNET}           # what happened before these options existed
 # Settings of an optimiser's groups in every version of torch, except the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
@@ -190,7 +191,10 @@ def differences(saved, options):
 
 def check_options(content, options):
     """Refuses to resume with options that differ from the checkpoint's run, unless the difference is harmless."""
-    refused, said = differences(content['options'], options)
+    before = content['options']
+    if content.get('start') and content['start'] == start_digest(options):      # the same file, which may have moved
+        before = {**before, **{name: getattr(options, name) for name in ('state', 'weights') if before.get(name)}}
+    refused, said = differences(before, options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '
                         'repeat them, or use another --savedir')

@@ -95,6 +95,7 @@ class Run:
             remove_leftovers(self.folder, WRITTEN)
         self.data = building.build_data(options, place, saved)
         self.digests = digest.data_digests(self.data) if place.main else {}
+        self.start = saved.get('start') if saved else digest.start_digest(options)
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
@@ -180,7 +181,7 @@ class Run:
             'version': checkpoint.VERSION, 'epoch': self.epoch, 'batch': self.batch,
             'totals': {name: value.item() for name, value in self.totals.items()} if self.batch else {},
             'state_dict': self.student.state_dict(),
-            'domains': [data.domain.entry for data in self.data], 'digests': self.digests,
+            'domains': [data.domain.entry for data in self.data], 'digests': self.digests, 'start': self.start,
             'domain_statistics': self.domain_statistics,
             'method': self.options.method, 'network': self.options.network, 'best_acc': self.best,
             'optimizer': self.optimizer.state_dict(), 'scheduler': self.schedule.state_dict(),
@@ -225,7 +226,8 @@ class Run:
         """ValueError unless every part of `state` has the form of this run's own and valid values."""
         # fp16 skips the step of a batch whose scaled gradients overflow.
         stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.trained))
-        resume.check_optimizer(state['optimizer'], self.optimizer, complete=stepped)
+        complete = stepped and not building.has_idle_weights(self.student, self.options)
+        resume.check_optimizer(state['optimizer'], self.optimizer, complete)
         resume.check_scaler(state['scaler'], self.scaler)
         for name, network in (('state_dict', self.student), ('teacher', self.teacher)):
             own = network.state_dict() if network is not None else {}

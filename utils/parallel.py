@@ -49,13 +49,16 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
 def kept_settings():
     """Restores torch's process-wide settings that a session may change."""
     cudnn = torch.backends.cudnn
-    benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
+    benchmark = cudnn.benchmark
+    # What allow_tf32 sets; it cannot be read where the two differ.
+    tf32 = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
+        cudnn.benchmark = benchmark
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = tf32
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
