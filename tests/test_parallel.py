@@ -110,7 +110,9 @@ def test_a_session_works_with_torchs_newer_settings_of_precision():
         with parallel.session('cpu'):
             cudnn.allow_tf32 = False
         assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ('ieee', 'tf32')
-    assert cudnn.allow_tf32
+    with parallel.session('cpu'):
+        cudnn.allow_tf32 = False
+    assert cudnn.allow_tf32 and cudnn.conv.fp32_precision == 'tf32'
 
 
 def test_a_session_leaves_torchs_settings_as_they_were(monkeypatch):

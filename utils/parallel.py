@@ -49,15 +49,17 @@ def session(device, parallel='auto', precision='fp32', graphs=False):
 def kept_settings():
     """Restores torch's process-wide settings that a session may change."""
     cudnn = torch.backends.cudnn
-    benchmark = cudnn.benchmark
-    # What allow_tf32 sets; it cannot be read where the two differ.
-    tf32 = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    benchmark, legacy, tf32 = cudnn.benchmark, None, (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+    with contextlib.suppress(RuntimeError):     # it cannot be read if the program has set the newer two differently
+        legacy = cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield
     finally:
         cudnn.benchmark = benchmark
+        if legacy is not None:
+            cudnn.allow_tf32 = legacy
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = tf32
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
