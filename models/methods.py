@@ -18,7 +18,7 @@ class Method:
         as published) or 'frozen'.
     terms: the loss terms (classes of losses.terms), cross-entropy first.
     lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
-    dropout: whether the student's encoder uses dropout after the first domain.
+    dropout: whether the student uses dropout, in the layers that train, after the first domain.
     joint: whether all domains are learnt at once instead of one after another.
     lonely: whether the network knows one domain only.
     uses: options of train.py that only some methods use and this one does; training.options refuses the

@@ -29,6 +29,7 @@ from mdil.datasets.toy.roads import write_toy_roads
 from mdil.evaluation import compare, tsne
 from mdil.evaluation.inputs import find_sources
 from mdil.evaluation.report import find_steps
+from mdil.losses.terms import CrossEntropy
 from mdil.models import build_model, checkpoint
 from mdil.training import resume
 from mdil.training.options import parse_train
@@ -466,6 +467,14 @@ def test_a_checkpoint_that_contradicts_itself_gives_way_to_the_previous_one(tmp_
         assert str(tmp_path / LATEST) in said and said.count('\n') == 1, (number, said)
     checkpoint.save(small, tmp_path / LATEST)
     assert resume.find(tmp_path, (LATEST, PREVIOUS))['file'] == LATEST
+
+
+def test_what_a_term_draws_in_its_setup_does_not_move_the_random_numbers_of_a_resumed_run(learnt, monkeypatch):
+    monkeypatch.setattr(CrossEntropy, 'setup', lambda self, run: torch.rand(9))
+    arguments, value = learnt
+    with session('cpu', 'none') as place:
+        Run(parse_train(arguments), place, copied(value))
+    assert torch.equal(torch.get_rng_state(), value['random']['torch'])
 
 
 def test_a_checkpoint_that_does_not_fit_its_run_is_refused(learnt):

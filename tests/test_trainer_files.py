@@ -1,4 +1,5 @@
 """The shell scripts: what they would run is accepted, what they run is finished, a signal is survived."""
+import fcntl
 import json
 import os
 import re
@@ -25,10 +26,29 @@ def script(name, *arguments, expect=0):
     return done.stdout + done.stderr
 
 
-def test_setup_names_an_interpreter_that_does_not_start(tmp_path):
-    (tmp_path / 'trainer_files').mkdir()
+def copied_setup(folder):
+    (folder / 'trainer_files').mkdir()
     for name in ('trainer_files/setup.sh', 'requirements.txt', 'requirements-dev.txt'):
-        shutil.copy(ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def test_two_setups_at_once_make_one_environment(tmp_path):
+    """The second waits; what the first has made is not made again."""
+    copied_setup(tmp_path)
+    with open(tmp_path / '.venv.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(['bash', 'trainer_files/setup.sh'], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                  env={**os.environ, 'PYTHON_BIN': sys.executable})
+        assert second.stdout.readline() == '== waiting: another process makes .venv\n'
+        digits = subprocess.run('cat requirements*.txt | cksum | cut -d" " -f1', shell=True, cwd=tmp_path, text=True,
+                                capture_output=True).stdout.strip()
+        (tmp_path / '.venv').mkdir()
+        (tmp_path / f'.venv/.{digits}-requirements-dev.txt').touch()
+    assert second.communicate()[0] == '' and second.returncode == 0
+
+
+def test_setup_names_an_interpreter_that_does_not_start(tmp_path):
+    copied_setup(tmp_path)
     done = subprocess.run(['bash', 'trainer_files/setup.sh'], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, 'PYTHON_BIN': 'python3.99'})
     assert done.returncode == 2 and done.stderr == (

@@ -15,9 +15,8 @@ esac
 requirements=requirements.txt
 [ "${1:-}" = dev ] && requirements=requirements-dev.txt
 stamp=.venv/.$(cat requirements*.txt | cksum | cut -d' ' -f1)-$requirements
-for made in "$stamp" "${stamp%requirements*}requirements-dev.txt"; do     # dev has everything
-    [ -e "$made" ] && exit 0
-done
+ready() { [ -e "$stamp" ] || [ -e "${stamp%requirements*}requirements-dev.txt" ]; }     # dev has everything
+ready && exit 0
 
 candidates=(python3.12 python3.11 python3.13 python3.14 python3.10 python3)
 [ -z "${PYTHON_BIN:-}" ] || candidates=("$PYTHON_BIN")
@@ -37,6 +36,11 @@ if [ -z "$python" ]; then
     exit 2
 fi
 
+if command -v flock > /dev/null; then       # several jobs or machines may come here at once
+    exec 9>> .venv.lock
+    flock -n 9 || { echo "== waiting: another process makes .venv"; flock 9; }
+    ready && exit 0
+fi
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     echo "== making .venv with $("$python" --version)"
     if ! "$python" -m venv --clear .venv; then

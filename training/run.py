@@ -121,8 +121,10 @@ class Run:
         self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:
             self.restore(saved)
-        for term in self.terms:
-            term.setup(self)
+        # What a term draws must not move the generators, which a resumed run has just restored.
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            for term in self.terms:
+                term.setup(self)
 
     @property
     def folder(self):
