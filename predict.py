@@ -383,7 +383,7 @@ def predict_all(options, predictor, sources, records):
             unknown += prediction.choice.unknown
         count += len(todo)
     there = f', {len(skipped)} were there already' if skipped else ''
-    odd = f', {unknown} of them like no domain that the network knows' if unknown else ''
+    odd = f', {unknown} of them unlike any known domain' if unknown else ''
     return f'{counted(count, "image")} predicted{odd}{there}', errors
 
 

@@ -145,7 +145,7 @@ def sentences(found, images):
     yield f'{counted(images, "image")}; the branch that fits best: {found["domain"]}'
     yield 'images by branch: ' + ', '.join(f'{name} {100 * share:.0f} %' for name, share in found['domains'].items())
     if found['unknown'] is not None:
-        yield f'{100 * found["unknown"]:.0f} % are like no domain that the network knows'
+        yield f'{100 * found["unknown"]:.0f} % are unlike any known domain'
     if found['expected_miou'] is None:
         yield f'expected mIoU: not known without labelled validation images of {found["domain"]} ({found["why_not"]})'
     else:

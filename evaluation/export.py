@@ -37,8 +37,8 @@ CALIBRATION = 100       # images, evenly spaced in that folder; each takes a sec
 
 def parse(argv=None):
     parser = Parser(prog='python -m mdil export', description='Writes a checkpoint for other programs.')
-    parser.add_argument('state', help='a checkpoint of train.py')
-    parser.add_argument('out', help='the file to write')
+    parser.add_argument('state', metavar='CKPT', help='a checkpoint of train.py')
+    parser.add_argument('out', metavar='OUT', help='the file to write')
     parser.add_argument('--format', choices=('published', *WRITERS),
                         help='the published key layout, ONNX, torch.export or OpenVINO (default: by the suffix of OUT: '
                              + ', '.join(SUFFIXES) + ', or any other for published)')

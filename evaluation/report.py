@@ -240,14 +240,21 @@ def progress(steps):
     return f'{text[0].upper()}{text[1:]}.'
 
 
+def methods(steps):
+    """What the methods of the steps are, a sentence each."""
+    used = {}
+    for number, step in enumerate(steps, 1):
+        used.setdefault(method_name(step.options.get('method')), []).append(str(number))
+    places = {name: f' (step {", ".join(numbers)})' if len(used) > 1 else '' for name, numbers in used.items()}
+    return ''.join(f'{name}{places[name]}: {METHODS[name].about}. ' for name in used if name in METHODS)
+
+
 def page(folder, options, place):
     """The HTML document about the sequence in `folder`."""
     steps, results = find_steps(folder), read_results(folder)
-    method = method_name(steps[-1].options.get('method'))
     learnt = dict.fromkeys(name for step in steps for name in step.learnt)
     return TEMPLATES.get_template('report.html').render(
-        folder=Path(folder).absolute(), about=f'{method}: {METHODS[method].about}. ' if method in METHODS else '',
-        progress=progress(steps), steps=steps, results=results,
+        folder=Path(folder).absolute(), about=methods(steps), progress=progress(steps), steps=steps, results=results,
         missing=[name for name in learnt if results and name not in results.domains], training=training_table(steps),
         revisions=dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps),
         curves=[(plot.title, curve_picture(plot, steps)) for plot in curves(steps)],

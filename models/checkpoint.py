@@ -13,7 +13,7 @@ from mdil.models.layouts import CLASSES, StateLayout, check_fit, describe, file_
 from mdil.models.methods import METHODS, build_model, get_method, method_name
 from mdil.models.networks import DEFAULT, get_network
 from mdil.models.safe_reading import leaves, read
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, counted
 from mdil.utils.files import write_atomically
 
 VERSION = 1
@@ -280,17 +280,18 @@ def load_network(checkpoint, method=None):
 
 
 def start_from_encoder(model, checkpoint, batch_norms):
-    """Loads an ImageNet encoder into `model`; returns the three lines that say what was loaded."""
+    """Loads an ImageNet encoder into `model`; returns lines that say what was loaded."""
     loaded, fresh = load_encoder(model, checkpoint.found, checkpoint.source, batch_norms)
     dropped = len(checkpoint.found.state) - len(loaded)
     return report(checkpoint, len(loaded), len(fresh), dropped)
 
 
 def report(checkpoint, loaded, fresh, dropped=0):
-    """Three lines: what was loaded, renamed, and not loaded."""
+    """Lines that say how many tensors were loaded, and of these renamed; and how many were not loaded, if any."""
     found = checkpoint.found
     unused = dropped + len(found.ignored)
-    return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded\n'
-            f'  renamed: {found.renamed} (layouts of the published code)\n'
-            f'  of the network, {fresh} tensors stay as initialised; of the file, {unused} are not used'
+    return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded'
+            + (f', {found.renamed} of them renamed from the published layout' if found.renamed else '')
+            + (f'\n  {counted(fresh, "tensor")} of the network not in the file, with initial values' if fresh else '')
+            + (f'\n  {counted(unused, "tensor")} of the file not used' if unused else '')
             + (f', e.g. {found.ignored[0]}' if found.ignored else ''))

@@ -54,7 +54,7 @@ JOINT = 'rounds', 'shared_lr', 'no_dropout'
 METHODS = {
     'mdil': Method('the paper\'s method, parallel adapters, batch norms and a decoder per domain, distillation',
                    adapter='parallel', domain_bn=True, shared='slow', terms=DISTILLED, uses=PAPER),
-    'adapters-only': Method('as mdil, shared weights frozen after the first domain, twice the rate, no dropout',
+    'adapters-only': Method('as mdil, shared weights frozen after the first domain, learning rate 1e-3, no dropout',
                             adapter='parallel', domain_bn=True, shared='frozen', lr=1e-3, dropout=False,
                             uses=('new_decoder', 'new_statistics', 'no_dropout')),
     'fine-tune': Method('plain encoder learns on, new decoder, old decoders frozen',

@@ -156,7 +156,7 @@ def downloaded(weights):
         folder = f'{torch.hub.get_dir()}/checkpoints'
         raise UserError(f'{weights.url} could not be downloaded ({brief(error, 100)}); '
                         f'download it elsewhere and put {weights.url.rpartition("/")[2]} into {folder}, '
-                        'or pass the file') from None
+                        'or pass it as --weights FILE') from None
 
 
 def from_timm(name):
@@ -177,7 +177,7 @@ def from_timm(name):
             return timm.create_model(name, features_only=True, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"timm's weights of {name} could not be downloaded ({brief(error, 100)}); "
-                            'pass a file of them') from None
+                            'pass them as --weights FILE') from None
 
     return Network(f'{name} of timm, a small decoder', build, imagenet, ({'': 'encoder.'},))
 

@@ -97,7 +97,7 @@ def read(path):
         record = json.loads(Path(path).read_text())
         version, names, tensors = record['version'], record['domains'], record['tensors']
     except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); train.py writes it in every step after the first, '
+        raise UserError(f'{path} cannot be read ({error.strerror}); train.py writes it in every step after the first; '
                         'without it, pass two files: OLD NEW') from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: not a record of train.py ({type(error).__name__}: {error})') from None

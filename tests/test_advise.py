@@ -94,7 +94,7 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
     checkpoint.save(content, tmp_path / 'strict.pth')
     run(tmp_path / 'strict.pth', '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', tmp_path)
     said = capsys.readouterr().out
-    assert '100 % are like no domain' in said and 'a new branch is worth training' in said
+    assert '100 % are unlike any known domain' in said and 'a new branch is worth training' in said
     assert 'expected mIoU: not known without labelled validation images of IDD (no val images' in said
     run(tmp_path / 'strict.pth', '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', toy)
     assert 'expected mIoU of that branch: at most ' in capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
     assert set(evaluate(toy, tmp_path / 'x.json', '--state', path, '--domains', 'CS', 'BDD')['domains']) == {
         'cityscapes', 'BDD'}
-    assert 'tensors loaded\n  renamed: 0' in capsys.readouterr().err
+    assert 'tensors loaded' in capsys.readouterr().err
     with pytest.raises(UserError, match='no domain names; pass --domains'):
         evaluate(toy, tmp_path / 'x.json', '--state', path)
     content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'mdil')

@@ -1,5 +1,6 @@
 """What several devices and processes need, as far as a machine without GPUs can show it."""
 import contextlib
+import os
 import socket
 import threading
 from types import SimpleNamespace
@@ -99,6 +100,15 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     with pytest.raises(UserError, match='--device cuda:0 is one GPU for all 2 processes; use --device cuda$'):
         with parallel.session('cuda:0'):
             pass
+
+
+@pytest.mark.parametrize('load, threads, told', [(5.0, 2, True), (3.0, 2, False), (9.0, 1, False)])
+def test_a_busy_machine_is_noticed(load, threads, told, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    with parallel.session('cpu'):
+        assert ('OMP_NUM_THREADS=1' in capsys.readouterr().err) == told
 
 
 def test_a_session_works_with_torchs_newer_settings_of_precision():

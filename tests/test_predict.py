@@ -160,7 +160,7 @@ def test_a_network_of_one_domain_tells_what_is_unlike_it(mixed, toy, tmp_path, c
     run(tmp_path / 'strict.pth', tmp_path / 'a', '--input', mixed[0], '--json', tmp_path / 'a.json')
     found = json.loads((tmp_path / 'a.json').read_text()).values()
     assert {(entry['domain'], entry['branch']) for entry in found} == {('unknown', 'IDD')}
-    assert f'{len(mixed[1])} of them like no domain that the network knows' in capsys.readouterr().err
+    assert f'{len(mixed[1])} of them unlike any known domain' in capsys.readouterr().err
     checkpoint.save(content, tmp_path / 'silent.pth')       # without statistics, nothing is called unknown
     run(tmp_path / 'silent.pth', tmp_path / 'b', '--input', mixed[0], '--json', tmp_path / 'b.json')
     assert {entry['domain'] for entry in json.loads((tmp_path / 'b.json').read_text()).values()} == {'IDD'}
@@ -194,7 +194,7 @@ def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, 
     assert found == {path: 'unknown' if name == 'IDD' else name for path, name in mixed[1].items()}
     assert len(list((tmp_path / 'out').glob('*.png'))) == 8
     said = capsys.readouterr().err
-    assert '8 images predicted, 4 of them like no domain that the network knows' in said
+    assert '8 images predicted, 4 of them unlike any known domain' in said
     assert 'Images that fit cityscapes best are never called unknown, because fewer than 50 training images' in said
 
 

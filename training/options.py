@@ -168,7 +168,7 @@ def device_options(parser):
                        help='on one GPU: record a batch and replay it as one launch, to spare the CPU')
     group.add_argument('--fast', action='store_true',
                        help='the same as --augment device, --precision bf16 if it is fast on the device, and with a '
-                            'single GPU or under torchrun --compile; --augment and --precision given with it count')
+                            'single GPU or under torchrun --compile; --augment and --precision, if given, win')
     group.add_argument('--deterministic', action='store_true', help='on a GPU, use algorithms that repeat bit for bit')
     group.add_argument('--augment', choices=('workers', 'device'),
                        help='where images are flipped and shifted; the result is the same (default: workers)')

@@ -8,6 +8,7 @@ torchrun's long report and status 1. On a signal, all processes save and the exi
 import logging
 import os
 import signal
+import sys
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -41,6 +42,7 @@ def stop_once(number, _):
 def main(argv=None):
     """Runs torchrun with the arguments; returns the exit status."""
     logging.disable(logging.ERROR)      # hides torchrun's report
+    sys.argv[0] = 'python -m mdil torchrun'     # the name in its help
     os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', str(GRACE))
     os.environ.setdefault('OMP_NUM_THREADS', '1')       # torchrun would set it too, with a four-line warning
     for name in ('PET_SIGNALS_TO_HANDLE', 'TORCHELASTIC_SIGNALS_TO_HANDLE'):      # in newer and in older versions

@@ -81,6 +81,8 @@ def placed(device, parallel, precision, graphs):
         chosen = current(pick_device(device))
         check_precision(precision, chosen)
         check_graphs(graphs, chosen)
+        if chosen.type == 'cpu':
+            note_load(os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads())
         yield Place(chosen, graphs=graphs)
         return
     if launched.world > 1 and device.startswith('cuda:'):
@@ -97,6 +99,13 @@ def placed(device, parallel, precision, graphs):
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def note_load(load, cores, threads):
+    """Tells the user if torch's threads would wait for one another, because other programs use the cores."""
+    if threads > 1 and load > 2 * cores:
+        tell(f'this machine is busy (load {load:.0f} on {cores} cores); OMP_NUM_THREADS=1 in the environment may make '
+             'this many times faster')
 
 
 def check_graphs(graphs, device):
