@@ -15,6 +15,7 @@ that branch should do there, and whether a new branch is worth training.
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from mdil.utils.workers import batched, in_threads
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
 MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
+FRAME = re.compile(r'\d{6,}(\.color|\.overlay|\.confidence)?\.png')      # names of a video's predictions, in a folder
 LONGEST = 100                   # letters of a domain's name in the file name of its legend
 
 
@@ -180,6 +182,13 @@ def check_targets(options, sources):
                 raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
                                 'predict them in two runs, each with its own --out')
             owners[path] = source.path
+    taken = {**{os.path.realpath(path): owner for path, owner in owners.items()}, **{path: path for path in inputs}}
+    for video in (source for source in sources if source.is_video):
+        folder = os.path.realpath(Path(options.out) / video.name)
+        for place, owner in taken.items():
+            if os.path.dirname(place) == folder and FRAME.fullmatch(os.path.basename(place)):
+                raise UserError(f'{place}, of {owner}, has the name of a frame of {video.path}; predict the video in '
+                                'a run of its own, with another --out')
 
 
 def read_records(options):
@@ -212,7 +221,7 @@ def settings(options, predictor):
 def answers_to(options, source):
     """Existing files, of all kinds, at the places of a Source's predictions."""
     if source.is_video:
-        return list((Path(options.out) / source.name).rglob('*.png'))
+        return [path for path in (Path(options.out) / source.name).glob('*.png') if FRAME.fullmatch(path.name)]
     return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
 
 

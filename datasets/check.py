@@ -216,6 +216,8 @@ def main(arguments=None):
     if options.json:
         check_results('--json', options.json, ('fit', 'domains'))
     domains = {domain.name: domain for domain in (get_domain(name, paths) for name in options.domains)}
+    if len(domains) < len(options.domains):
+        raise UserError(f'--domains {" ".join(options.domains)} names a domain twice')
     reports = []
     for domain in domains.values():
         found = [check_split(domain, options.data_root, split, options.num_workers, options.pairs_only)

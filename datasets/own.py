@@ -50,6 +50,8 @@ def without_repeats(pairs):
 
 def declared_domain(name, folder, spec):
     """The Domain that `spec`, the content of a domain.json in `folder`, declares."""
+    if name.lower() == 'auto':
+        raise Wrong('--domain auto lets the image decide, so no domain can be called auto; choose another name')
     if not isinstance(spec, dict):
         raise Wrong('an object {"images": ..., "labels": ..., "classes": [...]} is expected')
     unknown = [key for key in spec if key not in KEYS]

@@ -2,6 +2,7 @@
 import functools
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,8 @@ def load_image(pair, width_height, size):
 
 def rotation_hint(path):
     """A hint for an image whose size does not fit: '' unless its EXIF data rotates it."""
-    with Image.open(path, formats=FORMATS) as image:
+    turned = False
+    with Image.open(path, formats=FORMATS) as image, suppress(Exception):       # on broken EXIF data, of many kinds
         turned = image.getexif().get(ORIENTATION, 1) != 1
     return ' (the image has an EXIF rotation, which is not applied: store it turned)' if turned else ''
 

@@ -26,7 +26,7 @@ from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
 from mdil.models.layouts import published_keys
 from mdil.models.methods import nameless_options
 from mdil.models.networks import DEFAULT as ERFNET
-from mdil.utils.errors import UserError, run_main
+from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
 from mdil.utils.parser import Parser, data_paths, paths_option
@@ -122,7 +122,10 @@ def export_network(options):
         write = partial(write, quantise=partial(calibrated, predictor, sources))
         # Random images would exceed the activation ranges measured on real ones.
         compared = [torch.from_numpy(pixels(predictor, source)) for source in spaced(sources, COMPARED)]
-    write(network, example, options.out, about(domain, size))
+    try:
+        write(network, example, options.out, about(domain, size))
+    except RuntimeError as error:
+        raise UserError(f'{options.out} could not be written as {options.format} ({brief(error)})') from None
     apart, agree = difference(network, Exported(options.out), compared)
     print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'
           f'{", int8" if options.int8 else ""}; largest difference from PyTorch\'s logits '

@@ -111,9 +111,12 @@ def items_of(source):
 
 
 def upright(path):
-    """The image at `path` as RGB, rotated as its EXIF data says."""
+    """The image at `path` as RGB, rotated as its EXIF data says; as it is stored if that data is broken."""
     image = open_image(path)
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # Pillow raises errors of many kinds on broken EXIF data
+        return image
 
 
 def rotation(frame):

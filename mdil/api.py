@@ -25,7 +25,7 @@ from mdil.models.identify import identifier_of, unstated
 from mdil.models.multi_domain import MultiDomainNet
 from mdil.training.options import LAMBDA, TEMPERATURE
 from mdil.training.step_loss import StepLoss, mean_over_batch
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, brief
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, pick_device
 from mdil.utils.precision import check_precision, memory_format
@@ -40,6 +40,14 @@ def expect(name, value, types, wanted):
     """TypeError unless `value`, the argument called `name`, is an instance of `types`; `wanted` describes them."""
     if not isinstance(value, types):
         raise TypeError(f'{name}: {wanted} is expected, not a {type(value).__name__}')
+
+
+def expect_paths(data):
+    """TypeError unless `data` is {name: path}, or None."""
+    expect('data', data, (dict, type(None)), 'a dict {name: path}')
+    for name, path in (data or {}).items():
+        expect('data', name, str, 'a dict {name: path}')
+        expect(f'data[{name!r}]', path, PATH, 'a path')
 
 
 def is_size(value):
@@ -75,7 +83,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     expect('domains', domains, (list, tuple, type(None)), 'a list of names')
     for name in domains or ():
         expect('domains', name, str, 'a name')
-    expect('data', data, (dict, type(None)), 'a dict {name: path}')
+    expect_paths(data)
     if size is not None and not is_size(size):
         raise UserError(f'size {size}: (height, width) is expected, positive multiples of {SIDE}')
     if precision not in PRECISIONS:
@@ -227,7 +235,13 @@ def to_image(image):
     if isinstance(image, (str, os.PathLike)):
         return upright(Path(image))
     if isinstance(image, Image.Image):
-        return in_rgb(image, 'the image')
+        if 0 in image.size:
+            raise ValueError(f'the image has no pixels, its size is {image.size}')
+        try:
+            image.load()        # of a file that Pillow has only opened
+            return in_rgb(image, 'the image')
+        except OSError as error:
+            raise UserError(f'the image cannot be read ({brief(error)})') from None
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()

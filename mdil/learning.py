@@ -15,7 +15,7 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.datasets.own import Wrong, read_classes
-from mdil.api import PATH, check_pair, expect
+from mdil.api import PATH, check_pair, expect, expect_paths
 from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
@@ -117,7 +117,7 @@ def check_types(domain, train, val, savedir, state, on_epoch, options):
     expect('state', state, (*PATH, type(None)), 'a path')
     expect('on_epoch', on_epoch, (Callable, type(None)), 'a function')
     expect('domains', options.get('domains'), (list, tuple, type(None)), 'a list of names')
-    expect('data', options.get('data'), (dict, type(None)), 'a dict {name: path}')
+    expect_paths(options.get('data'))
 
 
 @contextlib.contextmanager
@@ -170,8 +170,9 @@ def declare(name, pairs, classes, folder, overwrite=False):
     if not built_in and not classes:
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
-    if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name:
-        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, without "="')
+    if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name or len(name) > 100:
+        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, without "=", of at most '
+                        '100 letters')
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'

@@ -92,10 +92,17 @@ def test_every_kind_of_image_gets_the_same_answer(net, photo):
     (np.full((8, 8), 1.5), ValueError, 'scale it'), (np.full((8, 8), np.nan), ValueError, 'scale it'),
     (torch.zeros(0, 8), ValueError, 'that of no image'), (3, TypeError, 'not int'),
     *[(Image.new(mode, (8, 8)), mdil.UserError, f'the image: mode {mode}, but 8 bits') for mode in ('I;16', 'I', 'F')],
-    ('none.png', mdil.UserError, 'none.png cannot be read')])
+    (Image.new('RGB', (0, 0)), ValueError, 'the image has no pixels'), ('none.png', mdil.UserError, 'none.png cannot be read')])
 def test_what_is_no_image_is_refused(net, image, error, says):
     with pytest.raises(error, match=says):
         net.predict(image, 'IDD')
+
+
+def test_a_truncated_picture_that_is_open_is_refused(net, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:2000])
+    with pytest.raises(mdil.UserError, match='the image cannot be read .*truncated'):
+        net.predict(Image.open(tmp_path / 'cut.jpg'), 'IDD')
 
 
 def test_the_domain_is_told_from_the_image(net, toy, photo):
@@ -167,6 +174,7 @@ def test_an_exported_network_is_called_that(tmp_path, name):
 
 def test_other_types_are_refused_at_the_door(file, net):
     for act in (lambda: mdil.load(3), lambda: mdil.load(file, domains='CS'), lambda: mdil.load(file, data=['x']),
+                lambda: mdil.load(file, data={1: 'x'}), lambda: mdil.load(file, data={'x': 2}),
                 lambda: net.predict(None), lambda: net.predict(np.zeros((8, 8)), 3), lambda: net.classes(0), lambda: net.save(None)):
         with pytest.raises(TypeError, match='is expected, not'):
             act()

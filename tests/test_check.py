@@ -261,6 +261,11 @@ def test_nothing_is_said_of_classes_where_no_file_could_be_counted(tmp_path):
     assert not fit and train[0] and train[1] == []
 
 
+def test_a_domain_named_twice_is_refused(toy):
+    with pytest.raises(UserError, match='--domains CS cityscapes names a domain twice'):
+        main(['--domains', 'CS', 'cityscapes', '--data-root', str(toy), '--pairs-only'])
+
+
 def test_much_void_is_noted(tmp_path):
     row = [0, 1] + [255] * 10
     assert judged(tmp_path, row, row)[1:] == (([], ['83 % of the train pixels are void']),

@@ -104,6 +104,14 @@ def test_eight_bits_are_calibrated_by_images(tmp_path):
     assert 0 < (Exported(path)(images) - want).abs().max() < 0.1 * want.abs().max()
 
 
+def test_what_a_library_cannot_write_is_said_in_a_line(state, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError('basic_ios::clear: iostream error')
+    monkeypatch.setitem(WRITERS, 'torch', full)
+    with pytest.raises(UserError, match='x.pt2 could not be written as torch .basic_ios::clear: iostream error'):
+        export.main([str(state), str(tmp_path / 'x.pt2'), '--domain', 'camvid'])
+
+
 @pytest.mark.parametrize('arguments, says', [
     (['x.onnx', '--format', 'onnx'], 'knows cityscapes, camvid; choose one with --domain'),
     (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], "does not know the domain 'IDD', only cityscapes, camvid"),

@@ -106,6 +106,12 @@ def test_a_file_that_is_no_declaration_is_refused(tmp_path, text, message):
         declare(tmp_path, text)
 
 
+def test_no_domain_can_be_called_auto(tmp_path):
+    declare(tmp_path)
+    with pytest.raises(UserError, match='no domain can be called auto'):
+        get_domain('Auto', {'Auto': tmp_path})
+
+
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     assert declare(tmp_path, '\ufeff' + json.dumps(SPEC)).classes == NAMES
 

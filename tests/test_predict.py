@@ -408,6 +408,35 @@ def test_a_phones_picture_is_turned_upright(model, state, photos, tmp_path):
     assert np.array_equal(pixels(tmp_path / 'out/turned.png'), pixels(tmp_path / 'out/upright.png'))
 
 
+def test_a_photo_with_broken_exif_data_is_read_as_it_is_stored(state, photos, tmp_path):
+    entries = [struct.pack('<HHI', 0x0112, 3, 1) + b'\6\0\0\0', struct.pack('<HHI', 0x8825, 9, 1) + b'\xff' * 4]
+    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + b''.join(entries) + b'\0' * 4
+    Image.open(photos / 'a.png').save(photos / 'odd.jpg', exif=exif)
+    run(state, tmp_path / 'out', '--input', photos / 'odd.jpg', photos / 'a.png', '--domain', 'CS')
+    assert pixels(tmp_path / 'out/odd.png').shape == pixels(tmp_path / 'out/a.png').shape
+
+
+def test_predictions_of_a_video_replace_nothing_else(state, tmp_path):
+    frame = Image.new('RGB', (32, 16))
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    for folder in (photos / 'drive', out / 'drive/sub'):
+        folder.mkdir(parents=True)
+    run_video = lambda *inputs: run(state, out, '--input', *inputs, '--domain', 'CS', '--overwrite')
+    video = drive_of([frame] * 2, photos, True)
+    kept = [out / 'drive/holiday.png', out / 'drive/sub/000000.png', out / 'drive/1.png']
+    for path in kept:
+        frame.save(path)
+    frame.save(out / 'drive/000007.png')
+    run_video(video)
+    assert all(path.exists() for path in kept) and not (out / 'drive/000007.png').exists()
+    frame.save(photos / 'drive/000001.jpg')
+    with pytest.raises(UserError, match=r'000001.png, of .*/photos/drive/000001.jpg, has the name of a frame of .*drive.mkv'):
+        run_video(photos)
+    frame.save(photos / 'drive/000001.png')
+    with pytest.raises(UserError, match='photos/drive/000001.png, of .*, has the name of a frame of .*drive.mkv'):
+        run(state, photos, '--input', video, photos / 'drive/000001.png', '--domain', 'CS', '--overwrite')
+
+
 def test_bad_images_are_left_out_and_named(state, photos, tmp_path, capsys):
     for name in ('bad.png', 'worse.png'):
         (photos / name).write_bytes(b'no image')

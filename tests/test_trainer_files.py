@@ -163,7 +163,8 @@ def test_help_and_unknown_arguments():
     ('EPOCHS=0', "'0' is not"), ('DOMAINS=', 'DOMAINS is empty'), ('DATA=', 'DATA is empty'),
     ('OUT=', 'OUT is empty'), ('DOMAINS=  ', 'DOMAINS is empty'),
     ('NODES=2', 'NODES=2 needs HOST=NAME, the first machine'), ('NODE=1', 'NODE=1 of NODES=1'),
-    ('TRAIN_ARGS=--cache "x', 'a quote is not closed')])
+    ('TRAIN_ARGS=--cache "x', 'a quote is not closed'), ('TRAIN_ARGS=--sync-bn --height=64', 'sets --height; use HEIGHT'),
+    ('TRAIN_ARGS=--method lwf', 'sets --method; use another script'), ('TRAIN_ARGS=--savedir x', 'use OUT'), ('TRAIN_ARGS=-h', 'trains nothing')])
 def test_settings_are_checked_before_anything_runs(tmp_path, setting, message):
     setting = setting.replace('MADE', str(tmp_path / 'made'))
     for name, environment in (('mdil', {}), ('multi_task', dict([setting.split('=', 1)]))):

@@ -63,6 +63,7 @@ read_arguments() {
     check_words
     check_numbers
     split_setting TRAIN_ARGS train_args
+    check_train_args
     set_data
     choose_batch
     [ -n "${PYTHON:-}" ] || [ -n "$DRY_RUN" ] || bash trainer_files/setup.sh
@@ -129,6 +130,29 @@ is_count() {
 split_setting() {
     xargs -r printf '' <<< "${!1}" 2> /dev/null || refuse "$1=${!1}: a quote is not closed"
     mapfile -t "$2" < <(xargs -r printf '%s\n' <<< "${!1}")
+}
+
+# Refuses options in TRAIN_ARGS that the scripts set themselves: what follows a step would not know of them.
+check_train_args() {
+    local option setting
+    for option in ${train_args[@]+"${train_args[@]}"}; do
+        option=${option%%=*}
+        case $option in
+            --savedir) setting=OUT ;;
+            --data-root|--datadir) setting=DATA ;;
+            --data) setting=PATHS ;;
+            --domains|--height|--width|--seed|--network|--weights) setting=${option#--} setting=${setting^^} ;;
+            --num-epochs) setting=EPOCHS ;;
+            --batch-size) setting=BATCH ;;
+            --num-workers) setting=WORKERS ;;
+            --state) setting=ENCODER ;;
+            --parallel) setting=GPUS ;;
+            --method) setting='another script, or METHODS of ablations.sh' ;;
+            --help|-h) refuse "TRAIN_ARGS: $option trains nothing; run train.py $option" ;;
+            *) continue ;;
+        esac
+        refuse "TRAIN_ARGS: the script itself sets $option; use $setting"
+    done
 }
 
 # Sets the array data: the options that tell train.py, eval.py and the tools where the data is.
