@@ -15,6 +15,7 @@ from mdil.models.networks import DEFAULT, get_network
 from mdil.models.safe_reading import leaves, read
 from mdil.utils.errors import UserError, counted
 from mdil.utils.files import write_atomically
+from mdil.utils.parser import LONGEST
 
 VERSION = 1
 
@@ -44,7 +45,8 @@ def stated_size(content):
     """The (height, width) at which a checkpoint says it was trained; None if it states none, or an impossible one."""
     options = content.get('options')
     sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
-    return sides if sides and all(isinstance(side, int) and side > 0 and side % SIDE == 0 for side in sides) else None
+    fits = [isinstance(side, int) and 0 < side <= LONGEST and side % SIDE == 0 for side in sides]
+    return sides if fits and all(fits) else None
 
 
 def save(content, path, previous=None, best=None):

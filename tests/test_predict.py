@@ -498,7 +498,7 @@ def test_overlays_beside_the_photos_do_not_replace_them(state, photos):
 def test_the_size_of_the_training_is_what_the_file_says():
     size = lambda **options: trained_size({'options': options} if options else {})
     assert size(height=64, width=128) == (64, 128)
-    assert size() == size(height='64', width=128) == size(height=60, width=128) == PUBLISHED_SIZE
+    assert size() == size(height='64', width=128) == size(height=60, width=128) == size(height=2 ** 40, width=128) == PUBLISHED_SIZE
 
 
 def test_a_video_without_av_says_what_to_install(monkeypatch, state, tmp_path, capsys):
