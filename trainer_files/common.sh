@@ -291,12 +291,12 @@ learn_sequence() {
 # Writes the report about a folder of runs, on the first machine only.
 write_report() { [ "$NODE" -gt 0 ] || run "$PYTHON" -m mdil report "$1" "${data[@]}"; }
 
-# Refuses unknown domains and missing images before the first step, for the steps without a folder: check_data FOLDER.
+# Refuses unknown domains and missing images before the first step, for the steps that have not begun: check_data FOLDER.
 check_data() {
     local step=0 domain ahead=()
     for domain in $DOMAINS; do
         step=$((step + 1))
-        [ -e "$1/step$step-$domain" ] || [ -e "$1/$domain" ] || ahead+=("$domain")
+        [ -e "$1/step$step-$domain/opts.json" ] || [ -e "$1/$domain/opts.json" ] || ahead+=("$domain")
     done
     [ ${#ahead[@]} -eq 0 ] || run "$PYTHON" -m mdil check --domains "${ahead[@]}" --pairs-only "${data[@]}"
 }
