@@ -28,6 +28,9 @@ ADAPTERS, SEPARATE, JOINT = (f'adapters-only {FAST} --first {FAST}', f'single-ta
                              f'multi-task-adapters {FAST}')
 MDIL, TUNED, PLAIN = f'mdil {FAST} --first {FAST}', f'fine-tune {FAST} --first {FAST}', f'single-task {FAST}'
 ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dropout"
+# The paper's method at its own rates, and with shared weights that move faster.
+PAPER = {"`mdil` at the paper's rates": 'mdil',
+         '`mdil` at 1e-3, shared 5e-4, lambda 10': f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10'}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
@@ -197,6 +200,18 @@ def one_rate():
     yield '`released` against plain separate networks', relative(scores(three, 'released', FIRST), plain)
     yield '`released`, old statistics kept, against plain separate networks', relative(
         scores(three, 'released', FIRST, 'kept'), plain)
+    for words, row in PAPER.items():
+        found = scores('mdil-rates', row, FIRST)
+        yield f'{words} against plain separate networks', relative(found, plain)
+        yield from against(f'{words} against `adapters-only`', found, own, FIRST.split())
+        for name in FIRST.split()[:2]:
+            yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(
+                found, copies_of('mdil-rates', row, FIRST), name)
+    paper = scores('mdil-rates', 'mdil', FIRST)
+    yield from against("`mdil` at the paper's rates against `released`", paper, scores(three, 'released', FIRST),
+                       FIRST.split())
+    yield "`mdil` at the paper's rates against `released`, old statistics kept", relative(
+        paper, scores(three, 'released', FIRST, 'kept'))
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
     yield '`multi-task` against plain separate networks', relative(joint(), plain)
