@@ -182,13 +182,18 @@ def check_targets(options, sources):
                 raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
                                 'predict them in two runs, each with its own --out')
             owners[path] = source.path
-    taken = {**{os.path.realpath(path): owner for path, owner in owners.items()}, **{path: path for path in inputs}}
-    for video in (source for source in sources if source.is_video):
-        folder = os.path.realpath(Path(options.out) / video.name)
-        for place, owner in taken.items():
-            if os.path.dirname(place) == folder and FRAME.fullmatch(os.path.basename(place)):
-                raise UserError(f'{place}, of {owner}, has the name of a frame of {video.path}; predict the video in '
-                                'a run of its own, with another --out')
+    check_frames(options, sources)
+
+
+def check_frames(options, sources):
+    """UserError if an image, or its prediction, has the place of a prediction of a video's frame."""
+    videos = {os.path.realpath(Path(options.out) / source.name): source.path for source in sources if source.is_video}
+    for source in sources:
+        for path in (source.path, *targets(options, source.name).values()):
+            video = videos.get(os.path.dirname(os.path.realpath(path)))
+            if video and not source.is_video and FRAME.fullmatch(path.name):
+                raise UserError(f'{source.path} would share {path} with a frame of {video}; predict the video in a run '
+                                'of its own, with another --out')
 
 
 def read_records(options):

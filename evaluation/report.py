@@ -160,9 +160,9 @@ class StepNetwork:
 
 
 def shown_file(steps, results):
-    """The name of the checkpoints to show: LATEST if only those were evaluated or continued from, else BEST."""
+    """The name of the checkpoints to show: LATEST if it was evaluated or continued from and BEST was not, else BEST."""
     files = results.files if results else set(map(started_from, steps[1:]))
-    return LATEST if files == {LATEST} else BEST
+    return LATEST if LATEST in files and BEST not in files else BEST
 
 
 def networks(steps, file, place):

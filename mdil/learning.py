@@ -171,8 +171,8 @@ def declare(name, pairs, classes, folder, overwrite=False):
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
     if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name or len(name) > 100:
-        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, without "=", of at most '
-                        '100 letters')
+        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, with at most 100 '
+                        'letters and no "="')
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'

@@ -150,7 +150,8 @@ class MultiDomainNet(nn.Module):
         for parameter in fixed + (self.shared_parameters() if shared else []):
             parameter.requires_grad_(False)
         for norm in batch_norms_of(self.modules()):
-            norm.track_running_stats = old_bn != 'batch' or norm not in old
+            if norm.running_mean is not None:
+                norm.track_running_stats = old_bn != 'batch' or norm not in old
         frozen = (in_all if shared and shared_mode == 'eval' else set()) | (old if old_bn == 'frozen' else set())
         if not dropout:
             frozen |= {module for module in self.modules() if isinstance(module, _DropoutNd)}

@@ -185,6 +185,14 @@ def test_a_domain_added_after_old_norms_were_fixed_to_batches_learns_its_own_sta
     assert moved == list(batch_norms_of(model.single(added).modules())) and moved
 
 
+def test_norms_without_statistics_stay_as_they_are():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 3, 1))
+    network.heads, network.output_layers = ('2',), ('2',)
+    model = MultiDomainNet(network)
+    model.freeze([0])
+    model.load_state_dict(model.state_dict())
+
+
 def test_a_view_is_the_plain_network_itself():
     model = fill(build_model([3, 4])).eval()
     plain = ERFNet(4, 'parallel').eval()

@@ -140,6 +140,7 @@ def test_graphs_need_one_gpu(monkeypatch):
         pass
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(nn.Module, 'to', lambda self, *_, **__: self)
+    monkeypatch.setattr(building, 'has_idle_weights', lambda *_: False)     # it moves the network to another device
     with pytest.raises(UserError, match='one GPU, not several'):
         run_on('cuda', 'mdil', graphs=True)
 

@@ -430,10 +430,10 @@ def test_predictions_of_a_video_replace_nothing_else(state, tmp_path):
     run_video(video)
     assert all(path.exists() for path in kept) and not (out / 'drive/000007.png').exists()
     frame.save(photos / 'drive/000001.jpg')
-    with pytest.raises(UserError, match=r'000001.png, of .*/photos/drive/000001.jpg, has the name of a frame of .*drive.mkv'):
+    with pytest.raises(UserError, match=r'/photos/drive/000001.jpg would share .*out/drive/000001.png with a frame of .*drive.mkv'):
         run_video(photos)
     frame.save(photos / 'drive/000001.png')
-    with pytest.raises(UserError, match='photos/drive/000001.png, of .*, has the name of a frame of .*drive.mkv'):
+    with pytest.raises(UserError, match='photos/drive/000001.png would share .*/photos/drive/000001.png with a frame of .*drive.mkv'):
         run(state, photos, '--input', video, photos / 'drive/000001.png', '--domain', 'CS', '--overwrite')
 
 

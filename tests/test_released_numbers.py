@@ -100,7 +100,7 @@ def released_run(entry):
     settings = {**recipe_settings('released', [f'd{i}' for i in range(len(classes))]), 'steps_per_batch': 2 if two else 1,
                 'teacher_mode': 'train' if two else 'eval', 'lambdac': entry['lambda']}
     options = SimpleNamespace(domains=[f'd{i}' for i in range(len(classes))], method='ours', lr=5e-4, shared_lr=5e-6,
-                              precision='fp32', parallel='none', compile=False, cuda_graphs=False,
+                              precision='fp32', parallel='none', compile=False, network='erfnet', height=32, width=64, sync_bn=False, cuda_graphs=False,
                               distill_domains=None, no_dropout=False, **settings)
     student = fill(build_model(classes[:-1]))
     teacher = copy.deepcopy(student)

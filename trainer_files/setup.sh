@@ -38,7 +38,7 @@ fi
 
 if command -v flock > /dev/null; then       # several jobs or machines may come here at once
     exec 9>> .venv.lock
-    flock -n 9 || { echo "== waiting: another process makes .venv"; flock 9; }
+    flock -n 9 || { echo "== waiting: another process makes .venv"; flock 9 || true; }      # or there are no locks
     ready && exit 0
 fi
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then

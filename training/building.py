@@ -337,12 +337,12 @@ def has_idle_weights(student, options):
 
     UserError if the network cannot process images of the training size.
     """
-    probe = copy.deepcopy(student).eval().to('meta')
+    probe = copy.deepcopy(student).train(not options.sync_bn).to('meta')
     try:
         for index in plan_step(options).trained:
-            probe(torch.empty(1, 3, options.height, options.width, device='meta'), index).sum().backward()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if 'meta' in str(error):        # an operation that cannot be tried without computing
+            probe(torch.empty(2, 3, options.height, options.width, device='meta'), index).sum().backward()
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        if 'meta' in str(error).lower():        # an operation that cannot be tried without computing
             return True
         raise UserError(f'{options.network} cannot process images of {options.width}x{options.height} '
                         f'({brief(error, 100)}); change --height and --width, or --network') from None

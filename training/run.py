@@ -88,14 +88,17 @@ class Run:
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed, options.deterministic)
         # By default, torch's convolutions on GPUs use TF32, which is less accurate than float32.
-        torch.backends.cudnn.allow_tf32 = options.recipe != 'released'
+        cudnn = torch.backends.cudnn
+        cudnn.allow_tf32 = options.recipe != 'released'
+        if not cudnn.allow_tf32:        # else the program's own setting for all of torch would count
+            cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = 'ieee'
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
         self.data = building.build_data(options, place, saved)
         self.digests = digest.data_digests(self.data) if place.main else {}
-        self.start = saved.get('start') if saved else digest.start_digest(options)
+        self.start = saved.get('start') if saved else digest.start_digest(options) if place.main else None
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         domains = [data.domain for data in self.data]
@@ -121,8 +124,9 @@ class Run:
         self.written, self.sound = time.monotonic(), not saved or saved.get('file', LATEST) == LATEST
         if saved:
             self.restore(saved)
-        # What a term draws must not move the generators, which a resumed run has just restored.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        # What a term draws is the same in a resumed run, and does not move the generators that were restored.
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if place.device.type == 'cuda' else []):
+            torch.manual_seed(options.seed)
             for term in self.terms:
                 term.setup(self)
 
