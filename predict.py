@@ -44,7 +44,8 @@ from mdil.utils.workers import batched, in_threads
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
 MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
-FRAME = re.compile(r'\d{6,}(\.color|\.overlay|\.confidence)?\.png')      # names of a video's predictions, in a folder
+# The file names of a video's predictions, in a folder of its own.
+FRAME = re.compile(r'\d{6,}(' + '|'.join(map(re.escape, ENDINGS.values())) + ')')
 LONGEST = 100                   # letters of a domain's name in the file name of its legend
 
 
@@ -188,10 +189,10 @@ def check_targets(options, sources):
 def check_frames(options, sources):
     """UserError if an image, or its prediction, has the place of a prediction of a video's frame."""
     videos = {os.path.realpath(Path(options.out) / source.name): source.path for source in sources if source.is_video}
-    for source in sources:
+    for source in (source for source in sources if not source.is_video):
         for path in (source.path, *targets(options, source.name).values()):
             video = videos.get(os.path.dirname(os.path.realpath(path)))
-            if video and not source.is_video and FRAME.fullmatch(path.name):
+            if video and FRAME.fullmatch(path.name):
                 raise UserError(f'{source.path} would share {path} with a frame of {video}; predict the video in a run '
                                 'of its own, with another --out')
 
