@@ -28,9 +28,10 @@ ADAPTERS, SEPARATE, JOINT = (f'adapters-only {FAST} --first {FAST}', f'single-ta
                              f'multi-task-adapters {FAST}')
 MDIL, TUNED, PLAIN = f'mdil {FAST} --first {FAST}', f'fine-tune {FAST} --first {FAST}', f'single-task {FAST}'
 ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dropout"
-# The paper's method at its own rates, and with shared weights that move faster.
-PAPER = {"`mdil` at the paper's rates": 'mdil',
-         '`mdil` at 1e-3, shared 5e-4, lambda 10': f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10'}
+# The paper's method at its own rates, and with shared weights that move faster: its stored file and row.
+PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
+#         '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
+         '`mdil` at 1e-3, shared 5e-4, lambda 10': ('mdil-rates', f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10')}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
@@ -121,17 +122,21 @@ def minus(one, other):
 def published_loops():
     """What the published loops and fine-tuning lose after three steps, and what statistics give back."""
     two, file, tuned = 'released-two-steps', 'tuned-alike', f'fine-tune {ALIKE}'
-    yield 'published loops, old statistics restored after two steps, Cityscapes', points(
-        scores(two, 'released-put-back'), scores(two, 'released'), 'cityscapes')
 
-    def recovered(row, column, *domains):
-        return points(scores(file, row, FIRST, column), scores(file, row, FIRST), *domains)
+    def recovered(row, column, *domains, step=-1):
+        return points(scores(file, row, FIRST, column, step), scores(file, row, FIRST, step=step), *domains)
+    yield 'published loops, old statistics restored after two steps, Cityscapes', recovered(
+        'released', 'kept', 'cityscapes', step=1)
+    yield 'published loops, old statistics restored after two steps, Cityscapes, earlier runs', points(
+        scores(two, 'released-put-back'), scores(two, 'released'), 'cityscapes')
     for name in ('cityscapes', 'camvid'):
         yield f'published loops, old statistics restored, {TITLES[name]}', recovered('released', 'kept', name)
     yield 'published loops, old statistics restored, both', recovered('released', 'kept', 'cityscapes', 'camvid')
     for name in ('cityscapes', 'camvid'):
         yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(
             scores(file, tuned, FIRST), scores(file, 'adapters-only', FIRST), name)
+        yield f'fine-tuning at 5e-4 against `adapters-only`, {TITLES[name]}', points(
+            scores('orders', 'fine-tune', FIRST), scores('orders', 'adapters-only-lr-1e-3-no-dropout', FIRST), name)
         yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
         yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
 
@@ -143,13 +148,21 @@ def against(words, one, other, names):
         yield f'{words}, {TITLES[name]}', points(one, other, name)
 
 
-def fine_tuning(file, plain, own):
-    """Claims about fine-tuning in a stored file and its copies; plain: separate plain networks, own: adapters-only."""
-    copies, tuned = copies_of(file, TUNED, FIRST), scores(file, TUNED, FIRST)
-    yield from against('fine-tuned copies against plain separate networks', copies, plain, FIRST.split()[1:])
-    yield from against('fine-tuned copies against `adapters-only`', copies, own, FIRST.split())
-    for name in FIRST.split()[:2]:
-        yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(tuned, own, name)
+def fine_tuning(file, plain, separate, own, order=FIRST):
+    """Claims about fine-tuning in a stored file and its copies.
+
+    plain, separate: separate networks, plain ones and those with adapters; own: adapters-only.
+    """
+    copies, tuned, names = copies_of(file, TUNED, order), scores(file, TUNED, order), order.split()
+    where = '' if order == FIRST else ', reverse order'
+    yield f'fine-tuning against separate networks{where}', relative(tuned, separate)
+    yield f'fine-tuned copies against separate networks{where}', relative(copies, separate)
+    yield from against(f'fine-tuned copies against plain separate networks{where}', copies, plain, names[1:])
+    yield from against(f'fine-tuned copies against `adapters-only`{where}', copies, own, names)
+    yield f'lead of the copies minus lead of `adapters-only`{where}', minus(relative(copies, plain),
+                                                                           relative(own, separate))
+    for name in names[:-1]:
+        yield f'fine-tuning against `adapters-only`{where}, {TITLES[name]}', points(tuned, own, name)
 
 
 def long_training():
@@ -159,6 +172,8 @@ def long_training():
     for words, order in ORDERS.items():
         yield from against(f'`adapters-only` against separate networks, {words}', own[words], separate,
                            order.split()[1:])
+    yield '`adapters-only` against separate networks, first order, mean of the domains', points(own['first order'],
+                                                                                              separate)
     for words, order in ORDERS.items():
         yield from against(f'`adapters-only` against joint training, {words}', own[words], joint, order.split())
     yield from against('joint training against separate networks', joint, separate, FIRST.split())
@@ -167,7 +182,7 @@ def long_training():
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
     plain = together(scores('long-camvid', PLAIN), scores('long-plain', PLAIN))
     yield from against('plain separate networks against separate networks', plain, separate, FIRST.split())
-    yield from fine_tuning('long-fine-tune', plain, own['first order'])
+    yield from fine_tuning('long-fine-tune', plain, separate, own['first order'])
 
 
 def short_training():
@@ -181,7 +196,8 @@ def short_training():
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
     plain = scores('fast', PLAIN)
     yield 'plain separate networks against separate networks', relative(plain, separate)
-    yield from fine_tuning('fast-fine-tune', plain, own['first order'])
+    yield from fine_tuning('fast-fine-tune', plain, separate, own['first order'])
+    # yield from fine_tuning('fast-fine-tune-order2', plain, separate, own['reverse order'], REVERSE)
 
 
 def one_rate():
@@ -200,16 +216,17 @@ def one_rate():
     yield '`released` against plain separate networks', relative(scores(three, 'released', FIRST), plain)
     yield '`released`, old statistics kept, against plain separate networks', relative(
         scores(three, 'released', FIRST, 'kept'), plain)
-    for words, row in PAPER.items():
-        found = scores('mdil-rates', row, FIRST)
+    for words, (file, row) in PAPER.items():
+        found = scores(file, row, FIRST)
         yield f'{words} against plain separate networks', relative(found, plain)
         yield from against(f'{words} against `adapters-only`', found, own, FIRST.split())
         for name in FIRST.split()[:2]:
             yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(
-                found, copies_of('mdil-rates', row, FIRST), name)
+                found, copies_of(file, row, FIRST), name)
     paper = scores('mdil-rates', 'mdil', FIRST)
-    yield from against("`mdil` at the paper's rates against `released`", paper, scores(three, 'released', FIRST),
-                       FIRST.split())
+    for name in FIRST.split():
+        yield f"`mdil` at the paper's rates against `released`, {TITLES[name]}", points(
+            paper, scores(three, 'released', FIRST), name)
     yield "`mdil` at the paper's rates against `released`, old statistics kept", relative(
         paper, scores(three, 'released', FIRST, 'kept'))
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
@@ -353,6 +370,12 @@ def provenance(name):
             content.get('options', content.get('protocol'))['precision'], ' '.join(seeds)]
 
 
+def counts():
+    """How many comparisons there are, how many are established, and how many still are with Bonferroni's correction."""
+    found = [p_value(list(difference.seeds.values())) for claims in SECTIONS.values() for _, difference in claims()]
+    return len(found), sum(p < LIMIT for p in found), sum(p < (1 - CONFIDENCE) / len(found) for p in found)
+
+
 def main(argv=None):
     parser = Parser(prog='python -m benchmarks.claims',
                     description='Prints every comparison of docs/results.md, computed from the stored results.')
@@ -363,6 +386,8 @@ def main(argv=None):
         print(f'{title}\n\n{tables.markdown(table.header, *table.groups)}\n')
         for words, difference in SECTIONS[title]() if options.per_seed and title in SECTIONS else ():
             print(f'{words}: {", ".join(map(number, difference.seeds.values()))}')
+    made, established, corrected = counts()
+    print(f"{made} comparisons, {established} of them with p < {LIMIT}, {corrected} with Bonferroni's correction")
 
 
 if __name__ == '__main__':
