@@ -163,6 +163,8 @@ def fine_tuning(file, plain, separate, own, order=FIRST):
                                                                            relative(own, separate))
     for name in names[:-1]:
         yield f'fine-tuning against `adapters-only`{where}, {TITLES[name]}', points(tuned, own, name)
+        yield f'fine-tuning, statistics estimated anew{where}, {TITLES[name]}', points(
+            scores(file, TUNED, order, 'estimated'), tuned, name)
 
 
 def long_training():
@@ -197,7 +199,7 @@ def short_training():
     plain = scores('fast', PLAIN)
     yield 'plain separate networks against separate networks', relative(plain, separate)
     yield from fine_tuning('fast-fine-tune', plain, separate, own['first order'])
-    # yield from fine_tuning('fast-fine-tune-order2', plain, separate, own['reverse order'], REVERSE)
+    yield from fine_tuning('fast-fine-tune-order2', plain, separate, own['reverse order'], REVERSE)
 
 
 def one_rate():
