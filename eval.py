@@ -16,10 +16,9 @@ import os
 from functools import partial
 from pathlib import Path
 
-from mdil.datasets.domains import canonical
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
-from mdil.evaluation.earlier import digest, earlier_results, settings
+from mdil.evaluation.earlier import FILES, FOLDERS, digest, earlier_results, settings
 from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
@@ -34,9 +33,6 @@ from mdil.utils.files import check_results, check_writable, write_json, write_te
 from mdil.utils.parallel import check_alone, session
 from mdil.utils.parser import Parser, complete_size, data_options, flag, machine_options, positive, size_options
 
-FILES = ('json', 'csv', 'markdown', 'latex', 'save_panels')
-FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
-           'confusion': 'save_confusion'}
 PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch_size', 'limit_batches', 'precision')
 
 
@@ -110,7 +106,6 @@ def check_options(options):
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
     if options.only and options.single_task:
         raise UserError('--single-task needs the scores of all domains; leave out --only')
-    options.only = list(map(canonical, options.only))
     if options.json:
         check_results('--json', options.json, ('domains', 'steps'))
     if options.resume:
@@ -131,22 +126,29 @@ def check_options(options):
 
 
 def single_task_scores(items, evaluator):
-    """{domain: entry} of --single-task items: NAME=mIoU, whose entry has only 'miou', or a checkpoint."""
+    """{domain: entry} of the items of --single-task."""
     scores = {}
     for item in items:
-        name, equals, value = item.partition('=')
-        if equals and not os.path.exists(item):
-            scores[evaluator.domain(name).name] = {'miou': stated_miou(item, value)}
-            continue
-        if len(evaluator.options.domains) > 1 and read_checkpoint(item).domains is None:
-            raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} '
-                            '--domains NAME), then pass --single-task NAME=mIoU')
-        model, (domain, *others) = evaluator.load(item)
-        if others:
-            raise UserError(f'--single-task {item} contains {len(others) + 1} domains; a checkpoint with one is '
-                            'expected')
-        scores[domain.name] = evaluator.entry(evaluator.score(model, 0, domain).matrix, domain, domain)
+        name, entry = single_task_score(item, evaluator)
+        if name in scores:
+            raise UserError(f'--single-task {item}: {name} is given twice; give it once')
+        scores[name] = entry
     return scores
+
+
+def single_task_score(item, evaluator):
+    """(domain, entry) of an item of --single-task: NAME=mIoU, whose entry has only 'miou', or a checkpoint."""
+    name, equals, value = item.partition('=')
+    if equals and not os.path.exists(item):
+        return evaluator.domain(name).name, {'miou': stated_miou(item, value)}
+    names = () if read_checkpoint(item).domains else evaluator.options.domains
+    if len(names) > 1:
+        raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} '
+                        '--domains NAME), then pass --single-task NAME=mIoU')
+    model, (domain, *others), _ = evaluator.load(item, names)
+    if others:
+        raise UserError(f'--single-task {item} contains {len(others) + 1} domains; a checkpoint with one is expected')
+    return domain.name, evaluator.entry(evaluator.score(model, 0, domain).matrix, domain, domain)
 
 
 def stated_miou(item, value):
@@ -219,7 +221,8 @@ def run(options, place):
     """Evaluates all checkpoints; returns what --json writes, and a function that draws the figure of --save-panels."""
     given, evaluator, steps = settings(options), Evaluator(options, place), []
     trainings = list(map(training_of, options.state))       # before hours of evaluation, as it may raise UserError
-    networks, known, contents = zip(*(evaluator.load_with_content(state, options.method) for state in options.state))
+    networks, known, contents = zip(*(evaluator.load(state, options.domains, options.method)
+                                      for state in options.state))
     digests = list(map(digest, options.state))      # now, as a file may be replaced while it is scored
     check_order(options.state, known)
     if options.height is None:
@@ -229,16 +232,17 @@ def run(options, place):
     datasets = images_of(evaluator, known[-1])
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
-    for number, (state, model, domains, training) in enumerate(zip(options.state, networks, known, trainings), 1):
+    for number, (state, seen, training, model, domains, content) in enumerate(
+            zip(options.state, digests, trainings, networks, known, contents), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
         scores, entries = evaluate_step(evaluator, options, folder, model, domains)
-        steps.append({'state': str(state), 'digest': digests[number - 1], 'domains': entries,
-                      'method': method_name(contents[number - 1].get('method') or options.method),
+        steps.append({'state': str(state), 'digest': seen, 'domains': entries,
+                      'method': method_name(content.get('method') or options.method),
                       **({'training': training} if training else {})})
     entries = [step['domains'] for step in steps]
     results = {'domains': entries[-1], 'steps': steps, 'summary': summarise(entries, single)}
     if options.only:
-        results['only'] = options.only
+        results['only'] = list(entries[-1])
     if options.common_classes:
         results['common_summary'] = summarise(entries, single, common=True)
     if options.cross_heads:

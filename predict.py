@@ -12,15 +12,10 @@ continues where it stopped; an --out with predictions of another network or othe
 refused. --advise writes no predictions: it says which branch fits images of a new place, how well
 that branch should do there, and whether a new branch is worth training.
 """
-import hashlib
-import json
-import os
-import re
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -30,23 +25,17 @@ from tqdm import tqdm
 from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
 from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, upright
+from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records, settings, short, targets,
+                                     wanted_legends)
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
-from mdil.models.fingerprint import SHOWN
 from mdil.models.identify import Sequence, appearance, never_unknown
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, counted, run_main
-from mdil.utils.files import check_new, check_writable, same_file, write_json, written_through
+from mdil.utils.files import check_new, check_writable, write_json
 from mdil.utils.parallel import session
 from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 from mdil.utils.workers import batched, in_threads
-
-# What --save can write for an image, and the suffix of its file.
-ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
-MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
-# The file names of a video's predictions, in a folder of its own.
-FRAME = re.compile(r'\d{6,}(' + '|'.join(map(re.escape, ENDINGS.values())) + ')')
-LONGEST = 100                   # letters of a domain's name in the file name of its legend
 
 
 def predict_parser():
@@ -116,9 +105,7 @@ def check_exported(options):
 
 def check_places(options):
     """Refuses output paths that cannot be written to."""
-    if options.advise and options.json:
-        check_new('--json', options.json, options.overwrite)
-    elif options.json:
+    if options.json and not options.advise:
         check_writable('--json', options.json, inputs=[options.state])
     if options.out:
         check_writable('--out', options.out, folder=True)
@@ -146,150 +133,6 @@ def load(work, predictor):
         return Loaded(item, error=error)
     look = appearance(image) if predictor.identifier else None
     return Loaded(item, look=look) if finished else Loaded(item, image, predictor.prepare(image), look)
-
-
-def targets(options, name):
-    """{kind: path} of the files to save for the image called `name`."""
-    return {kind: Path(options.out) / f'{name}{ENDINGS[kind]}' for kind in options.save}
-
-
-def real_paths(sources):
-    """The paths of the inputs, links followed."""
-    return {os.path.realpath(source.path) for source in sources}
-
-
-def check_targets(options, sources):
-    """UserError if two images would be written to the same file, or one would replace an input."""
-    for folder in options.input:
-        if same_file(folder, options.out):
-            raise UserError(f'--out {options.out} is the folder {folder} of --input, so predictions would lie among '
-                            'the images; name another folder, or one below it')
-    inputs, owners = real_paths(sources), {}
-    record = os.path.realpath(options.json) if options.json else None
-    if options.json:
-        check_writable('--json', options.json, inputs=[*options.input, *inputs])
-    if record == os.path.realpath(Path(options.out) / MADE_BY):
-        raise UserError(f'--json {options.json} is where predict.py records its settings; name another file')
-    for source in sources:
-        for path in targets(options, source.name).values():
-            place = os.path.realpath(path)
-            if place == record:
-                raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
-            if place in inputs:
-                raise UserError(f'{path} is an input and would be replaced; choose another --out')
-            if owners.get(path) == source.path:
-                raise UserError(f'{source.path} is given twice')
-            if path in owners:
-                raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
-                                'predict them in two runs, each with its own --out')
-            owners[path] = source.path
-    check_frames(options, sources)
-
-
-def check_frames(options, sources):
-    """UserError if an image, or its prediction, has the place of a prediction of a video's frame."""
-    videos = {os.path.realpath(Path(options.out) / source.name): source.path for source in sources if source.is_video}
-    for source in (source for source in sources if not source.is_video):
-        for path in (source.path, *targets(options, source.name).values()):
-            video = videos.get(os.path.dirname(os.path.realpath(path)))
-            if video and FRAME.fullmatch(path.name):
-                raise UserError(f'{source.path} would share {path} with a frame of {video}; predict the video in a run '
-                                'of its own, with another --out')
-
-
-def read_records(options):
-    """The entries of an earlier run in the --json file, or {}; UserError if predict.py did not write it."""
-    if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
-        return {}
-    try:
-        records = json.loads(Path(options.json).read_text())
-    except (OSError, ValueError):
-        records = None
-    if not isinstance(records, dict) or not all(isinstance(entry, dict) and 'classes' in entry
-                                                for entry in records.values()):
-        raise UserError(f'--json {options.json} exists and was not written by predict.py; choose another name, or '
-                        'replace it with --overwrite')
-    return records
-
-
-def settings(options, predictor):
-    """Everything that the predictions depend on, as recorded in MADE_BY."""
-    files = [Path(options.state)]
-    if files[0].suffix.lower() == '.xml':       # OpenVINO keeps the weights in a second file
-        files.append(files[0].with_suffix('.bin'))
-    digest = hashlib.sha256(b''.join(map(Path.read_bytes, files))).hexdigest()
-    return {'network': digest[:SHOWN], 'domains': ' '.join(domain.name for domain in predictor.domains),
-            'domain': branch_of(options, predictor), 'sequence': options.sequence,
-            'size': 'x'.join(map(str, predictor.size[::-1])) if predictor.size else 'native',
-            'label-ids': options.label_ids, 'precision': options.precision}
-
-
-def answers_to(options, source):
-    """Existing files, of all kinds, at the places of a Source's predictions."""
-    if source.is_video:
-        return [path for path in (Path(options.out) / source.name).glob('*.png') if FRAME.fullmatch(path.name)]
-    return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
-
-
-def legends(options, predictor):
-    """{path in --out: Domain} of the legends of the colours of all branches."""
-    return {Path(options.out) / f'legend-of-{quote(domain.name, safe="")[:LONGEST]}.png': domain
-            for domain in predictor.domains}
-
-
-def wanted_legends(options, predictor, sources):
-    """Those of `legends` to write: of the branches that may be used, if colours are saved.
-
-    A file that is there is kept, unless --overwrite. UserError if one has the name of an input or of another output.
-    """
-    if not {'color', 'overlay'} & set(options.save):
-        return {}
-    branch, taken = branch_of(options, predictor), real_paths(sources)
-    taken |= {os.path.realpath(path) for source in sources for path in targets(options, source.name).values()}
-    taken |= {os.path.realpath(path) for path in (options.state, options.json) if path}
-    found = {path: domain for path, domain in legends(options, predictor).items() if branch in ('auto', domain.name)}
-    for path in found:
-        if os.path.realpath(path) in taken:
-            raise UserError(f'{path} is where the legend of the colours goes, but also an input or another output; '
-                            'rename that, or choose another --out')
-    return {path: domain for path, domain in found.items() if options.overwrite or not os.path.lexists(path)}
-
-
-def claim(options, predictor, sources):
-    """Records in --out the settings of the predictions.
-
-    UserError if --out holds predictions made with other or unknown settings. --overwrite removes those of `sources`
-    instead; then UserError if any made with other settings would remain.
-    """
-    path, made, inputs = Path(options.out) / MADE_BY, settings(options, predictor), real_paths(sources)
-    before = read_object(path)
-    there = {answer for source in sources for answer in answers_to(options, source)
-             if os.path.realpath(answer) not in inputs}
-    other = [f'{name} {before[name]}, now {value}' for name, value in made.items() if before.get(name, value) != value]
-    if not options.overwrite and other:
-        raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(other)}; choose '
-                        'another --out, or replace them with --overwrite')
-    if not options.overwrite and not before and (path.exists() or there):
-        raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
-                        'choose another --out, or replace them with --overwrite')
-    others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs}
-    others -= {*there, *legends(options, predictor)}
-    if other and others:
-        raise UserError(f'--out {options.out} holds {min(others).name}, which was made with other settings and would '
-                        'remain; choose another --out')
-    if other or not before:
-        for answer in there:        # otherwise a run resumed after an interruption would keep these old files
-            answer.unlink()
-    write_json(path, {'state': str(options.state), **made})
-
-
-def read_object(path):
-    """The object in a JSON file; {} if the file is missing or holds no object."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = {}
-    return found if isinstance(found, dict) else {}
 
 
 def wanted(options, sources, records, skipped, drive):
@@ -342,19 +185,13 @@ def save(options, loaded, prediction):
         pictures.save_picture(path, picture(kind, loaded.image, prediction, options.label_ids))
 
 
-def record(prediction):
-    """The entry of an image in --json."""
+def record(prediction, made):
+    """The entry of an image in --json; made: the run's `settings`."""
     choice = prediction.choice
-    return {'domain': 'unknown' if choice.unknown else prediction.domain.name, 'branch': prediction.domain.name,
+    return {'made_by': short(made), 'domain': 'unknown' if choice.unknown else prediction.domain.name,
+            'branch': prediction.domain.name,
             'domains': choice.probabilities, 'confidence': prediction.confidence.mean().item(),
             'classes': prediction.shares}
-
-
-def branch_of(options, predictor):
-    """Name of the domain whose branch segments all images, or 'auto'."""
-    if predictor.identifier:
-        return 'auto'
-    return predictor.domains[0 if options.domain in (None, 'auto') else predictor.index(options.domain)].name
 
 
 class Chooser:
@@ -381,7 +218,7 @@ class Chooser:
         return None if self.stated else item.video or (Path(item.key).parent if self.sequence else None)
 
 
-def predict_all(options, predictor, sources, records):
+def predict_all(options, predictor, sources, records, made):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
     items = tqdm(wanted(options, sources, records, skipped, choose.drive), unit='image', disable=None,
@@ -394,7 +231,7 @@ def predict_all(options, predictor, sources, records):
         images, choices = [loaded.prepared for loaded, _ in todo], [choice for _, choice in todo]
         for (loaded, _), prediction in zip(todo, predictor.predict_prepared(images, choices)):
             save(options, loaded, prediction)
-            records[loaded.item.key] = record(prediction)
+            records[loaded.item.key] = record(prediction, made)
             unknown += prediction.choice.unknown
         count += len(todo)
     there = f', {len(skipped)} were there already' if skipped else ''
@@ -406,19 +243,20 @@ def run(options, place):
     """Predicts all images; --json gets the finished ones even if the run ends early."""
     sources = find_sources(options.input, options.out)
     check_targets(options, sources)
-    records = read_records(options)
     predictor = load_predictor(options, place)
+    made = settings(options, predictor)
+    records = read_records(options, made)
     if options.native:
         torch.backends.cudnn.benchmark = False      # a search for each size would take longer than it saves
     for domain in predictor.domains if options.label_ids == 'files' else ():
         if branch_of(options, predictor) in ('auto', domain.name):
             file_values(domain)
     colors = wanted_legends(options, predictor, sources)
-    claim(options, predictor, sources)
+    claim(options, predictor, sources, made)
     for path, domain in colors.items():
         pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
     try:
-        done, errors = predict_all(options, predictor, sources, records)
+        done, errors = predict_all(options, predictor, sources, records, made)
     finally:
         if options.json:
             write_json(options.json, records)
@@ -428,29 +266,29 @@ def run(options, place):
     report_errors(errors)
 
 
-def look_at(source):
+def look_at(path):
     """(look, None) of an image, or (None, the UserError) if it cannot be read."""
     try:
-        return appearance(upright(source.path)), None
+        return appearance(upright(path)), None
     except UserError as error:
         return None, error
 
 
 def run_advice(options, place):
     """Prints the advice about the images of --advise that can be read; --json gets the same."""
-    sources = images_in(options.advise)
+    paths = [source.path for source in images_in(options.advise)]
+    if options.json:
+        check_new('--json', options.json, options.overwrite, [options.state, *paths])
     options.domain = 'auto'
     predictor = load_predictor(options, place)
-    seen = list(tqdm(in_threads(look_at, sources, options.num_workers), total=len(sources), desc='image statistics',
-                     unit='image', leave=False, disable=None))
-    known = [(source.path, look) for source, (look, error) in zip(sources, seen) if not error]
-    if known:
-        paths, looks = zip(*known)
-        prepare = partial(map, lambda number: predictor.prepare(upright(paths[number])))
-        found = advise(predictor, torch.stack(looks), prepare, options.data_root)
+    seen = list(in_threads(look_at, paths, options.num_workers, 'image statistics'))
+    read = [(path, look) for path, (look, error) in zip(paths, seen) if not error]
+    if read:
+        prepared = lambda numbers: (predictor.prepare(upright(read[number][0])) for number in numbers)
+        found = advise(predictor, torch.stack([look for _, look in read]), prepared, options.data_root)
         if options.json:
             write_json(options.json, found)
-        print(*sentences(found, len(paths)), sep='\n')
+        print(*sentences(found, len(read)), sep='\n')
     report_errors([error for _, error in seen if error])
 
 

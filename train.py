@@ -23,7 +23,7 @@ from mdil.evaluation.dashboard import Dashboard
 from mdil.evaluation.evaluation import evaluate
 from mdil.evaluation.scalars import Scalars
 from mdil.models import unchanged
-from mdil.training import building, records, resume
+from mdil.training import domain_data, records, resume
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
 from mdil.training.run import BEST, LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
@@ -81,7 +81,7 @@ def train_epoch(run, interrupt):
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
     with bar:
         for data, batch in batches(run):
-            images, labels = building.on_device(data, batch, run.options.seed, run.epoch + 1, run.place)
+            images, labels = domain_data.on_device(data, batch, run.options.seed, run.epoch + 1, run.place)
             losses = step(images, labels, data.index)
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)

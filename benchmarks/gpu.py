@@ -34,7 +34,7 @@ from mdil.datasets.segmentation import SegmentationDataset
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.evaluation.tables import plain
 from mdil.models import METHODS
-from mdil.training import building
+from mdil.training import domain_data
 from mdil.training.records import environment
 from mdil.training.step_loss import mean_over_batch
 from mdil.utils.errors import UserError, advice, brief, run_main
@@ -388,7 +388,7 @@ def loading(report, options):
             for epoch in range(4):
                 rate, start = timed(work, batch, len(loader), place), time.perf_counter()
                 for loaded in loader:
-                    work(*building.on_device(feed, loaded, 0, epoch, place))
+                    work(*domain_data.on_device(feed, loaded, 0, epoch, place))
                 speed.wait(place)
                 if epoch:       # the first epoch also starts the workers
                     shares.append(1 - len(stored) / (time.perf_counter() - start) / rate)

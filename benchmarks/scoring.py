@@ -45,18 +45,18 @@ def training_loader(options, name, seed, place):
 def score(step, column, number, load, evaluator, options):
     """The entry of domain `number` after a step, in a column; None if it equals that of the column `trained`.
 
-    load: returns (network, its Domain objects) of the step. One network serves all domains, because the
+    load: what `Evaluator.load` returns for the step. One network serves all domains, because the
     columns other than `trained` replace every statistic that the domain uses.
     """
     name, own = step.domains[number], own_step(step, step.domains[number])
     if column == KEPT and own == step:
         return None
-    model, domains = load()
+    model, domains, _ = load()
     if column == ESTIMATED:
         loader = training_loader(options, name, step.seed, evaluator.place)
         estimate_statistics(model, number, loader, evaluator.place, options.precision)
     if column == KEPT:
-        source, _ = evaluator.load(checkpoint_of(own, options))
+        source, *_ = evaluator.load(checkpoint_of(own, options))
         take_statistics(model.single(number), source.single(own.domains.index(name)))
     return evaluator.entry(evaluator.score(model, number, domains[number]).matrix, domains[number], domains[number])
 

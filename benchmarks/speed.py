@@ -37,7 +37,7 @@ from mdil.evaluation import pictures
 from mdil.evaluation.evaluation import evaluate
 from mdil.evaluation.tables import number, plain
 from mdil.models import build_model, erfnet
-from mdil.training import building
+from mdil.training import building, domain_data
 from mdil.training.options import recipe_settings
 from mdil.training.records import environment
 from mdil.training.step_loss import StepLoss
@@ -394,7 +394,7 @@ def waiting_share(side, loader, training, data, options, place):
             there = time.perf_counter()
             if side == OURS:
                 source = SimpleNamespace(train=loader, domain=data.domain)
-                images, labels = building.on_device(source, (images, labels, indices), 0, epoch, place)
+                images, labels = domain_data.on_device(source, (images, labels, indices), 0, epoch, place)
             training(images, labels)
             wait(place)
             after = time.perf_counter()

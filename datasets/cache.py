@@ -25,7 +25,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mdil.datasets.segmentation import load_pair
 from mdil.utils.errors import UserError
@@ -168,6 +167,5 @@ def load_all(dataset, workers):
 
     Threads are enough, because decoding and resizing release Python's lock.
     """
-    title = f'cache of {dataset.domain.name} {dataset.split}'
-    made = in_threads(partial(load_pair, size=dataset.size), dataset.pairs, workers)
-    yield from tqdm(made, total=len(dataset), desc=title, unit='image', disable=None)
+    return in_threads(partial(load_pair, size=dataset.size), dataset.pairs, workers,
+                      f'cache of {dataset.domain.name} {dataset.split}')

@@ -107,9 +107,9 @@ def check_split(domain, root, split, workers, pairs_only=False):
         return report
     report.pairs, report.warnings = len(found.pairs), unpaired(found)
     problems = report.warnings if pairs_only else report.errors      # training takes the first
-    for first, *others in found.repeated:
-        problems.append(Problem('repeated image', str(first),
-                                f'{first} and {", ".join(map(str, others))} have the same stem'))
+    for kind, groups in (('repeated image', found.repeated_images), ('repeated label', found.repeated_labels)):
+        problems += [Problem(kind, str(first), f'{first} and {", ".join(map(str, others))} have the same name')
+                     for first, *others in groups]
     if pairs_only:
         return report
     inspect = partial(inspect_pair, num_classes=domain.num_classes)

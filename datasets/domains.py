@@ -107,6 +107,15 @@ def canonical(name):
     return domain_names().get(name.lower(), name)
 
 
+def index_among(names, name, source):
+    """Index in `names` of the domain `name`, or of that of which it is an alias, in any case; else UserError."""
+    wanted = canonical(name).lower()
+    for index, known in enumerate(names):
+        if known.lower() == wanted:
+            return index
+    raise UserError(f'{source} knows {", ".join(names)}, not {name}')
+
+
 def is_declared(name, paths):
     """Whether the domain is built in, or a user's own that `paths` declare."""
     return canonical(name) in DOMAINS or name in paths

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from urllib.parse import quote
 
 from mdil.datasets.declaration import IMAGES, MASKS, VOID_FILE_VALUE, Domain, Labels, Layout
 from mdil.utils.errors import UserError
@@ -14,6 +15,7 @@ from mdil.utils.errors import UserError
 SPLITS = ('train', 'val', 'test')
 KEYS = ('classes', 'images', 'labels', 'image_suffix', 'label_suffix', 'void', 'values', 'by_color', 'weights', *SPLITS)
 MOST = 254          # most classes: labels are bytes, one index is void, one marks errors
+LONGEST_NAME = 200  # most bytes of a domain's name, percent-encoded, as in the names of folders
 BLACK = 0
 
 
@@ -50,8 +52,7 @@ def without_repeats(pairs):
 
 def declared_domain(name, folder, spec):
     """The Domain that `spec`, the content of a domain.json in `folder`, declares."""
-    if name.lower() == 'auto':
-        raise Wrong('--domain auto lets the image decide, so no domain can be called auto; choose another name')
+    check_domain_name(name)
     if not isinstance(spec, dict):
         raise Wrong('an object {"images": ..., "labels": ..., "classes": [...]} is expected')
     unknown = [key for key in spec if key not in KEYS]
@@ -60,6 +61,18 @@ def declared_domain(name, folder, spec):
     classes, colors = read_classes(spec)
     weights = read_weights(spec['weights'], len(classes)) if 'weights' in spec else None
     return Domain(name, str(folder), classes, colors, (read_layout(spec, folder, classes, colors),), weights=weights)
+
+
+def check_domain_name(name):
+    """Wrong unless `name` can be the name of a domain, of which folders and files are called, too."""
+    if name.lower() == 'auto':
+        raise Wrong('--domain auto lets the image decide, so no domain can be called auto; choose another name')
+    encoded = quote(name, safe='', errors='surrogateescape')
+    if (not name.isprintable() or name != name.strip() or name in ('', '.', '..') or set(name) & set('/\\=')
+            or name.startswith('-') or len(encoded) > LONGEST_NAME):
+        raise Wrong(f'{name!r} cannot be the name of a domain, because folders are called after it: use printable '
+                    f'characters without / \\ and =, no - or blank first, and at most {LONGEST_NAME} bytes '
+                    '(letters beyond ASCII count several times)')
 
 
 def with_lists(domain, folder, spec):

@@ -23,12 +23,14 @@ class Split:
     """The pairs of a domain's split in the order of their names, or of their list.
 
     without_label, without_image: files that have no partner.
-    repeated: groups of images with the same name, such as a.png and a.jpg; the first one is used.
+    repeated_images, repeated_labels: groups of files of one kind with the same name, such as a.png and a.jpg; the
+        first one is used.
     """
     pairs: tuple
     without_label: tuple = ()
     without_image: tuple = ()
-    repeated: tuple = ()
+    repeated_images: tuple = ()
+    repeated_labels: tuple = ()
 
 
 def identity(path):
@@ -121,7 +123,17 @@ def split_of_folders(layout, images_dir, labels_dir):
         pairs.append(Pair(images[key][0], label, kinds[suffix].values, kinds[suffix].by_color))
     return Split(tuple(pairs), tuple(images[key][0] for key in sorted(images.keys() - labels.keys())),
                  tuple(labels[key][0][0] for key in sorted(labels.keys() - images.keys())),
-                 tuple(tuple(images[key]) for key in sorted(images) if len(images[key]) > 1))
+                 tuple(tuple(images[key]) for key in sorted(images) if len(images[key]) > 1),
+                 tuple(group for key in sorted(labels) for group in alike(labels[key], kinds)))
+
+
+def alike(files, kinds):
+    """Groups of several labels (path, suffix) whose values mean the same; kinds: {suffix: its Labels}."""
+    groups = {}
+    for path, suffix in files if len(files) > 1 else ():
+        first = next(other for other in kinds if kinds[other].values == kinds[suffix].values)
+        groups.setdefault(first, []).append(path)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def listed_split(layout, base, split):
@@ -239,10 +251,14 @@ def missing_labels(domain, base, split, layout, found):
     return f'{text}; {before}run {domain.make_labels} {base}'
 
 
-def report_unpaired(domain, split, found):
-    """Reports files without a partner on standard error: a line for images, a line for labels."""
+def report_left_out(domain, split, found):
+    """Reports on standard error the files that no pair uses, in a line for each reason."""
     for odd, what in ((found.without_label, 'image{} without a label'),
-                      (found.without_image, 'label{} without an image')):
+                      (found.without_image, 'label{} without an image'),
+                      ([path for _, *others in found.repeated_images for path in others],
+                       'image{} with the name of another'),
+                      ([path for _, *others in found.repeated_labels for path in others],
+                       'label{} with the name of another')):
         if odd:
             tell(printable(f'{domain.name} {split}: {len(odd)} {what.format("s" * (len(odd) > 1))} left out, e.g. '
                            f'{odd[0]}; python -m mdil check lists them'))

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from mdil.datasets.augment import augment, draw
-from mdil.datasets.pairs import Split, find_split, report_unpaired
+from mdil.datasets.pairs import Split, find_split, report_left_out
 from mdil.utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
@@ -234,7 +234,7 @@ class SegmentationDataset(Dataset):
         png_decoder()           # import it here, not in every loader process
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split) if pairs is None else Split(tuple(pairs))
-        report_unpaired(domain, split, found)
+        report_left_out(domain, split, found)
         self.pairs, self.stored, self.counts = found.pairs, None, None
 
     def __len__(self):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mdil.datasets import get_domain
 from mdil.evaluation import pictures, tables
+from mdil.evaluation.earlier import digest
 from mdil.evaluation.evaluation import split_of
 from mdil.evaluation.tables import Table, spread
 from mdil.models.checkpoint import load_network, read_checkpoint
@@ -65,18 +66,30 @@ def read_results(items):
             seen.add((name, path.resolve()))
             try:
                 result = json.loads(path.read_text())
-                matrix(result), protocol(result), result['summary']['forgetting'], result['versions']
+                check_result(result)
             except OSError as error:
                 raise UserError(f'{item}: {path} cannot be read: {error.strerror}; eval.py --json writes it') from None
             except ValueError as error:
                 raise UserError(f'{item}: {path} cannot be read ({error}); eval.py --json writes it') from None
-            except (KeyError, TypeError, AttributeError):
+            except (LookupError, TypeError, AttributeError):
                 raise UserError(f'{item}: {path} is not a result of eval.py --json') from None
             if result.get('only'):
                 raise UserError(f'{item}: {path} is of eval.py --only; a comparison needs the scores of all domains')
             results.setdefault(name, []).append(result)
     check_comparable(results)
     return results
+
+
+def check_result(result):
+    """KeyError, TypeError, AttributeError or IndexError unless `result` has the parts that are compared."""
+    protocol(result), result['versions'].get('git')
+    training = last_training(result) or {}
+    entries = [entry['miou'] for domains in (result['domains'], *(step['domains'] for step in result['steps']))
+               for entry in domains.values()]
+    for value in (*entries, *result['summary']['forgetting'].values(), *(training[which]['miou'] for which in training
+                                                                         and ('best', 'last'))):
+        if value is not None:
+            value + 0.0
 
 
 def protocol(result):
@@ -199,10 +212,19 @@ def draw(results, options):
                              (settings['height'], settings['width']), settings['resolution'])
             for number, domain in enumerate(first['domains'])}
     chosen = pictures.choose(sets, options.images)
-    models = {f'{name}, after step {len(result["steps"])}':
-              load_network(read_checkpoint(result['steps'][-1]['state'])).to(place.device)
+    models = {f'{name}, after step {len(result["steps"])}': last_network(result['steps'][-1], place)
               for name, result in firsts.items()}
     pictures.save_panels(Path(options.out) / 'comparison.png', sets, models, place, chosen)
+
+
+def last_network(step, place):
+    """The network that was scored after a step; UserError if its file has been replaced since."""
+    state = step['state']
+    checkpoint = read_checkpoint(state)
+    if step.get('digest') not in (None, digest(state)):
+        raise UserError(f'{state} was replaced after it was evaluated; run eval.py again, or leave the picture out '
+                        'with --no-picture')
+    return load_network(checkpoint).to(place.device)
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdil.datasets.domains import DOMAINS, canonical, domain_of
 from mdil.evaluation import tables
 from mdil.models import METHODS
-from mdil.models.checkpoint import load_network, read_checkpoint
+from mdil.models.checkpoint import check_stated, load_network, read_checkpoint
 from mdil.models.methods import nameless_options, unused
 from mdil.models.networks import get_network
 from mdil.training import records
@@ -24,10 +24,11 @@ from mdil.utils.errors import UserError, printable, run_main
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, flag, show, size_options
 
 # The options to show, in this order; those that a file does not hold, or its method does not use, are left out.
-TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'num_epochs', 'batch_size', 'lr', 'shared_lr',
-            'no_dropout', 'lambdac', 'temperature', 'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch',
-            'frozen_encoder', 'new_decoder', 'new_statistics', 'imagenet_bn', 'label_padding', 'rounds',
-            'class_weights', 'height', 'width', 'precision', 'seed', 'limit_batches')
+TRAINING = ('domains', 'method', 'network', 'weights', 'recipe', 'state', 'branch_from', 'num_epochs', 'batch_size',
+            'sync_bn', 'lr', 'shared_lr', 'schedule', 'no_dropout', 'lambdac', 'temperature', 'distill_domains',
+            'old_bn', 'distillation', 'teacher_mode', 'steps_per_batch', 'frozen_encoder', 'new_decoder',
+            'new_statistics', 'imagenet_bn', 'label_padding', 'rounds', 'class_weights', 'height', 'width', 'precision',
+            'seed', 'skip_bad_files', 'limit_batches', 'val_every', 'published_metric')
 
 
 def parse(argv=None):
@@ -114,6 +115,8 @@ def training_lines(checkpoint):
 def card(checkpoint, options):
     """The model card as text."""
     model = load_network(checkpoint, options.method)
+    if checkpoint.domains:
+        check_stated(options.domains, checkpoint.domains, checkpoint.source)
     method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
     network = f'{checkpoint.found.network}: {get_network(checkpoint.found.network).about}'

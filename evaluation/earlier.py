@@ -6,13 +6,16 @@ from pathlib import Path
 from mdil.datasets.judgement import content_digest
 from mdil.utils.files import written_through
 
+# Options of eval.py that name what it writes: files, and folders of pictures.
+FILES = 'json', 'csv', 'markdown', 'latex', 'save_panels'
+FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
+           'confusion': 'save_confusion'}
 # Options that results do not depend on, and the checkpoints, which are compared by content.
-OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'json', 'csv', 'markdown', 'latex', 'per_class',
-          'images', 'save_panels', 'save_overlays', 'save_color', 'save_extremes', 'save_confusion'}
+OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'per_class', 'images', *FILES, *FOLDERS.values()}
 
 
 def settings(options):
-    """{name: value} of the options that results depend on, as given: to be taken before any is completed.
+    """{name: value} of the options that results depend on. Call it before any of them is completed.
 
     Checkpoints in --single-task count by their content.
     """
@@ -34,5 +37,5 @@ def earlier_results(options):
 
 
 def digest(state):
-    """Digits that change with the content of a checkpoint."""
+    """A digest of the content of a checkpoint."""
     return content_digest(Path(state)).hex()

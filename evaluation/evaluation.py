@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from mdil.datasets import SegmentationDataset, common, get_domain
 from mdil.datasets.class_weights import equal_weights
-from mdil.datasets.domains import domain_of
+from mdil.datasets.domains import domain_of, index_among
 from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.segmentation import load_image, open_label, to_classes
 from mdil.evaluation import metrics
 from mdil.losses import cross_entropy_parts
-from mdil.models.checkpoint import check_known, load_network, read_checkpoint, report
+from mdil.models.checkpoint import check_known, load_network, names_in, read_checkpoint, report
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import graphed
 from mdil.utils.parallel import summed
@@ -156,28 +156,25 @@ def check_order(states, known):
                             f'{", ".join(names[number])}')
 
 
-def read_named(path, paths, names=()):
-    """(Checkpoint, its Domain objects) of a file; UserError if neither it nor `names` names them.
+def read_named(path, paths, names=(), sequence=False):
+    """(Checkpoint, its Domain objects) of a file; names, sequence: as for `names_in`.
 
     paths: {domain: Path}, as of --data.
     """
     checkpoint = read_checkpoint(path)
-    count = len(checkpoint.found.num_classes)
-    names = checkpoint.domains or names[:count]
-    if len(names) < count:
-        raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind} but no domain names; pass --domains')
+    names = names_in(checkpoint, names, sequence)
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in names]
     domains = [domain_of(entry, paths) for entry in entries]
     check_known(checkpoint, domains)
     return checkpoint, domains
 
 
-def load_network_and_domains(path, place, paths, names=(), method=None, precision='fp32'):
+def load_network_and_domains(path, place, paths, names=(), method=None, precision='fp32', sequence=False):
     """(Checkpoint, network on the place's device, its Domain objects) of a file.
 
-    paths, names: as for `read_named`. method: for a file whose keys fit several networks.
+    paths, names, sequence: as for `read_named`. method: for a file whose keys fit several networks.
     """
-    checkpoint, domains = read_named(path, paths, names)
+    checkpoint, domains = read_named(path, paths, names, sequence)
     model = load_network(checkpoint, method)
     if checkpoint.domains is None and place.main:
         print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
@@ -191,18 +188,14 @@ class Evaluator:
         self.options, self.place = options, place
         self.paths, self.loaders = data_paths(options.data), {}
 
-    def load(self, path):
-        """(network on the device, its Domain objects) of a checkpoint of any method."""
-        return self.load_with_content(path)[:2]
+    def load(self, path, names=(), method=None):
+        """(network on the device, its Domain objects, content of the file) of a checkpoint of a sequence.
 
-    def load_with_content(self, path, method=None):
-        """(network on the device, its Domain objects, content of the file) of a checkpoint.
-
-        method: for a file whose keys fit several networks.
+        names: of the last one's domains. method: for a file whose keys fit several networks.
         """
         options = self.options
-        checkpoint, model, domains = load_network_and_domains(path, self.place, self.paths, options.domains,
-                                                              method, options.precision)
+        checkpoint, model, domains = load_network_and_domains(path, self.place, self.paths, names, method,
+                                                              options.precision, sequence=True)
         if options.common_classes:
             for domain in domains if options.cross_heads else self.scored(domains).values():
                 common.to_common(domain)
@@ -210,10 +203,9 @@ class Evaluator:
 
     def scored(self, domains):
         """{number: Domain} of those of a network's Domain objects that are scored; UserError if --only has others."""
-        wanted, names = self.options.only, [domain.name for domain in domains]
-        if not set(wanted) <= set(names):
-            raise UserError(f'--only {" ".join(wanted)}: the checkpoint knows {", ".join(names)}')
-        return {number: domain for number, domain in enumerate(domains) if not wanted or domain.name in wanted}
+        names = [domain.name for domain in domains]
+        wanted = {index_among(names, name, '--only: the checkpoint') for name in self.options.only}
+        return {number: domain for number, domain in enumerate(domains) if not wanted or number in wanted}
 
     def domain(self, name):
         """The Domain called `name`."""

@@ -1,11 +1,12 @@
 """What a run has written so far, and the curves of a sequence of runs: the dashboard and the report draw them."""
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdil.models.checkpoint import plain_options
 from mdil.models.methods import METHODS, method_name
 from mdil.training import records
+from mdil.utils.files import read_object
 
 GAP = (math.nan, math.nan)
 
@@ -45,11 +46,19 @@ class Plot:
 
 def read_step(folder):
     """The StepRecord in `folder`."""
-    try:
-        record = json.loads((Path(folder) / 'opts.json').read_text())
-    except (OSError, ValueError):
-        record = {}
-    return StepRecord(Path(folder), record if isinstance(record, dict) else {}, records.read_metrics(folder))
+    record = read_object(Path(folder) / 'opts.json')
+    sound = {name: value for name, value in record.items() if isinstance(value, dict)}
+    if not is_options(sound.get('options', {})):
+        del sound['options']
+    return StepRecord(Path(folder), sound, records.read_metrics(folder))
+
+
+def is_options(value):
+    """Whether `value` can be the options of a run: those that are shown or computed with have their types."""
+    types = {'domains': list, 'method': str, 'lr': (int, float), 'shared_lr': (int, float), 'state': str}
+    return plain_options(value) and all(isinstance(value[name], kind) for name, kind in types.items()
+                                        if value.get(name) is not None) and all(
+        isinstance(name, str) for name in value.get('domains') or ())
 
 
 def history(folder):

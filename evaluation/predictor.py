@@ -5,12 +5,11 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from mdil.datasets.domains import domain_of
+from mdil.datasets.domains import domain_of, index_among
 from mdil.evaluation.evaluation import load_network_and_domains, logits_of
-from mdil.models.checkpoint import check_stated, stated_size
+from mdil.models.checkpoint import stated_size
 from mdil.models.exported import SIDE, Exported, is_exported
 from mdil.models.identify import appearance, identifier_of, unstated
-from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 from mdil.utils.parser import data_paths
 
@@ -77,11 +76,7 @@ class Predictor:
         """Index of the domain with the name or alias `name`; UserError if the network does not know it."""
         if not isinstance(name, str):
             raise TypeError(f'the name of a domain is expected, not {name!r}')
-        for index, domain in enumerate(self.domains):
-            if name.lower() in map(str.lower, (domain.name, *domain.aliases)):
-                return index
-        raise UserError(f'the network does not know the domain {name!r}, only '
-                        f'{", ".join(d.name for d in self.domains)}')
+        return index_among([domain.name for domain in self.domains], name, 'the network')
 
     def prepare(self, image):
         """The Prepared form of a PIL image in RGB."""
@@ -156,7 +151,6 @@ def load_predictor(options, place):
         return exported_predictor(options)
     checkpoint, model, domains = load_network_and_domains(options.state, place, data_paths(options.data),
                                                           options.domains, options.method, options.precision)
-    check_stated(options.domains, [domain.name for domain in domains], options.state)
     size = None if options.native else options.size or trained_size(checkpoint.content)
     # A single domain without statistics needs no choice; with them, images unlike it are called unknown.
     auto = options.domain == 'auto' or options.domain is None and (

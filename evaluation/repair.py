@@ -15,7 +15,7 @@ from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.predictor import trained_size
 from mdil.models import METHODS, checkpoint
 from mdil.models.branches import WHAT, LoadedCheckpoint, put_back
-from mdil.models.fingerprint import branch_state
+from mdil.models.fingerprint import branch_state, misfits
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.files import check_new
@@ -60,15 +60,6 @@ def parse(argv=None):
     return options
 
 
-def known_files(options):
-    """The LoadedCheckpoint of each file; a file without names takes the first of --domains."""
-    found = []
-    for path in options.states:
-        count = len(checkpoint.read_checkpoint(path).found.num_classes)
-        found.append(LoadedCheckpoint(path, options.domains[:count], options.method, data_paths(options.data)))
-    return found
-
-
 def sources(older, new):
     """{old domain of the LoadedCheckpoint `new`: its Source}, the first of `older` (in step order) that has it.
 
@@ -93,8 +84,7 @@ def check_same_branch(known, number, new, name):
     if known.network != new.network:
         raise UserError(f'{known.checkpoint.source} holds {known.network}, {new.checkpoint.source} holds {new.network}')
     one, other = branch_state(known.model, number), branch_state(new.model, new.names.index(name))
-    odd = sorted(one.keys() ^ other.keys()) or [key for key in one if one[key].shape != other[key].shape]
-    if odd:
+    if odd := misfits(one, other):
         raise UserError(f'{known.checkpoint.source}: the branch of {name} ({known.method}) differs from that in '
                         f'{new.checkpoint.source} ({new.method}): {odd[0]}')
 
@@ -137,7 +127,8 @@ def table(before, after):
 
 def main(argv=None):
     options = parse(argv)
-    *older, new = known_files(options)
+    *older, new = (LoadedCheckpoint(path, options.domains, options.method, data_paths(options.data), sequence=True)
+                   for path in options.states)
     found = sources(older, new)
     if options.height is None:
         options.height, options.width = trained_size(new.checkpoint.content)

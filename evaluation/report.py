@@ -266,6 +266,8 @@ def main(argv=None):
     out = Path(options.out or Path(options.folder) / 'report.html')
     if options.out:     # before the pictures, which take a while
         check_writable('--out', out)
+        if out.suffix.lower() not in ('.html', '.htm'):
+            raise UserError(f'--out {out}: the report is an HTML file; let the name end in .html')
     text = page(options.folder, options, Place(pick_device(options.device)))
     write_text(out, text)
     print(f'written: {out} ({len(text) / 1e6:.1f} MB, opens without a network)')

@@ -152,7 +152,7 @@ def compare(paths, domain, dataset, pixels, options):
     """The FeatureShift of a sequence; paths: its checkpoints before and after the step."""
     device, found = pick_device(options.device), []
     for path in paths:
-        checkpoint, domains = read_named(path, data_paths(options.data), options.domains)
+        checkpoint, domains = read_named(path, data_paths(options.data), options.domains, sequence=True)
         names = [known.name for known in domains]
         if domain.name not in names:
             raise UserError(f'{path} knows {", ".join(names)}, not {domain.name}')
@@ -242,7 +242,7 @@ def run(options):
         if name in pairs:
             raise UserError(f'{item}: the name {name} is given twice; give each sequence its own')
         pairs[name] = pair
-    first = read_named(next(iter(pairs.values()))[0], data_paths(options.data), options.domains)
+    first = read_named(next(iter(pairs.values()))[0], data_paths(options.data), options.domains, sequence=True)
     domain = compared_domain(first, options)
     size = (options.height, options.width) if options.height else trained_size(first[0].content)
     dataset = SegmentationDataset(domain, options.data_root, options.split, size)

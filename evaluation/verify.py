@@ -136,6 +136,8 @@ def compare_with_record(options):
     path, = options.state
     checkpoint, model = known(path, options)
     record = unchanged.read(Path(path).parent / unchanged.NAME)
+    if checkpoint.domains:
+        check_stated(options.domains, checkpoint.domains, path)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
         raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for '

@@ -1,5 +1,7 @@
 """Trained networks in other programs: `mdil.load`, and `mdil.step_loss` for custom training loops."""
+import contextlib
 import os
+import re
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +44,16 @@ def expect(name, value, types, wanted):
         raise TypeError(f'{name}: {wanted} is expected, not a {type(value).__name__}')
 
 
+def expanded(name, path):
+    """The Path, with ~ replaced; UserError, naming the argument, if it is empty or ~ is of an unknown user."""
+    if not os.fspath(path):
+        raise UserError(f'{name} is empty; a path is expected')
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f'{name} {path}: there is no such user') from None
+
+
 def expect_paths(data):
     """TypeError unless `data` is {name: path}, or None."""
     expect('data', data, (dict, type(None)), 'a dict {name: path}')
@@ -62,6 +74,20 @@ def check_pair(pair):
         raise UserError(f'{pair!r} is not a pair (image path, label path)')
 
 
+@contextlib.contextmanager
+def as_arguments():
+    """In a UserError, names options of train.py as arguments; commands to run stay as they are."""
+    try:
+        yield
+    except UserError as error:
+        if 'python ' not in str(error):
+            as_argument = lambda option: option[1].replace('-', '_')
+            error.args = re.sub(r'(?<![\w-])--([a-z][a-z-]*)(?!\w)', as_argument,
+                                str(error).removesuffix(' (--help lists the options)')),
+        raise
+
+
+@as_arguments()
 def load(file, *, domains=None, method=None, data=None, size=None, device='auto', precision='fp32'):
     """The Network in a checkpoint, ours or a published one.
 
@@ -90,7 +116,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(pick_device(str(device)))
     check_precision(precision, place.device)
-    known = LoadedCheckpoint(Path(file).expanduser(), domains, method, data)
+    known = LoadedCheckpoint(expanded('file', file), domains, method, data)
     found = [domain_of(entry, data or {}) for entry in known.entries]
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
@@ -215,6 +241,7 @@ class Network:
                             f'than class indices, pass data={{{known.name!r}: FOLDER}} to mdil.load') from None
         return figures(score.own, known.classes, published=False)
 
+    @as_arguments()
     def save(self, file, overwrite=False):
         """Writes a checkpoint of the network in its current state, which `load`, train.py and all tools read.
 
@@ -244,6 +271,7 @@ def to_image(image):
             raise UserError(f'the image cannot be read ({brief(error)})') from None
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image       # numpy has no bfloat16
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f'a path, a PIL image, an array or a list of these is expected, not {type(image).__name__}')
@@ -274,6 +302,8 @@ def index_of(net, domain):
         expect('net', net, Network, 'a Network, which knows domains by name,')
         return net.predictor.index(domain)
     expect('domain', domain, Integral, 'a name or an index')
+    if isinstance(domain, bool):
+        raise TypeError(f'domain: a name or an index is expected, not {domain}')
     model_of('net', net).single(domain)     # IndexError
     return domain
 
@@ -290,12 +320,14 @@ def check_batch(images, labels, classes):
     """TypeError or ValueError unless images and labels can train a network of `classes` classes, void included."""
     expect('images', images, torch.Tensor, 'a tensor')
     expect('labels', labels, torch.Tensor, 'a tensor')
-    if images.ndim != 4 or images.shape[1] != 3 or labels.shape != (len(images), *images.shape[2:]):
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or labels.shape != (
+            len(images), *images.shape[2:]):
         raise ValueError(f'images {tuple(images.shape)} and labels {tuple(labels.shape)}: (B, 3, H, W) and (B, H, W) '
                          'are expected')
     if images.dtype != torch.uint8 and not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
         raise ValueError(f'the images ({images.dtype}) hold neither uint8 nor floats in [0, 1]; scale them')
-    if labels.is_floating_point() or labels.dtype == torch.bool or ((labels < 0) | (labels >= classes)).any():
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or ((labels.long() < 0) | (labels.long() >= classes)).any():
         raise ValueError(f'the labels ({labels.dtype}) are no class indices: whole numbers from 0 to {classes - 1}, '
                          'which is void')
 
@@ -334,9 +366,14 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     weights = list(map(equal_weights, student.num_classes))
     if class_weights is not None:
         weights[domain] = torch.as_tensor(class_weights, dtype=torch.float32)
-        if weights[domain].shape != (student.num_classes[domain],):
-            raise ValueError(f'class_weights {tuple(weights[domain].shape)}: {student.num_classes[domain]} numbers are '
-                             'expected, void last')
+        if weights[domain].shape != (student.num_classes[domain],) or not (
+                weights[domain].isfinite() & (weights[domain] >= 0)).all():
+            raise ValueError(f'class_weights {tuple(weights[domain].shape)}: {student.num_classes[domain]} finite '
+                             'numbers of at least 0 are expected, void last')
+    if images.is_floating_point():
+        images = images.to(next(student.parameters()).dtype)
+    if labels.dtype != torch.uint8:
+        labels = labels.long()
     step = StepLoss(student, teacher, [each.to(images.device) for each in weights], terms)
     place, values = Place(images.device), {term.name: 0.0 for term in terms}
     for term in terms:

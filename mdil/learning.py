@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ import numpy as np
 import torch
 
 from mdil.datasets.domains import domain_names
-from mdil.datasets.own import Wrong, read_classes
-from mdil.api import PATH, check_pair, expect, expect_paths
+from mdil.datasets.own import Wrong, check_domain_name, read_classes
+from mdil.api import PATH, as_arguments, check_pair, expanded, expect, expect_paths
 from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
 from mdil.training.options import parse_train
 from mdil.training.records import best_and_last, make_folder, mean_miou, read_metrics
-from mdil.training.run import BEST, LATEST, check_kept, results_in
+from mdil.training.run import BEST, LATEST, WRITTEN, check_kept, results_in
 from mdil.utils.errors import UserError
 from mdil.utils.files import write_atomically
 from mdil.utils.parser import flag
@@ -89,8 +88,8 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
         (1, 'model_best.pth.tar')
     """
     check_types(domain, train, val, savedir, state, on_epoch, options)
-    folder, data = Path(savedir).expanduser(), dict(options.pop('data', None) or {})
-    state = state and Path(state).expanduser()
+    folder, data = expanded('savedir', savedir), dict(options.pop('data', None) or {})
+    state = None if state is None else expanded('state', state)
     with as_arguments(), taken_back(folder, domain):
         check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                    overwrite=options.get('overwrite')))
@@ -135,19 +134,6 @@ def taken_back(folder, name):
 
 
 @contextlib.contextmanager
-def as_arguments():
-    """In a UserError, names options of train.py as arguments of `learn`; commands to run stay as they are."""
-    try:
-        yield
-    except UserError as error:
-        if 'python ' not in str(error):
-            as_argument = lambda option: option[1].replace('-', '_')
-            error.args = re.sub(r'(?<![\w-])--([a-z][a-z-]*)(?!\w)', as_argument,
-                                str(error).removesuffix(' (--help lists the options)')),
-        raise
-
-
-@contextlib.contextmanager
 def as_interrupt():
     """Turns the SystemExit of a run that a signal stopped into KeyboardInterrupt: the calling program does not end."""
     try:
@@ -170,9 +156,13 @@ def declare(name, pairs, classes, folder, overwrite=False):
     if not built_in and not classes:
         raise UserError(f'{name!r} is not built in: pass classes, the names of its classes in the order of the label '
                         'values')
-    if Path(name).name != name or not name.strip() or name.startswith('-') or '=' in name or len(name) > 100:
-        raise UserError(f'{name!r} cannot be a domain name: it must also work as a file name, with at most 100 '
-                        'letters and no "="')
+    if f'{name}.json' in WRITTEN:
+        raise UserError(f'{name!r} cannot be the name of a domain here: its lists would be called like {name}.json, '
+                        'which runs write; choose another name')
+    try:
+        check_domain_name(name)
+    except Wrong as error:
+        raise UserError(str(error)) from None
     spec = {} if built_in else {'classes': described(classes)}
     for split, found in pairs.items():
         spec[split] = f'{name}.{split}.txt'

@@ -11,11 +11,11 @@ A branch file is a dict like a checkpoint:
 """
 import torch
 
-from mdil.datasets.domains import canonical, get_domain
-from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, check_stated, load_network, method_of,
-                                     named_classes, read, read_checkpoint)
-from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, shared_state
-from mdil.models.layouts import CLASSES, faults
+from mdil.datasets.domains import get_domain, index_among, is_declared
+from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, load_network, method_of, named_classes,
+                                     names_in, read, read_checkpoint)
+from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, misfits, shared_state
+from mdil.models.layouts import CLASSES, check_values
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.utils.errors import UserError
 
@@ -35,22 +35,21 @@ PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
 class LoadedCheckpoint:
     """A checkpoint, its network, and `entries`: what the file says about each domain, {'name', 'classes', ...}.
 
-    names: domain names, for a file that states none.
+    names, sequence: as for `names_in`.
     paths: places of domains, as for `get_domain`. Class names and colours of domains found there, or built
         in, are added to their entries.
     """
 
-    def __init__(self, path, names=None, method=None, paths=None):
+    def __init__(self, path, names=None, method=None, paths=None, sequence=False):
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
         self.method, self.network = method_of(self.checkpoint, method), self.checkpoint.found.network
+        names, counts = names_in(self.checkpoint, names, sequence), self.checkpoint.found.num_classes
         if self.checkpoint.domains:
-            check_stated(names, self.checkpoint.domains, path)
-        found, counts = self.checkpoint.found, self.checkpoint.found.num_classes
-        names = self.checkpoint.domains or list(map(canonical, names or []))
-        if len(names) != len(counts) or len(set(names)) < len(names):
-            raise UserError(f'{path} holds {found.kind} but no names for them; pass --domains, one for each')
-        stated = self.checkpoint.content.get('domains') if self.checkpoint.domains else [{}] * len(names)
+            stated = self.checkpoint.content['domains']
+        else:
+            check_counts(path, names, counts, paths or {})
+            stated = [{}] * len(names)
         self.entries = [{**described(name, count, paths), **entry, 'name': name, 'classes': count}
                         for name, count, entry in zip(names, counts, stated)]
 
@@ -61,10 +60,7 @@ class LoadedCheckpoint:
 
     def index(self, name):
         """Index of the domain `name`, which may be an alias; UserError if it is not known."""
-        name = canonical(name)
-        if name not in self.names:
-            raise UserError(f'{self.checkpoint.source} knows {", ".join(self.names)}, not {name}')
-        return self.names.index(name)
+        return index_among(self.names, name, self.checkpoint.source)
 
     def about(self):
         """{entry of the file: {domain: value}} of the entries that are dicts by domain, such as statistics."""
@@ -77,6 +73,15 @@ class LoadedCheckpoint:
         size = {name: options[name] for name in ('height', 'width') if name in options}
         return {'version': VERSION, 'state_dict': self.model.state_dict(), 'domains': self.entries,
                 'method': self.method, 'network': self.network, 'options': size}
+
+
+def check_counts(source, names, counts, paths):
+    """UserError if the file `source` has other class counts than the domains that `--domains` says it holds."""
+    for name, count in zip(names, counts):
+        needed = get_domain(name, paths).num_classes if is_declared(name, paths) else count
+        if count != needed:
+            raise UserError(f'{source} has {count} classes, void included, where --domains says {name}, which has '
+                            f'{needed}')
 
 
 def described(name, classes, paths):
@@ -168,13 +173,10 @@ def put_on(known, branch, source):
                         'trained from, or to one with the same shared weights (python -m mdil branches list)')
     number = model.add_domain(entry['classes'])
     own = branch_state(model, number)
-    odd = sorted(own.keys() ^ branch['state'].keys()) or [
-        key for key, value in branch['state'].items() if value.shape != own[key].shape]
-    if odd:
+    if odd := misfits(own, branch['state']):
         raise UserError(f'{source}: the branch of {name} ({branch["method"]}, {entry["classes"]} classes) does not fit '
                         f'the network of {known.checkpoint.source} ({known.method}): {odd[0]}')
-    if wrong := faults(own, branch['state']):
-        raise UserError(f'{source}: {wrong[0]} (branch of {name})')
+    check_values(own, branch['state'], f'{source}, branch of {name}')
     model.single(number).load_state_dict(branch['state'], strict=False)
     known.entries.append(entry)
 

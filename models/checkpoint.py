@@ -41,6 +41,22 @@ def check_stated(names, known, source):
                         'leave it out, or name those')
 
 
+def names_in(checkpoint, names=(), sequence=False):
+    """Names of a Checkpoint's domains: those in the file, or else `names`, from `--domains`.
+
+    sequence: `names` are those of the last file of a sequence, to which this file belongs. UserError if names
+        contradict the file, or if it has none and they are not one for each domain.
+    """
+    found, names = checkpoint.found, list(map(canonical, names or []))
+    names = names[:len(found.num_classes)] if sequence else names
+    if checkpoint.domains:
+        check_stated(names, checkpoint.domains, checkpoint.source)
+        return checkpoint.domains
+    if len(names) != len(found.num_classes) or len(set(names)) < len(names):
+        raise UserError(f'{checkpoint.source} holds {found.kind} but no domain names; pass --domains, one for each')
+    return names
+
+
 def stated_size(content):
     """The (height, width) at which a checkpoint says it was trained; None if it states none, or an impossible one."""
     options = content.get('options')

@@ -43,6 +43,11 @@ def shared_state(model):
     return {key: state[key] for key in model.view_names(0)[1]}
 
 
+def misfits(one, other):
+    """Keys that only one of two states has, or else those of tensors whose shapes differ."""
+    return sorted(one.keys() ^ other.keys()) or [key for key in one if one[key].shape != other[key].shape]
+
+
 def is_buffer(name):
     """Whether a tensor of that name is a buffer of a batch norm; everything else is a parameter."""
     return name.endswith(BUFFERS)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from mdil.datasets.loading import spaced
 from mdil.datasets.segmentation import open_image
@@ -110,8 +109,7 @@ def looks_of(paths, threads, title, read=open_image):
 
     read: path to image, as the images will be read that the looks are compared with.
     """
-    found = in_threads(lambda path: appearance(read(path)), paths, threads)
-    return torch.stack(list(tqdm(found, total=len(paths), desc=title, unit='image', leave=False, disable=None)))
+    return torch.stack(list(in_threads(lambda path: appearance(read(path)), paths, threads, title)))
 
 
 def statistics_of(paths, threads, title, read=open_image):

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from mdil.models.erfnet import ADAPTERS
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, counted
 
 PLAIN_NORMS = (
     (re.compile(r'^(encoder\.(?:initial_block|layers\.\d+))\.bn\.'), r'\1.bn_ini.{}.'),
@@ -104,9 +104,8 @@ def describe(num_classes, adapter, norms):
     """The layout in words, such as "2 domains (20, 20 classes), parallel adapters, 2 batch norms"."""
     if not num_classes:
         return 'an encoder alone'
-    domains = f'{len(num_classes)} domain{"s" * (len(num_classes) > 1)}'
-    return (f'{domains} ({", ".join(map(str, num_classes))} classes), {adapter or "no"} adapters, '
-            f'{norms} batch norm{"s" * (norms > 1)} per layer')
+    return (f'{counted(len(num_classes), "domain")} ({", ".join(map(str, num_classes))} classes), '
+            f'{adapter or "no"} adapters, {counted(norms, "batch norm")} per layer')
 
 
 def load(model, found, source):
@@ -115,9 +114,7 @@ def load(model, found, source):
     Only `num_batches_tracked` may be missing, as in files of early torch versions; it then stays 0.
     """
     check_fit(model.state_dict(), found, source)
-    broken = faults(model.state_dict(), found.state)
-    if broken:
-        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
+    check_values(model.state_dict(), found.state, source)
     model.load_state_dict(found.state, strict=False)
 
 
@@ -147,6 +144,12 @@ def faults(own, given):
     return wrong
 
 
+def check_values(own, given, source):
+    """UserError, with the first of the `faults` and their number, if there are any."""
+    if wrong := faults(own, given):
+        raise UserError(f'{source}: {wrong[0]} ({counted(len(wrong), "such tensor")})')
+
+
 def load_encoder(model, found, source, batch_norms=True):
     """Loads an ImageNet encoder into a one-domain network; returns (names loaded, names left fresh).
 
@@ -159,9 +162,7 @@ def load_encoder(model, found, source, batch_norms=True):
     lacking = [key for key in own if '_conv_' not in key and '.bn' not in key and key not in given]
     if wrong or lacking:
         raise UserError(f'{source}: not the encoder of ERFNet; {(wrong or lacking)[0]} does not fit')
-    broken = faults(own, given)
-    if broken:
-        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
+    check_values(own, given, source)
     model.load_state_dict(given, strict=False)
     return list(given), [key for key in model.state_dict() if key not in given]
 

@@ -2,7 +2,7 @@
 from mdil.models.adapters import Adapted
 from mdil.models.checkpoint import state_in
 from mdil.models.fingerprint import COUNTER
-from mdil.models.layouts import WRAPPED, faults
+from mdil.models.layouts import WRAPPED, check_values
 from mdil.models.multi_domain import outside_heads
 from mdil.models.networks import Scaling, get_network
 from mdil.models.safe_reading import read
@@ -27,8 +27,7 @@ def start_from_weights(model, network, weights):
     if lacking:
         raise UserError(f'{source}: not the weights of {network}; {len(lacking)} of the {len(wanted)} tensors of its '
                         f'encoder are missing or have another shape, e.g. {lacking[0]}')
-    if broken := faults(own, found):
-        raise UserError(f'{source}: {broken[0]} ({len(broken)} such tensors)')
+    check_values(own, found, source)
     for view in model.views:
         tensors, _ = plain_state(view)      # the network's tensors themselves, not copies
         for key, value in found.items():

@@ -86,6 +86,10 @@ def test_advice_about_images_of_a_known_domain(toy, knowing, tmp_path, capsys): 
     assert '4 images; the branch that fits best: IDD' in said and 'no new branch is needed' in said
     with pytest.raises(UserError, match='exists; name another file'):
         run(knowing, '--advise', folder, '--json', tmp_path / 'r.json')
+    photo = next(folder.rglob('*.png'))
+    for read in (knowing, photo):
+        with pytest.raises(UserError, match='is a file that is read'):
+            run(knowing, '--advise', folder, '--json', read, '--overwrite')
 
 
 def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa: F811

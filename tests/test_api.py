@@ -98,6 +98,17 @@ def test_what_is_no_image_is_refused(net, image, error, says):
         net.predict(image, 'IDD')
 
 
+def test_tensors_may_be_bfloat16(net):
+    image = torch.rand(3, 16, 32).bfloat16()
+    assert torch.equal(net.predict(image, 'IDD').labels, net.predict(image.float(), 'IDD').labels)
+
+
+@pytest.mark.parametrize('path, says', [('~nouser/x', 'file ~nouser/x: there is no such user'), ('', 'file is empty')])
+def test_a_path_that_cannot_be_one_is_refused(path, says):
+    with pytest.raises(mdil.UserError, match=says):
+        mdil.load(path, device='cpu')
+
+
 def test_a_truncated_picture_that_is_open_is_refused(net, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.jpg')
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:2000])
@@ -126,7 +137,7 @@ def test_without_statistics_the_domain_must_be_named(file, tmp_path, photo):
     net = mdil.load(tmp_path / 'old.pth', device='cpu')
     with pytest.raises(mdil.UserError, match='mdil identify'):
         net.predict(photo)
-    with pytest.raises(mdil.UserError, match="does not know the domain 'moon'"):
+    with pytest.raises(mdil.UserError, match='the network knows .*, not moon'):
         net.predict(photo, 'moon')
     assert net.predict(photo, 'IDD').labels.shape == (64, 128)
 
@@ -147,7 +158,7 @@ def test_a_domain_of_ones_own_is_what_its_checkpoint_says(tmp_path, photo):
 def test_a_published_file_is_told_its_domains(tmp_path, photo):
     torch.save({'state_dict': {f'module.{key}': value for key, value in build_model([20, 27]).state_dict().items()}},
                tmp_path / 'p.pth')
-    with pytest.raises(mdil.UserError, match='no names'):
+    with pytest.raises(mdil.UserError, match='no domain names'):
         mdil.load(tmp_path / 'p.pth', device='cpu')
     net = mdil.load(tmp_path / 'p.pth', domains=['CS', 'idd'], size=(16, 32), device='cpu')
     assert net.domains == NAMES and net.predictor.size == (16, 32)
@@ -157,7 +168,7 @@ def test_a_published_file_is_told_its_domains(tmp_path, photo):
 
 
 @pytest.mark.parametrize('options, says', [
-    ({'domains': ['BDD', 'IDD']}, '--domains BDD IDD contradicts .*which knows cityscapes IDD'), ({'precision': 'int8'}, 'is not one of'),
+    ({'domains': ['BDD', 'IDD']}, '^domains BDD IDD contradicts .*which knows cityscapes IDD'), ({'precision': 'int8'}, 'is not one of'),
     ({'size': 3}, 'multiples of 8'), ({'size': (30, 64)}, 'multiples of 8'), ({'size': (16,)}, 'multiples of 8'),
     ({'device': 'moon'}, 'not a torch device'), ({'method': 'fine-tune'}, 'not a network of')])
 def test_what_cannot_be_loaded_is_said(file, options, says):
@@ -246,6 +257,15 @@ def test_the_loss_of_a_step_is_cross_entropy_and_distance_to_the_teacher(batch):
     assert torch.allclose(found['loss'], found['ce'] + 0.5 * found['kd'])
 
 
+@pytest.mark.parametrize('images, labels', [('float64', 'uint16'), ('float16', 'int8'), ('float32', 'uint8')])
+def test_a_batch_may_be_of_any_type_that_holds_it(batch, images, labels):
+    torch.manual_seed(0)
+    model = build_model([4, 5]).eval()
+    want = mdil.step_loss(model, 1, *batch)['loss']
+    given = batch[0].to(getattr(torch, images)), batch[1].to(getattr(torch, labels))
+    assert torch.allclose(mdil.step_loss(model, 1, *given)['loss'], want, rtol=1e-3)
+
+
 def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
     torch.manual_seed(0)
     images, labels = batch
@@ -272,7 +292,11 @@ def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
     ({'labels': lambda x: x.long() - 9}, ValueError, 'no class indices'), ({'labels': lambda x: x[:, None]}, ValueError, r'\(B, H, W\)'),
     ({'images': lambda x: 255 * x}, ValueError, 'images .torch.float32. hold neither'),
     ({'images': lambda x: x.numpy()}, TypeError, 'images: a tensor is expected, not a ndarray'),
-    ({'class_weights': [1.0, 0.0]}, ValueError, 'class_weights .2,.: 5 numbers'), ({'domain': 2}, IndexError, 'domain 2'),
+    ({'class_weights': [1.0, 0.0]}, ValueError, 'class_weights .2,.: 5 finite numbers'),
+    ({'class_weights': [float('nan')] * 5}, ValueError, '5 finite numbers'), ({'class_weights': [-1.0] * 5}, ValueError, 'at least 0'),
+    ({'labels': lambda x: x.to(torch.complex64)}, ValueError, 'are no class indices'), ({'domain': True}, TypeError, 'not True'),
+    ({'images': lambda x: x[:0], 'labels': lambda x: x[:0]}, ValueError, 'are expected'),
+    ({'domain': 2}, IndexError, 'domain 2'),
     ({'domain': 'IDD'}, TypeError, 'a Network, which knows domains by name'), ({'domain': None}, TypeError, 'a name or an index'),
     ({'net': None}, TypeError, 'net: a Network, or its model'), ({'teacher': 'x'}, TypeError, 'teacher: a Network')])
 def test_step_loss_refuses_what_would_spoil_it(batch, change, error, says):

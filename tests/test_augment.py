@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from mdil.datasets.augment import MAX_SHIFT, Draw, augment, augment_batch, draw
 from mdil.datasets.segmentation import SegmentationDataset
-from mdil.training import building
+from mdil.training import domain_data
 from mdil.training.options import parse_train
 from mdil.utils.parallel import Place
 
@@ -75,12 +75,12 @@ def test_a_run_feeds_the_same_batches_wherever_it_augments(toy, where, padding):
                            '--batch-size', '3', '--num-workers', '0', '--class-weights', 'none', '--augment', where,
                            '--label-padding', padding])
     place = Place(torch.device('cpu'))
-    data = building.build_data(options, place)[0]
+    data = domain_data.build_data(options, place)[0]
     assert data.train.dataset.augmented == (where == 'workers')
     for epoch in (1, 2):
         data.train.batch_sampler.epoch = epoch
         for batch in data.train:
-            images, labels = building.on_device(data, batch, options.seed, epoch, place)
+            images, labels = domain_data.on_device(data, batch, options.seed, epoch, place)
             for image, label, number in zip(images, labels, batch[2].tolist()):
                 source = SegmentationDataset(data.domain, toy, 'train', (32, 64))
                 wanted = augment(*source.load(number), draw(3, epoch, number), data.domain.void, padding)

@@ -15,7 +15,7 @@ from mdil.datasets.pairs import Pair
 from mdil.datasets.segmentation import FAST, decode_png, open_image, open_label
 from mdil.losses import cross_entropy_parts
 from mdil.models import checkpoint
-from mdil.training.building import DomainData
+from mdil.training.domain_data import DomainData
 from mdil.training.digest import check_unchanged, data_digests
 from mdil.utils.errors import UserError
 

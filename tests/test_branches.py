@@ -152,8 +152,10 @@ def test_a_branch_is_a_part_and_a_base_the_same_whatever_domains_it_has(three, t
 def test_published_files_give_branches_once_their_domains_are_named(tmp_path):
     model = network(['cityscapes', 'BDD'])
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
-    with pytest.raises(UserError, match='2 domains.*no names.*--domains'):
+    with pytest.raises(UserError, match='2 domains.*no domain names.*--domains'):
         run('extract', path, '--domain', 'BDD', '--out', tmp_path / 'bdd')
+    with pytest.raises(UserError, match='has 20 classes, void included, where --domains says IDD, which has 27'):
+        run('extract', path, '--domain', 'CS', '--out', tmp_path / 'bdd', '--domains', 'CS', 'IDD')
     run('extract', path, '--domain', 'BDD', '--out', tmp_path / 'bdd', '--domains', 'CS', 'bdd100k')
     state = branches.read_branch(tmp_path / 'bdd')['state']
     assert all(torch.equal(value, state[key]) for key, value in branch_state(model, 1).items())

@@ -300,7 +300,7 @@ def test_own_domain_with_an_awkward_name_and_absolute_folders(tmp_path, loads):
     Image.new('L', (16, 16), 1).save(tmp_path / 'own/labels/1.png')
     (tmp_path / 'own/domain.json').write_text(json.dumps({
         'images': f'{tmp_path}/images', 'labels': 'labels', 'classes': [{'name': name, 'color': [0, 0, 0]} for name in 'ab']}))
-    data = SegmentationDataset(get_domain('a/b [*]', {'a/b [*]': tmp_path / 'own'}), 'nowhere', 'train', (8, 8))
+    data = SegmentationDataset(get_domain('a b [*]', {'a b [*]': tmp_path / 'own'}), 'nowhere', 'train', (8, 8))
     for _ in range(2):
         assert_equal(cached(data, tmp_path / 'cache'), data)
     Image.new('L', (16, 16), 0).save(tmp_path / 'own/labels/1.png')

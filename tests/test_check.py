@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdil.datasets import DOMAINS, SegmentationDataset
 from mdil.datasets.check import main
 from mdil.utils.errors import UserError
 
@@ -187,6 +188,19 @@ def test_repeated_stem(tmp_path):
     assert not fit and error['kind'] == 'repeated image' and all(path in error['message'] for path in paths)
     Path(paths[1]).unlink()
     assert check(tmp_path, domains=['IDD'])[0]
+
+
+def test_two_labels_of_one_name_are_told(tmp_path, capsys):
+    """Linux tells x.PNG from x.png; on file systems that do not, there is only one."""
+    save_image(tmp_path / 'camvid/train/a.png')
+    labels = [save_label(tmp_path / f'camvid/trainannot/a{suffix}', 3) for suffix in ('.png', '.PNG')]
+    if labels[0].samefile(labels[1]):
+        pytest.skip('the file system does not tell upper case from lower case')
+    fit, found = check(tmp_path, domains=['camvid'])
+    (error,) = found['camvid']['train']['errors']
+    assert not fit and error['kind'] == 'repeated label' and all(str(path) in error['message'] for path in labels)
+    SegmentationDataset(DOMAINS['camvid'], tmp_path, 'train', (32, 64))
+    assert 'camvid train: 1 label with the name of another left out, e.g. ' in capsys.readouterr().err
 
 
 def test_both_kinds_of_cityscapes_labels_are_no_repetition(tmp_path):

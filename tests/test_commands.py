@@ -17,7 +17,7 @@ from mdil.evaluation.evaluation import evaluate as evaluate_split
 from mdil.models import METHODS, build_model
 from mdil.models import checkpoint
 from mdil.models.layouts import published_keys
-from mdil.training import building, resume
+from mdil.training import domain_data, resume
 from mdil.training.options import parse_train
 from mdil.utils.errors import UserError, run_main
 from mdil.utils.parallel import Place
@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, script_here):
 def validation_loss(toy, state):
     """Loss of a checkpoint on the validation images of BDD, its second domain, by one process."""
     place = Place(torch.device('cpu'))
-    data, = building.build_data(parse_train(['--domains', 'BDD', '--savedir', 'x', '--data-root', str(toy), *SMALL]), place)
+    data, = domain_data.build_data(parse_train(['--domains', 'BDD', '--savedir', 'x', '--data-root', str(toy), *SMALL]), place)
     model = checkpoint.load_network(checkpoint.read_checkpoint(state))
     return evaluate_split(model, 1, data.val, data.class_weights, place).loss
 

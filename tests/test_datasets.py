@@ -9,6 +9,7 @@ from PIL import Image
 
 from mdil.datasets import DOMAINS, SegmentationDataset, check, get_domain
 from mdil.datasets.cache import cached
+from mdil.datasets.domains import index_among
 from mdil.datasets.labels import label_table
 from mdil.datasets.loading import EvalBatches, TrainBatches, make_loader, spaced
 from mdil.datasets.pairs import find_split
@@ -59,6 +60,13 @@ def test_pairs_and_label_values(tmp_path, layout):
         assert n == index
         want = [classes[(n + column) % len(classes)] for column in range(SIZE[1])]
         assert labels.tolist() == [want] * SIZE[0]
+
+
+def test_a_domain_is_found_by_any_of_its_names_in_any_case():
+    names = ['MyTown', 'cityscapes']
+    assert [index_among(names, name, 'x') for name in ('mytown', 'MyTown', 'CS', 'CITY', 'cityscapes')] == [0, 0, 1, 1, 1]
+    with pytest.raises(UserError, match='x.pth knows MyTown, cityscapes, not BDD'):
+        index_among(names, 'BDD', 'x.pth')
 
 
 def test_aliases_and_class_counts():

@@ -10,6 +10,8 @@ from mdil.evaluation import describe
 from mdil.models import build_model, checkpoint
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.models.layouts import published_keys
+from mdil.training.options import RECIPES
+from mdil.utils.errors import UserError
 from tests.fill import fill
 from tests.test_checkpoints import published_file
 from tests.test_tsne import save_network
@@ -85,6 +87,13 @@ def test_card_does_not_call_the_weights_of_an_own_domain_published(tmp_path, cap
     torch.save(content, path)
     describe.main([str(path), '--height', '64'])
     assert 'class-weights of mine: from domain.json, or computed (none are published)' in capsys.readouterr().out
+
+
+def test_card_leaves_out_no_option_of_a_recipe_and_refuses_other_names(tmp_path):
+    assert set(RECIPES['corrected']) <= set(describe.TRAINING)
+    with pytest.raises(UserError, match='--domains IDD contradicts .*x.pth, which knows cityscapes'):
+        save_network(tmp_path / 'x.pth', ['cityscapes'], 'mdil', 0)
+        describe.main([str(tmp_path / 'x.pth'), '--domains', 'IDD'])
 
 
 @pytest.mark.usefixtures('shallow')

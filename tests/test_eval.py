@@ -373,9 +373,10 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--single-task', f'CS={__file__}'], 'a checkpoint names its domain itself; give .*test_eval.py alone'),
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
     (['--single-task', '{two}'], 'contains 2 domains; a checkpoint with one is expected'),
+    (['--single-task', 'CS=50', 'Cityscapes=60'], '--single-task Cityscapes=60: cityscapes is given twice'),
     (['--resolution', 'huge'], 'invalid choice'),
     (['--data-root', '{folder}'], 'no val images of cityscapes'),
-    (['--only', 'BDD'], '--only BDD: the checkpoint knows cityscapes'),
+    (['--only', 'BDD'], '--only: the checkpoint knows cityscapes, not BDD'),
     (['--only', 'CS', '--single-task', 'CS=50'], '--single-task needs the scores of all domains; leave out --only')])
 def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path, arguments, message):
     monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
@@ -522,6 +523,23 @@ def test_compare_refuses_what_is_not_alike(tmp_path):
     (tmp_path / 'x.json').write_text('{"domains": 3}')
     with pytest.raises(UserError, match='x.json is not a result of eval.py'):
         compare.read_results([f'a={tmp_path}/x.json'])
+    for change in (lambda found: found.update(steps=[]), lambda found: found['domains'].update(CS={}),
+                   lambda found: found['domains']['CS'].update(miou='x'), lambda found: found.update(versions=[]),
+                   lambda found: found['summary'].update(forgetting=None),
+                   lambda found: found['steps'][-1].update(training={'best': None, 'last': None})):
+        result = json.loads((folder / 'results.json').read_text())
+        change(result)
+        (tmp_path / 'x.json').write_text(json.dumps(result))
+        with pytest.raises(UserError, match='x.json is not a result of eval.py'):
+            compare.read_results([f'a={tmp_path}/x.json'])
+
+
+def test_compare_draws_no_network_that_was_not_scored(toy, states, tmp_path):
+    state = shutil.copy(states[1], tmp_path / 'x.pth')
+    run(toy, '--state', state, '--json', tmp_path / 'results.json', '--limit-batches', 1)
+    shutil.copy(bdd_only(states, tmp_path), state)
+    with pytest.raises(UserError, match='x.pth was replaced after it was evaluated; run eval.py again'):
+        compare.main([f'one={tmp_path}', '--data-root', str(toy), '--out', str(tmp_path / 'out'), '--device', 'cpu'])
 
 
 def test_compare_draws_the_methods_side_by_side(toy, states, tmp_path):

@@ -114,10 +114,12 @@ def test_what_a_library_cannot_write_is_said_in_a_line(state, tmp_path, monkeypa
 
 @pytest.mark.parametrize('arguments, says', [
     (['x.onnx', '--format', 'onnx'], 'knows cityscapes, camvid; choose one with --domain'),
-    (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], "does not know the domain 'IDD', only cityscapes, camvid"),
+    (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], 'the network knows cityscapes, camvid, not IDD'),
     (['x.bin', '--format', 'onnx', '--domain', 'CS'], 'OUT must end in .onnx'),
     (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
+    (['x', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
+    (['x.pt2', '--domain', 'CS', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
     (['x.onnx', '--format', 'published'], '--format published: OUT must not end in .onnx'),
     (['x.ONNX', '--domain', 'CS'], '--format onnx: OUT must end in .onnx'),
     (['x.onnx', '--domain', 'CS', '--int8', '--calibrate', '.'], '--int8 is for OpenVINO: OUT must end in .xml, not .onnx'),

@@ -17,7 +17,7 @@ from mdil.datasets import get_domain
 from mdil.datasets.toy.roads import write_toy_roads
 from mdil.evaluation.norms import estimate_statistics
 from mdil.models import METHODS, build_model, checkpoint
-from mdil.training import building
+from mdil.training import domain_data
 from mdil.training.options import parse_train
 from mdil.training.run import Run
 from mdil.utils.files import write_json
@@ -69,7 +69,7 @@ def losses_of(method, seed, roads, folder, *arguments):
 
 def loss_of(run, data, batch):
     """The loss of a batch, from which the run learns."""
-    images, labels = building.on_device(data, batch, run.options.seed, 1, run.place)
+    images, labels = domain_data.on_device(data, batch, run.options.seed, 1, run.place)
     return train.train_batch(run, images.double() / 255, labels, data.index)['loss'].item()
 
 

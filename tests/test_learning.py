@@ -128,7 +128,7 @@ def test_a_run_that_on_epoch_ends_goes_on(village, tmp_path):
     ({'domain': 'village'}, 'unknown domain'), ({'domain': 'village', 'train': [('a', 'b')]}, 'pass classes'),
     ({'domain': 'CS', 'train': [('a', 'b')], 'classes': ['mud']}, 'leave out classes'),
     ({'domain': 'CS', 'val': [('a', 'b')]}, 'need train'),
-    *[({'domain': name, 'train': [], 'classes': ['mud']}, 'cannot be a domain name') for name in ('a/b', 'a=b', '--x', ' ', 'x' * 300)],
+    *[({'domain': name, 'train': [], 'classes': ['mud']}, 'cannot be the name of a domain') for name in ('a/b', 'a=b', '--x', ' ', 'x' * 300, 'a\u00a0b', 'a\nb', '..', 'opts')],
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': {'mud', 'hut'}}, 'give a list of names'),
     ({'domain': 'village', 'train': [('a', 'b')], 'classes': ['mud', 'hut', 'mud']}, "two classes are called 'mud'"),
     ({'domain': 'CS', 'train': ['a.png']}, 'is not a pair'), ({'domain': 'CS', 'train': [('a\nb', 'c')]}, 'rename'),

@@ -18,7 +18,7 @@ from mdil.benchmarks import gpu, speed
 from mdil.datasets.augment import augment_batch, draw
 from mdil.evaluation.evaluation import logits_of
 from mdil.models import METHODS, build_model
-from mdil.training import building
+from mdil.training import building, domain_data
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
 from mdil.training.resume import Interrupt
@@ -160,7 +160,7 @@ def test_the_released_recipe_computes_in_full_float32(recipe, tf32, monkeypatch)
 
     def build_data(*_):
         raise BuildsNoData
-    monkeypatch.setattr(building, 'build_data', build_data)
+    monkeypatch.setattr(domain_data, 'build_data', build_data)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
     with pytest.raises(BuildsNoData):
         Run(parse_train(['--domains', 'cityscapes', '--savedir', 'x', '--recipe', recipe]), Place(torch.device('cpu')))

@@ -110,6 +110,10 @@ def test_no_domain_can_be_called_auto(tmp_path):
     declare(tmp_path)
     with pytest.raises(UserError, match='no domain can be called auto'):
         get_domain('Auto', {'Auto': tmp_path})
+    for name in ('..', 'a/b', 'a\u00a0b', 'a\nb', ' a', '-a', '\u9053' * 23):       # 9 bytes each
+        with pytest.raises(UserError, match='cannot be the name of a domain, because folders are called after it'):
+            get_domain(name, {name: tmp_path})
+    assert get_domain('\u9053' * 22, {'\u9053' * 22: tmp_path}).name
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):

@@ -292,6 +292,16 @@ def test_what_exists_is_skipped_unless_overwritten(state, photos, tmp_path):
     assert (tmp_path / 'out/a.png').read_bytes() != b'kept'
 
 
+def test_entries_of_other_networks_or_settings_are_not_kept(state, knowing, photos, tmp_path):
+    given = '--input', photos, '--json', tmp_path / 'r.json', '--domain'
+    run(state, tmp_path / 'one', *given, 'CS')
+    before = (tmp_path / 'r.json').read_bytes()
+    for other, domain in ((knowing, 'CS'), (state, 'IDD')):
+        with pytest.raises(UserError, match='r.json holds .*, which was predicted with other settings; choose another'):
+            run(other, tmp_path / 'two', *given, domain)
+    assert (tmp_path / 'r.json').read_bytes() == before
+
+
 def test_answers_of_other_networks_or_settings_are_not_mixed(state, knowing, photos, tmp_path, capsys, monkeypatch):
     def answers():
         return {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*.png') if 'legend' not in path.name}
@@ -457,7 +467,7 @@ def test_results_below_the_input_are_no_inputs(state, photos):
     (['--input', 'empty'], 'no images in'),
     (['--input', 'notes.pdf'], 'an image, a folder'),
     (['--input', 'bad.txt'], 'gone.png does not exist; lines are relative'),
-    (['--input', 'photos', '--domain', 'BDD'], "does not know the domain 'BDD', only cityscapes, IDD"),
+    (['--input', 'photos', '--domain', 'BDD'], 'the network knows cityscapes, IDD, not BDD'),
     (['--input', 'photos', '--out', 'photos'], '--out photos is the folder photos of --input'),
     (['--input', 'photos', '--out', 'alias', '--overwrite'], '--out alias is the folder photos of --input'),
     (['--input', 'photos/a.png', '--out', 'photos', '--overwrite'], 'photos/a.png is an input and would be replaced'),

@@ -11,7 +11,7 @@ import pytest
 
 from mdil import train
 from mdil.models import checkpoint
-from mdil.training import building, records, resume
+from mdil.training import domain_data, records, resume
 from mdil.utils.errors import run_main
 from mdil.utils.output import Lenient
 from tests.conftest import ROOT
@@ -57,7 +57,7 @@ def test_nohup_is_respected():
 
 def test_where_no_batch_is_under_way_a_signal_stops_at_once(toy, tmp_path, monkeypatch, capfd):
     """While files are read, a cache is built, networks are made."""
-    monkeypatch.setattr(building, 'build_data', lambda *_: hit(signal.SIGINT))
+    monkeypatch.setattr(domain_data, 'build_data', lambda *_: hit(signal.SIGINT))
     with pytest.raises(SystemExit) as end:
         learn(toy, tmp_path, '--domains', 'CS')
     assert end.value.code == 75 and 'SIGINT: stopping' in capfd.readouterr().err

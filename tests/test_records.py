@@ -147,3 +147,9 @@ def test_nothing_is_said_of_a_checkpoint_without_records(tmp_path):
     (tmp_path / 'opts.json').write_text(json.dumps({'options': {'domains': ['CS'], 'method': 'mdil'}}))
     assert epochs.training_of(tmp_path / 'model_best.pth.tar')['best'] == {'epoch': 1, 'miou': 1.0}
     assert epochs.training_of(tmp_path / 'copy.pth.tar') is None
+
+
+@pytest.mark.parametrize('device, says', [('cpu', 'CPU, 1 thread'), ('mps', 'mps')])
+def test_the_device_is_recorded_that_was_used(device, says, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    assert records.environment(torch.device(device))['device'] == says

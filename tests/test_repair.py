@@ -75,7 +75,7 @@ def test_published_files_are_repaired_once_their_domains_are_named(steps, tmp_pa
         state = checkpoint.read(steps[number])['state_dict']
         return published_file(path, published_keys(state, [20, 20, 27][:number + 1], 'parallel'))
     files = [published(tmp_path / str(number), number) for number in range(3)]
-    with pytest.raises(UserError, match='no names for them; pass --domains'):
+    with pytest.raises(UserError, match='no domain names; pass --domains'):
         run(*files, '--out', tmp_path / 'out')
     run(*files, '--out', tmp_path / 'out', '--domains', 'CS', 'BDD', 'IDD')
     one, after = logits(steps[0]), logits(tmp_path / 'out')

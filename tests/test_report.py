@@ -164,6 +164,11 @@ def test_bad_input_is_said_and_spoils_nothing(copied, no_curves, tmp_path):
         with pytest.raises(UserError, match='results.json is not a result of eval.py'):
             made(copied)
     assert (copied / 'report.html').read_text() == before
+    (copied / 'results.json').unlink()
+    record = next(copied.rglob('opts.json'))
+    for options in (None, [], {'domains': [1]}, {'method': ['mdil']}, {'shared_lr': 'x', 'domains': ['CS', 'IDD']}):
+        record.write_text(json.dumps({'options': options, 'versions': 3}))
+        made(copied)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no run'):
         made(tmp_path / 'empty')
@@ -175,3 +180,5 @@ def test_an_out_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr(report, 'page', lambda *_: pytest.fail('worked first'))
     with pytest.raises(UserError, match=f'--out {tmp_path} is a folder'):
         made(tmp_path, '--out', tmp_path)
+    with pytest.raises(UserError, match='model_best.pth.tar: the report is an HTML file'):
+        made(tmp_path, '--out', tmp_path / 'model_best.pth.tar')

@@ -20,7 +20,7 @@ from mdil.eval import eval_parser
 from mdil.evaluation import dashboard, history
 from mdil.evaluation.evaluation import split_of
 from mdil.models import checkpoint
-from mdil.training import building, records
+from mdil.training import building, domain_data, records
 from mdil.training.options import parse_train, train_parser
 from mdil.training.run import BEST, LATEST, Run
 from mdil.utils import launch
@@ -146,9 +146,9 @@ def test_one_image_of_one_value_more_than_fits_is_refused(toy):
     options.batch_size = 6
     Run(options, Place(CPU))
     with pytest.raises(UserError, match='--batch-size 6 does not divide among 4 processes; use 4 or 8'):
-        building.build_data(options, Place(CPU, 0, 4))
+        domain_data.build_data(options, Place(CPU, 0, 4))
     with pytest.raises(UserError, match='does not divide among 7 processes; use 7'):
-        building.build_data(options, Place(CPU, 0, 7))
+        domain_data.build_data(options, Place(CPU, 0, 7))
 
 
 def test_a_rank_without_validation_images_validates_too(toy, monkeypatch):

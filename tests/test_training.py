@@ -9,7 +9,7 @@ from mdil import train
 from mdil.datasets import get_domain
 from mdil.models import METHODS, build_model
 from mdil.models.multi_domain import batch_norms_of
-from mdil.training import building
+from mdil.training import building, domain_data
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
 from mdil.training.schedules import one_cycle
@@ -167,7 +167,7 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     assert [group['lr'] for group in building.parameter_groups(student, told)] == [1e-3, 5e-4]
     told.shared_lr = 0.0
     assert plan_step(told).shared_frozen and plan_step(told).trained == (0, 1)
-    data = building.build_data(options, Place(torch.device('cpu')))
+    data = domain_data.build_data(options, Place(torch.device('cpu')))
     data[0].train.dataset.pairs = data[0].train.dataset.pairs[:3]
     data[0].train.batch_sampler.count = 3
     seen = list(train.batches(SimpleNamespace(trained=data, batch=0)))
@@ -191,7 +191,7 @@ def test_joint_training_with_domain_batch_norms_moves_those_of_the_batchs_domain
 def test_multi_task_rounds_are_the_published_number():
     """2,975, 7,000 and 6,993 training images in batches of 6: 496 rounds, of which Cityscapes' last has 5 images."""
     counts = 2975, 7000, 6993
-    of = lambda rounds: [building.epoch_samples(SimpleNamespace(rounds=rounds, batch_size=6), count, counts)
+    of = lambda rounds: [domain_data.epoch_samples(SimpleNamespace(rounds=rounds, batch_size=6), count, counts)
                          for count in counts]
     assert of('smallest') == [2975, 2976, 2976] and of('largest') == [7000] * 3
 

@@ -123,6 +123,8 @@ def test_a_record_is_of_the_file_beside_it(files, tmp_path):
     _, _, new, after = files
     unchanged.begin(tmp_path, new, ['cityscapes'], 'old')
     assert run(after) == 0
+    with pytest.raises(UserError, match='--domains IDD cityscapes contradicts'):
+        run(after, '--domains', 'IDD', 'CS')
     unchanged.begin(tmp_path, new, ['BDD'], 'old')
     with pytest.raises(UserError, match='knows cityscapes, IDD, but unchanged.json next to it is for BDD'):
         run(after)

@@ -48,7 +48,7 @@ def split_digests(data):
 
 
 def start_digest(options):
-    """Digits that change with the content of the file, --state or --weights, that a step starts from; None without."""
+    """A digest of the file, --state or --weights, that a step starts from; None without one."""
     path = options.state or options.weights
     return content_digest(Path(path)).hex() if path and os.path.isfile(path) else None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdil.utils.errors import UserError
+from mdil.utils.errors import UserError, counted
 from mdil.utils.files import check_writable, write_atomically, write_json
 
 
@@ -33,9 +33,8 @@ def git_revision():
 
 def environment(device):
     """Versions, revision and hardware, for records."""
-    threads = torch.get_num_threads()
     card = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
-            f'CPU, {threads} thread{"s" * (threads > 1)}')
+            f'CPU, {counted(torch.get_num_threads(), "thread")}' if device.type == 'cpu' else str(device))
     return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': version('torchvision'),
             'numpy': np.__version__, 'git': git_revision(), 'device': card}
 

@@ -3,7 +3,6 @@ import math
 import os
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import nn
 from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
-from mdil.training import building, digest, resume
+from mdil.training import building, digest, domain_data, resume
 from mdil.utils.errors import UserError, brief
 from mdil.utils.fetch import Fetched
 from mdil.utils.files import remove_leftovers, same_file
@@ -87,26 +86,18 @@ class Run:
 
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed, options.deterministic)
-        # By default, torch's convolutions on GPUs use TF32, which is less accurate than float32.
-        cudnn = torch.backends.cudnn
-        cudnn.allow_tf32 = options.recipe != 'released'
-        if not cudnn.allow_tf32:        # else the program's own setting for all of torch would count
-            cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = 'ieee'
+        building.set_tf32(options.recipe != 'released')
         self.options, self.place = options, place
         resume.check_places(self.folder, WRITTEN)
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
-        self.data = building.build_data(options, place, saved)
+        self.data = domain_data.build_data(options, place, saved)
         self.digests = digest.data_digests(self.data) if place.main else {}
         self.start = saved.get('start') if saved else digest.start_digest(options) if place.main else None
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
-        domains = [data.domain for data in self.data]
-        build = (partial(building.rebuild_networks, network=saved.get('network', ERFNET)) if saved
-                 else building.build_networks)
-        self.student, self.teacher, self.loaded, known = build(options, domains)
-        known = saved.get('domain_statistics', {}) if saved else known
-        self.domain_statistics = building.with_trained(known, self.data, options, place)
+        self.student, self.teacher, self.loaded, known = self.networks(saved)
+        self.domain_statistics = domain_data.with_trained(known, self.data, options, place)
         if options.sync_bn:
             self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)
@@ -129,6 +120,14 @@ class Run:
             torch.manual_seed(options.seed)
             for term in self.terms:
                 term.setup(self)
+
+    def networks(self, saved):
+        """(student, teacher or None, what was loaded in words, {old domain: its statistics})."""
+        domains = [data.domain for data in self.data]
+        if not saved:
+            return building.build_networks(self.options, domains)
+        networks = building.rebuild_networks(self.options, domains, saved.get('network', ERFNET))
+        return *networks, f'resumed in {self.options.savedir}', saved.get('domain_statistics', {})
 
     @property
     def folder(self):

@@ -128,13 +128,22 @@ def remove_leftovers(folder, names):
 
 
 def write_text(path, text):
-    """Writes `text` in UTF-8, atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Writes `text` in UTF-8, atomically; bytes of file names that are not UTF-8 as escapes."""
+    write_atomically(path, lambda file: file.write(text.encode(errors='backslashreplace')))
 
 
 def write_json(path, value):
     """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def read_object(path):
+    """The object in a JSON file; {} if the file is missing or holds no object."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def same_file(one, other):
@@ -179,11 +188,7 @@ def check_results(option, path, entries, inputs=()):
     check_writable(option, path, inputs=inputs)
     if not os.path.isfile(path) or not os.path.getsize(path) or written_through(path):
         return
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not set(entries) <= found.keys():
+    if not set(entries) <= read_object(path).keys():
         raise UserError(f'{option} {path} exists and holds something else; name another file')
 
 

@@ -100,12 +100,16 @@ def in_parallel(function, items, workers, title):
                         'use fewer processes (--num-workers)') from None
 
 
-def in_threads(function, items, threads):
+def in_threads(function, items, threads, title=''):
     """Yields function(item) in the order of the iterable `items`, computed by `threads` threads (0: in this thread).
 
     For work that releases Python's global lock. At most four items per thread are computed ahead,
-    which bounds the memory.
+    which bounds the memory. With a title, `items` is a list, and standard error shows a progress bar.
     """
+    if title:
+        yield from tqdm(in_threads(function, items, threads), total=len(items), desc=title, unit='image', leave=False,
+                        disable=None)
+        return
     if not threads:
         yield from map(function, items)
         return

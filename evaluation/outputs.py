@@ -1,0 +1,176 @@
+"""The folder and files that predict.py writes to: what goes where, and what must not be replaced or mixed."""
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+from mdil.models.fingerprint import SHOWN
+from mdil.utils.errors import UserError
+from mdil.utils.files import check_writable, read_object, same_file, write_json, written_through
+
+# What --save can write for an image, and the suffix of its file.
+ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
+MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
+# The file names of a video's predictions, in a folder of its own.
+FRAME = re.compile(r'\d{6,}(' + '|'.join(map(re.escape, ENDINGS.values())) + ')')
+LONGEST = 100                   # letters of a domain's name in the file name of its legend
+
+
+def targets(options, name):
+    """{kind: path} of the files to save for the image called `name`."""
+    return {kind: Path(options.out) / f'{name}{ENDINGS[kind]}' for kind in options.save}
+
+
+def real_paths(sources):
+    """The paths of the inputs, links followed."""
+    return {os.path.realpath(source.path) for source in sources}
+
+
+def check_targets(options, sources):
+    """UserError if two images would be written to the same file, or one would replace an input."""
+    for folder in options.input:
+        if same_file(folder, options.out):
+            raise UserError(f'--out {options.out} is the folder {folder} of --input, so predictions would lie among '
+                            'the images; name another folder, or one below it')
+    inputs, owners = real_paths(sources), {}
+    record = os.path.realpath(options.json) if options.json else None
+    if options.json:
+        check_writable('--json', options.json, inputs=[*options.input, *inputs])
+    if record == os.path.realpath(Path(options.out) / MADE_BY):
+        raise UserError(f'--json {options.json} is where predict.py records its settings; name another file')
+    for source in sources:
+        for path in targets(options, source.name).values():
+            place = os.path.realpath(path)
+            if place == record:
+                raise UserError(f'--json {options.json} is an output file of {source.path}; name another file')
+            if place in inputs:
+                raise UserError(f'{path} is an input and would be replaced; choose another --out')
+            if owners.get(path) == source.path:
+                raise UserError(f'{source.path} is given twice')
+            if path in owners:
+                raise UserError(f'{owners[path]} and {source.path} would both be written to {path}; '
+                                'predict them in two runs, each with its own --out')
+            owners[path] = source.path
+    check_frames(options, sources)
+
+
+def check_frames(options, sources):
+    """UserError if an image, or its prediction, has the place of a prediction of a video's frame."""
+    videos = {os.path.realpath(Path(options.out) / source.name): source.path for source in sources if source.is_video}
+    for source in (source for source in sources if not source.is_video):
+        for path in (source.path, *targets(options, source.name).values()):
+            video = videos.get(os.path.dirname(os.path.realpath(path)))
+            if video and FRAME.fullmatch(path.name):
+                raise UserError(f'{source.path} would share {path} with a frame of {video}; predict the video in a run '
+                                'of its own, with another --out')
+
+
+def branch_of(options, predictor):
+    """Name of the domain whose branch segments all images, or 'auto'."""
+    if predictor.identifier:
+        return 'auto'
+    return predictor.domains[0 if options.domain in (None, 'auto') else predictor.index(options.domain)].name
+
+
+def settings(options, predictor):
+    """Everything that the predictions depend on, as recorded in MADE_BY."""
+    files = [Path(options.state)]
+    if files[0].suffix.lower() == '.xml':       # OpenVINO keeps the weights in a second file
+        files.append(files[0].with_suffix('.bin'))
+    digest = hashlib.sha256(b''.join(map(Path.read_bytes, files))).hexdigest()
+    return {'network': digest[:SHOWN], 'domains': ' '.join(domain.name for domain in predictor.domains),
+            'domain': branch_of(options, predictor), 'sequence': options.sequence,
+            'size': 'x'.join(map(str, predictor.size[::-1])) if predictor.size else 'native',
+            'label-ids': options.label_ids, 'precision': options.precision}
+
+
+def short(made):
+    """A digest of `settings`."""
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:SHOWN]
+
+
+def read_records(options, made):
+    """The entries of an earlier run in the --json file, or {}; UserError unless its settings were `made`, too."""
+    if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
+        return {}
+    try:
+        records = json.loads(Path(options.json).read_text())
+    except (OSError, ValueError):
+        records = None
+    if not isinstance(records, dict) or not all(isinstance(entry, dict) and 'classes' in entry
+                                                for entry in records.values()):
+        raise UserError(f'--json {options.json} exists and was not written by predict.py; choose another name, or '
+                        'replace it with --overwrite')
+    odd = next((image for image, entry in records.items() if entry.get('made_by') != short(made)), None)
+    if odd:
+        raise UserError(f'--json {options.json} holds {odd}, which was predicted with other settings; choose another '
+                        'name, or replace it with --overwrite')
+    return records
+
+
+def predictions_of(options, source):
+    """Existing files, of all kinds, at the places of a Source's predictions."""
+    if source.is_video:
+        return [path for path in (Path(options.out) / source.name).glob('*.png') if FRAME.fullmatch(path.name)]
+    return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
+
+
+def legends(options, predictor):
+    """{path in --out: Domain} of the legends of the colours of all branches."""
+    return {Path(options.out) / f'legend-of-{quote(domain.name, safe="")[:LONGEST]}.png': domain
+            for domain in predictor.domains}
+
+
+def wanted_legends(options, predictor, sources):
+    """Those of `legends` to write: of the branches that may be used, if colours are saved.
+
+    A file that is there is kept, unless --overwrite. UserError if one has the name of an input or of another output.
+    """
+    if not {'color', 'overlay'} & set(options.save):
+        return {}
+    branch, taken = branch_of(options, predictor), real_paths(sources)
+    taken |= {os.path.realpath(path) for source in sources for path in targets(options, source.name).values()}
+    taken |= {os.path.realpath(path) for path in (options.state, options.json) if path}
+    found = {path: domain for path, domain in legends(options, predictor).items() if branch in ('auto', domain.name)}
+    for path in found:
+        if os.path.realpath(path) in taken:
+            raise UserError(f'{path} is where the legend of the colours goes, but also an input or another output; '
+                            'rename that, or choose another --out')
+    return {path: domain for path, domain in found.items() if options.overwrite or not os.path.lexists(path)}
+
+
+def claim(options, predictor, sources, made):
+    """Records in --out the settings of the predictions, `made`.
+
+    UserError if --out holds predictions made with other or unknown settings. --overwrite removes those of `sources`
+    instead; then UserError if any made with other settings would remain.
+    """
+    path, inputs = Path(options.out) / MADE_BY, real_paths(sources)
+    before = read_object(path)
+    old = {found for source in sources for found in predictions_of(options, source)
+           if os.path.realpath(found) not in inputs}
+    changed = [f'{name} {before[name]}, now {value}' for name, value in made.items()
+               if before.get(name, value) != value]
+    if options.overwrite:
+        if changed:
+            check_alone_in_out(options, {*old, *legends(options, predictor)}, inputs)
+    elif changed:
+        raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(changed)}; choose '
+                        'another --out, or replace them with --overwrite')
+    elif not before and (path.exists() or old):
+        raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
+                        'choose another --out, or replace them with --overwrite')
+    if changed or not before:
+        for found in old:       # otherwise a run resumed after an interruption would keep these
+            found.unlink()
+    write_json(path, {'state': str(options.state), **made})
+
+
+def check_alone_in_out(options, replaced, inputs):
+    """UserError if --out holds pictures besides those that are `replaced` and the inputs."""
+    others = {path for path in Path(options.out).rglob('*.png') if os.path.realpath(path) not in inputs} - replaced
+    if others:
+        raise UserError(f'--out {options.out} holds {min(others).name}, which was made with other settings and would '
+                        'remain; choose another --out')
