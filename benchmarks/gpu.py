@@ -108,8 +108,8 @@ class Smoke:
     def second(self, method, *more):
         """Losses of the method's second step, or of the only step of a single-task or joint method."""
         row, name, domains = METHODS[method], ' '.join([method, *more]), ['cityscapes', 'BDD']
-        if row.lonely or row.joint:
-            return self.train(name, '--method', method, '--domains', *domains[:1 if row.lonely else 2], *more)[1]
+        if row.one_domain or row.joint:
+            return self.train(name, '--method', method, '--domains', *domains[:1 if row.one_domain else 2], *more)[1]
         return self.train(name, '--method', method, '--domains', *domains, '--state', self.first(method), *more)[1]
 
     def third(self, recipe):

@@ -64,8 +64,8 @@ def network(options, domains):
     """The network of --state, or a random one."""
     if options.state:
         checkpoint = read_checkpoint(options.state)
-        if checkpoint.found.network != ERFNET:
-            raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the layers compared here '
+        if checkpoint.layout.network != ERFNET:
+            raise UserError(f'{options.state} holds the network {checkpoint.layout.network}; the layers compared here '
                             f'are those of {ERFNET}; choose another file')
         return load_network(checkpoint).eval()
     torch.manual_seed(options.seed)

@@ -119,7 +119,7 @@ def share(key, found, costs):
     """
     order, name, seed = key
     method = METHODS[row_of(name).method]
-    for other in orders_of(order, {order for order, *_ in found}) if method.joint or method.lonely else ():
+    for other in orders_of(order, {order for order, *_ in found}) if method.joint or method.one_domain else ():
         if found.setdefault((other, name, seed), found[key]) != found[key]:
             raise UserError(f'the orders {" ".join(order)} and {" ".join(other)} differ on seed {seed} of "{name}", '
                             'but this row has one run for all orders; leave out one of the files')

@@ -88,7 +88,7 @@ def sequence(row, steps, column, evaluator, options):
     """[{domain: mIoU} after each step] of a row, in a column."""
     found = [{name: entry['miou'] for name, entry in scores(step, evaluator, options, column).items()}
              for step in steps]
-    if METHODS[row.method].lonely:
+    if METHODS[row.method].one_domain:
         found = [{name: value for step in found for name, value in step.items()}]
     return own_networks(found) if row.copies else found
 

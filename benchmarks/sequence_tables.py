@@ -82,7 +82,7 @@ def units(step):
 def added(step, row, options):
     """Parameters that the last of the step's domains added: its branch, or a network of its own."""
     counts = [get_domain(name, data_paths(options.data)).num_classes for name in step.domains]
-    if row.copies or METHODS[step.method].lonely:
+    if row.copies or METHODS[step.method].one_domain:
         model = build_model(counts[-1:], step.method, options.network)
         return sum(parameter.numel() for parameter in model.parameters())
     model = build_model(counts, step.method, options.network)

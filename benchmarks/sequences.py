@@ -31,7 +31,7 @@ FIRST = '--first'       # in a row: what follows are options of its first step
 FILES = {'latest': LATEST, 'best': BEST}
 LOG, DONE = 'log.txt', 'done'
 # Options that do not identify a step: where it runs, and paths.
-PLACES = (resume.HARMLESS | resume.SAID | {'state'}) - {'precision'}
+PLACES = (resume.HARMLESS | resume.REPORTED | {'state'}) - {'precision'}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def row_of(text):
     if text not in ROWS and method not in METHODS:
         raise UserError(f'--rows {text!r} is none of {", ".join(ROWS)}, and does not begin with a method: '
                         f'{", ".join(METHODS)}')
-    if split and (METHODS[method].joint or METHODS[method].lonely):
+    if split and (METHODS[method].joint or METHODS[method].one_domain):
         raise UserError(f'--rows {text!r}: {method} has one step; give its options without {FIRST}')
     if split and not first.strip():
         raise UserError(f'--rows {text!r}: no option follows {FIRST}')
@@ -109,14 +109,14 @@ def own_step(step, name):
 
 def is_single(name):
     """Whether the row called `name` is of a network of its own for each domain."""
-    return METHODS[row_of(name).method].lonely
+    return METHODS[row_of(name).method].one_domain
 
 
 def first_method(method):
-    """The method of the first step of `method`: the same for all of the same network, a lonely one if any."""
+    """The method of the first step of `method`: the same for all of the same network, for one domain if any."""
     network = lambda name: (METHODS[name].adapter, METHODS[name].domain_bn)
     return min((name for name in METHODS if network(name) == network(method)),
-               key=lambda name: not METHODS[name].lonely)
+               key=lambda name: not METHODS[name].one_domain)
 
 
 def epochs_of(options, name):
@@ -183,11 +183,11 @@ def make_step(options, domains, seed, method, args=(), start=None):
 
 
 def row_steps(options, row, order, seed):
-    """The row's Step of each domain of an order; one of all of a joint method, one per domain of a lonely one."""
+    """The row's Step of each domain of an order; one of all of a joint method, one per domain of separate networks."""
     method = METHODS[row.method]
     if method.joint:
         return [make_step(options, tuple(sorted(order)), seed, row.method, row.args)]
-    if method.lonely:
+    if method.one_domain:
         return [make_step(options, (name,), seed, row.method, row.args) for name in order]
     steps = [make_step(options, order[:1], seed, first_method(row.method), row.first)]
     for count in range(2, len(order) + 1):

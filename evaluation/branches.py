@@ -65,7 +65,7 @@ def listing(known):
     rows = [row(entry['name'], f'{entry["classes"] - 1} + void', branch_state(known.model, number))
             for number, entry in enumerate(known.entries)]
     rows.append(row('shared by all', '', shared_state(known.model)))
-    return (f'{known.checkpoint.source}: {known.method}, {known.checkpoint.found.kind}\n\n'
+    return (f'{known.checkpoint.source}: {known.method}, {known.checkpoint.layout.kind}\n\n'
             + tables.plain(HEADER, rows))
 
 

@@ -61,7 +61,7 @@ def classes_of(checkpoint, options):
     """[(name, class names or None)] of each domain; the name is '?' if neither the file nor the options give it."""
     entries = checkpoint.content['domains'] if checkpoint.domains else [{'name': name} for name in options.domains]
     found = []
-    for number, count in enumerate(checkpoint.found.num_classes):
+    for number, count in enumerate(checkpoint.layout.num_classes):
         entry = entries[number] if number < len(entries) else {'name': '?'}
         try:
             domain = domain_of(entry, data_paths(options.data))
@@ -76,7 +76,7 @@ def domain_rows(model, checkpoint, options):
     counts, rows = parameter_counts(model), []
     for number, (name, _) in enumerate(classes_of(checkpoint, options)):
         own = counts['domains'][number]
-        rows.append([name, f'{checkpoint.found.num_classes[number] - 1} + void', f'{own:,}',
+        rows.append([name, f'{checkpoint.layout.num_classes[number] - 1} + void', f'{own:,}',
                      tables.number(100 * own / counts['total'], 1),
                      tables.number(gflop(model, number, options.height, options.width), 1)])
     shared = counts['shared']
@@ -119,8 +119,8 @@ def card(checkpoint, options):
         check_stated(options.domains, checkpoint.domains, checkpoint.source)
     method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
-    network = f'{checkpoint.found.network}: {get_network(checkpoint.found.network).about}'
-    parts = [f'{checkpoint.source}\n{checkpoint.found.kind}\nnetwork: {network}\nmethod: {about}',
+    network = f'{checkpoint.layout.network}: {get_network(checkpoint.layout.network).about}'
+    parts = [f'{checkpoint.source}\n{checkpoint.layout.kind}\nnetwork: {network}\nmethod: {about}',
              tables.plain(*domain_rows(model, checkpoint, options))
              + f'\n(one image of {options.width}x{options.height} through one branch; 2 FLOP for each multiply-add)',
              'Classes\n' + '\n'.join(textwrap.fill(f'{name}: {printable(", ".join(names or ["names not known"]))}', 100,

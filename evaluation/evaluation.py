@@ -177,7 +177,7 @@ def load_network_and_domains(path, place, paths, names=(), method=None, precisio
     checkpoint, domains = read_named(path, paths, names, sequence)
     model = load_network(checkpoint, method)
     if checkpoint.domains is None and place.main:
-        print(report(checkpoint, len(checkpoint.found.state), 0), file=sys.stderr)
+        print(report(checkpoint, len(checkpoint.layout.state), 0), file=sys.stderr)
     return checkpoint, model.to(place.device, memory_format=memory_format(place.device, precision)), domains
 
 

@@ -146,19 +146,19 @@ def difference(network, exported, batches):
 def export_published(options):
     """Writes all domains in the published key layout."""
     checkpoint = read_checkpoint(options.state)
-    if checkpoint.found.network != ERFNET:
-        raise UserError(f'{options.state} holds the network {checkpoint.found.network}; the published code has only '
+    if checkpoint.layout.network != ERFNET:
+        raise UserError(f'{options.state} holds the network {checkpoint.layout.network}; the published code has only '
                         f'{ERFNET}: let OUT end in one of {", ".join(SUFFIXES)}')
     if checkpoint.domains:
         check_stated(options.domains, checkpoint.domains, checkpoint.source)
     model, method = load_network(checkpoint, options.method), method_of(checkpoint, options.method)
-    row, counts = get_method(method), checkpoint.found.num_classes
+    row, counts = get_method(method), checkpoint.layout.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):
         raise UserError(f'{options.state}: the published code has no network of --method {method}')
     keys = published_keys(model.state_dict(), counts, row.adapter, multi_task=row.joint)
     save({'epoch': int(checkpoint.content.get('epoch', 0)), 'arch': 'ERFNet', 'state_dict': keys,
           'best_acc': float(checkpoint.content.get('best_acc', 0))}, options.out)
-    print(f'{options.out}: {checkpoint.found.kind}, {len(keys)} tensors, e.g. {next(iter(keys))}')
+    print(f'{options.out}: {checkpoint.layout.kind}, {len(keys)} tensors, e.g. {next(iter(keys))}')
 
 
 def main(argv=None):

@@ -8,10 +8,10 @@ from torch.nn.functional import interpolate
 from mdil.datasets.domains import domain_of, index_among
 from mdil.evaluation.evaluation import load_network_and_domains, logits_of
 from mdil.models.checkpoint import stated_size
-from mdil.models.exported import SIDE, Exported, is_exported
+from mdil.models.exported import Exported, is_exported
 from mdil.models.identify import appearance, identifier_of, unstated
 from mdil.utils.parallel import Place
-from mdil.utils.parser import data_paths
+from mdil.utils.parser import SIDE, data_paths
 
 PUBLISHED_SIZE = 512, 1024      # height, width for files that do not record their training size
 

@@ -51,7 +51,7 @@ def parse(argv=None):
 
 def names_of(checkpoint, given):
     """Names of a checkpoint's domains; a file without names takes those of `given`, then 'domain N'."""
-    count = len(checkpoint.found.num_classes)
+    count = len(checkpoint.layout.num_classes)
     names = checkpoint.domains or [*given, *(f'domain {number}' for number in range(len(given), count))]
     return list(map(canonical, names))[:count]
 
@@ -71,7 +71,7 @@ def pairs(old, new, given):
     nameless = old.domains is None or new.domains is None
     names = names_of(new if old.domains is None else old, given)
     if nameless:
-        count = min(len(old.found.num_classes), len(new.found.num_classes))
+        count = min(len(old.layout.num_classes), len(new.layout.num_classes))
         return [(names[number] if number < len(names) else f'domain {number}', number, number)
                 for number in range(count)]
     others = names_of(new, given)
@@ -108,14 +108,14 @@ def entry(moved, logits=None):
 def compare_networks(options):
     """{domain: entry} of two files, each of this code or published."""
     (old, one), (new, other) = (known(path, options) for path in options.state)
-    networks = [checkpoint.found.network for checkpoint in (old, new)]
+    networks = [checkpoint.layout.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
         raise UserError(f'{" and ".join(options.state)} hold different networks: {" and ".join(networks)}')
     if new.domains:
         check_stated(options.domains, new.domains, new.source)
     result = {}
     for name, number, index in pairs(old, new, options.domains):
-        classes = old.found.num_classes[number], new.found.num_classes[index]
+        classes = old.layout.num_classes[number], new.layout.num_classes[index]
         if classes[0] != classes[1]:
             raise UserError(f'{name} has {classes[0]} classes in {old.source} and {classes[1]} in {new.source}')
         views = one.single(number), other.single(index)
@@ -127,7 +127,7 @@ def compare_networks(options):
 
 def stated(view, checkpoint):
     """{key: tensor} of a view, without batch-norm counters if the file has none, as in early files."""
-    counted = any(key.endswith(unchanged.COUNTER) for key in checkpoint.found.state)
+    counted = any(key.endswith(unchanged.COUNTER) for key in checkpoint.layout.state)
     return {key: value for key, value in view.state_dict().items() if counted or not key.endswith(unchanged.COUNTER)}
 
 

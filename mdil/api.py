@@ -22,7 +22,6 @@ from mdil.losses.terms import CrossEntropy, Distillation
 from mdil.models import checkpoint
 from mdil.models.branches import LoadedCheckpoint
 from mdil.models.checkpoint import check_known
-from mdil.models.exported import SIDE
 from mdil.models.identify import identifier_of, unstated
 from mdil.models.multi_domain import MultiDomainNet
 from mdil.training.options import LAMBDA, TEMPERATURE
@@ -30,6 +29,7 @@ from mdil.training.step_loss import StepLoss, mean_over_batch
 from mdil.utils.errors import UserError, brief
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, pick_device
+from mdil.utils.parser import LONGEST, SIDE, is_side
 from mdil.utils.precision import check_precision, memory_format
 from mdil.utils.workers import batched
 
@@ -64,8 +64,7 @@ def expect_paths(data):
 
 def is_size(value):
     """Whether `value` is a (height, width) that the network accepts."""
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(
-        isinstance(side, Integral) and side > 0 and side % SIDE == 0 for side in value)
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_side, value))
 
 
 def check_pair(pair):
@@ -111,7 +110,7 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
         expect('domains', name, str, 'a name')
     expect_paths(data)
     if size is not None and not is_size(size):
-        raise UserError(f'size {size}: (height, width) is expected, positive multiples of {SIDE}')
+        raise UserError(f'size {size}: (height, width) is expected, multiples of {SIDE} up to {LONGEST}')
     if precision not in PRECISIONS:
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(pick_device(str(device)))

@@ -210,8 +210,8 @@ def write_bytes(path, content, overwrite):
 def known_domains(state):
     """Names of the domains in the checkpoint `state`, [] without one; UserError if it does not name them."""
     checkpoint = state and read_checkpoint(state)
-    if checkpoint and checkpoint.found.num_classes and checkpoint.domains is None:
-        raise UserError(f'{state} holds {checkpoint.found.kind} but no domain names; pass domains=[...], all in order')
+    if checkpoint and checkpoint.layout.num_classes and checkpoint.domains is None:
+        raise UserError(f'{state} holds {checkpoint.layout.kind} but no domain names; pass domains=[...], all in order')
     return checkpoint and checkpoint.domains or []
 
 

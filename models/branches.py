@@ -43,8 +43,8 @@ class LoadedCheckpoint:
     def __init__(self, path, names=None, method=None, paths=None, sequence=False):
         self.checkpoint, self.paths = read_checkpoint(path), paths
         self.model = load_network(self.checkpoint, method)
-        self.method, self.network = method_of(self.checkpoint, method), self.checkpoint.found.network
-        names, counts = names_in(self.checkpoint, names, sequence), self.checkpoint.found.num_classes
+        self.method, self.network = method_of(self.checkpoint, method), self.checkpoint.layout.network
+        names, counts = names_in(self.checkpoint, names, sequence), self.checkpoint.layout.num_classes
         if self.checkpoint.domains:
             stated = self.checkpoint.content['domains']
         else:

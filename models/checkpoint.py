@@ -7,7 +7,6 @@ import torch
 
 from mdil.datasets.domains import canonical
 from mdil.datasets.own import is_color
-from mdil.models.exported import SIDE
 from mdil.models.identify import are_statistics
 from mdil.models.layouts import CLASSES, StateLayout, check_fit, describe, file_key, load, load_encoder, recognise
 from mdil.models.methods import METHODS, build_model, get_method, method_name
@@ -15,7 +14,7 @@ from mdil.models.networks import DEFAULT, get_network
 from mdil.models.safe_reading import leaves, read
 from mdil.utils.errors import UserError, counted
 from mdil.utils.files import write_atomically
-from mdil.utils.parser import LONGEST
+from mdil.utils.parser import is_side
 
 VERSION = 1
 
@@ -27,7 +26,7 @@ STATES = 'state_dict', 'model_state_dict', 'model', 'net', 'network'
 class Checkpoint:
     """A file's network and what is known about it. domains: names, or None if the file has none."""
     source: str
-    found: StateLayout
+    layout: StateLayout
     domains: list = None
     method: str = None
     content: dict = field(default_factory=dict, repr=False)
@@ -47,7 +46,7 @@ def names_in(checkpoint, names=(), sequence=False):
     sequence: `names` are those of the last file of a sequence, to which this file belongs. UserError if names
         contradict the file, or if it has none and they are not one for each domain.
     """
-    found, names = checkpoint.found, list(map(canonical, names or []))
+    found, names = checkpoint.layout, list(map(canonical, names or []))
     names = names[:len(found.num_classes)] if sequence else names
     if checkpoint.domains:
         check_stated(names, checkpoint.domains, checkpoint.source)
@@ -61,8 +60,7 @@ def stated_size(content):
     """The (height, width) at which a checkpoint says it was trained; None if it states none, or an impossible one."""
     options = content.get('options')
     sides = (options.get('height'), options.get('width')) if isinstance(options, dict) else ()
-    fits = [isinstance(side, int) and 0 < side <= LONGEST and side % SIDE == 0 for side in sides]
-    return sides if fits and all(fits) else None
+    return sides if sides and all(map(is_side, sides)) else None
 
 
 def save(content, path, previous=None, best=None):
@@ -241,8 +239,8 @@ def check_known(checkpoint, domains):
             raise UserError(f'{checkpoint.source} knows {", ".join(known)}, but should know {", ".join(names)}; name '
                             'its domains in its order (in training, before the one to learn), or choose another '
                             'checkpoint')
-    if checkpoint.found.num_classes != counts:
-        raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {", ".join(names)} need '
+    if checkpoint.layout.num_classes != counts:
+        raise UserError(f'{checkpoint.source} holds {checkpoint.layout.kind}, but {", ".join(names)} need '
                         f'{", ".join(map(str, counts))} classes, void included; name its domains in its order, with '
                         'the class lists that it was trained with')
     for entry, domain in zip(checkpoint.content.get('domains', []) if checkpoint.domains else [], domains):
@@ -261,7 +259,7 @@ def fitting_methods(found):
     """Names of the methods whose network, for the found domains, is the one found."""
     several = len(found.num_classes) > 1
     return [name for name, row in METHODS.items() if row.adapter == found.adapter
-            and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.lonely)]
+            and (not several or row.domain_bn == (found.batch_norms > 1)) and not (several and row.one_domain)]
 
 
 def check_method(found, method, source):
@@ -287,26 +285,26 @@ def network_of(found, method, source):
 
 def method_of(checkpoint, method=None):
     """The method that a checkpoint states, or else `method`, or else the first whose network fits; None without one."""
-    return checkpoint.method or method_name(method) or next(iter(fitting_methods(checkpoint.found)), None)
+    return checkpoint.method or method_name(method) or next(iter(fitting_methods(checkpoint.layout)), None)
 
 
 def load_network(checkpoint, method=None):
     """The network of a checkpoint, for its `method_of`; UserError also if it is no network of `method`."""
     if method:
-        check_method(checkpoint.found, method_name(method), checkpoint.source)
-    return network_of(checkpoint.found, method_of(checkpoint, method), checkpoint.source)
+        check_method(checkpoint.layout, method_name(method), checkpoint.source)
+    return network_of(checkpoint.layout, method_of(checkpoint, method), checkpoint.source)
 
 
 def start_from_encoder(model, checkpoint, batch_norms):
     """Loads an ImageNet encoder into `model`; returns lines that say what was loaded."""
-    loaded, fresh = load_encoder(model, checkpoint.found, checkpoint.source, batch_norms)
-    dropped = len(checkpoint.found.state) - len(loaded)
+    loaded, fresh = load_encoder(model, checkpoint.layout, checkpoint.source, batch_norms)
+    dropped = len(checkpoint.layout.state) - len(loaded)
     return report(checkpoint, len(loaded), len(fresh), dropped)
 
 
 def report(checkpoint, loaded, fresh, dropped=0):
     """Lines that say how many tensors were loaded, and of these renamed; and how many were not loaded, if any."""
-    found = checkpoint.found
+    found = checkpoint.layout
     unused = dropped + len(found.ignored)
     return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded'
             + (f', {found.renamed} of them renamed from the published layout' if found.renamed else '')

@@ -18,9 +18,9 @@ from torch.export import Dim
 
 from mdil.utils.errors import UserError, brief
 from mdil.utils.files import move, write_atomically
+from mdil.utils.parser import SIDE
 
 NAME = 'mdil'       # the key of the metadata, JSON
-SIDE = 8            # image sides must be multiples of this
 PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torch': (), 'openvino': ('openvino',)}
 SUFFIXES = {'.onnx': 'onnx', '.pt2': 'torch', '.xml': 'openvino'}
 

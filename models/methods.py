@@ -20,7 +20,7 @@ class Method:
     lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
     dropout: whether the student uses dropout, in the layers that train, after the first domain.
     joint: whether all domains are learnt at once instead of one after another.
-    lonely: whether the network knows one domain only.
+    one_domain: whether the network knows one domain only.
     uses: options of train.py that only some methods use and this one does; training.options refuses the
         others.
     """
@@ -32,7 +32,7 @@ class Method:
     lr: float = 5e-4
     dropout: bool = True
     joint: bool = False
-    lonely: bool = False
+    one_domain: bool = False
     uses: tuple = ()
 
     @property
@@ -76,9 +76,9 @@ METHODS = {
                                    domain_bn=True, joint=True, shared='divided', uses=JOINT),
     'multi-task-adapters': Method("multi-task with the paper's network: adapters, batch norms and a decoder per domain",
                                   adapter='parallel', domain_bn=True, joint=True, shared='divided', uses=JOINT),
-    'single-task': Method('a plain network for one domain', lonely=True, uses=('no_dropout',)),
+    'single-task': Method('a plain network for one domain', one_domain=True, uses=('no_dropout',)),
     'single-task-adapters': Method("the paper's network for one domain: what the method gains without any other domain",
-                                   adapter='parallel', domain_bn=True, lonely=True, uses=('no_dropout',)),
+                                   adapter='parallel', domain_bn=True, one_domain=True, uses=('no_dropout',)),
 }
 DEFAULT, ALIASES = 'mdil', {'ours': 'mdil'}        # aliases: names in the published code and earlier files
 

@@ -18,7 +18,7 @@ from tests.test_checkpoints import published_file
 
 COUNTS = {'cityscapes': 20, 'BDD': 20, 'IDD': 27, 'camvid': 12}
 # One method for each kind of network.
-KINDS = {(row.adapter, row.domain_bn): name for name, row in METHODS.items() if not row.lonely}.values()
+KINDS = {(row.adapter, row.domain_bn): name for name, row in METHODS.items() if not row.one_domain}.values()
 IMAGES = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
 
 

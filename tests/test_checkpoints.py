@@ -53,7 +53,7 @@ def test_published_files_load(tmp_path, layout, form):
     path = published_file(tmp_path / 'x.pth.tar', keys, prefix=form == 'module',
                           _use_new_zipfile_serialization=form != 'old format')
     read = checkpoint.read_checkpoint(path)
-    assert read.domains is None and read.found.num_classes == classes
+    assert read.domains is None and read.layout.num_classes == classes
     loaded = checkpoint.load_network(read, method).eval()
     images = torch.rand(1, 3, 16, 32)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_files_of_others_load(tmp_path):
     state = build_model([4, 5]).state_dict()
     for form, wrapped in FOREIGN.items():
         torch.save(wrapped(state), tmp_path / 'x')
-        assert same(checkpoint.read_checkpoint(tmp_path / 'x').found.state, state), form
+        assert same(checkpoint.read_checkpoint(tmp_path / 'x').layout.state, state), form
 
 
 def test_names_of_wrapped_networks_are_recognised():

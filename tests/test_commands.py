@@ -44,9 +44,9 @@ def evaluate(toy, out, *arguments):
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_learns_two_domains_and_is_evaluated(toy, tmp_path, method):
     row = METHODS[method]
-    if row.joint or row.lonely:
+    if row.joint or row.one_domain:
         states = [tmp_path / 'one']
-        names = ['cityscapes'] if row.lonely else ['cityscapes', 'IDD']
+        names = ['cityscapes'] if row.one_domain else ['cityscapes', 'IDD']
         learn(toy, states[0], '--method', method, '--domains', *names)
     else:
         states = [tmp_path / 'one', tmp_path / 'two']

@@ -51,8 +51,8 @@ def first_step(method, path):
 def losses_of(method, seed, roads, folder, *arguments):
     """The losses of five batches of two images: of BDD after Cityscapes, of both at once, or of BDD alone."""
     row = METHODS[method]
-    domains = ['BDD'] if row.lonely else ['cityscapes', 'BDD']
-    if not (row.joint or row.lonely):
+    domains = ['BDD'] if row.one_domain else ['cityscapes', 'BDD']
+    if not (row.joint or row.one_domain):
         first = folder / f'{method}.pth.tar'
         if not first.exists():
             first_step(method, first)

@@ -13,7 +13,7 @@ from mdil.utils.errors import UserError
 from tests.conftest import shallow_erfnet
 
 FROZEN = [name for name, row in METHODS.items() if row.shared == 'frozen']
-SLOWED = [name for name, row in METHODS.items() if not (row.joint or row.lonely) and name not in FROZEN]
+SLOWED = [name for name, row in METHODS.items() if not (row.joint or row.one_domain) and name not in FROZEN]
 STEPS = {**dict.fromkeys(FROZEN, ()), **dict.fromkeys(SLOWED, ('--shared-lr', '0'))}
 SMALL = ['--height', '32', '--batch-size', '2', '--num-epochs', '1', '--limit-batches', '1', '--num-workers', '0',
          '--class-weights', 'none', '--device', 'cpu']
@@ -37,7 +37,7 @@ def shallow_bases(toy, tmp_path_factory):
     made, found = {}, {}
     for name, row in METHODS.items():
         kind = row.adapter, row.domain_bn
-        if not row.lonely and not row.joint:
+        if not row.one_domain and not row.joint:
             if kind not in made:
                 with shallow_erfnet():
                     made[kind] = learn(toy, tmp_path_factory.mktemp('base'), ['CS'], '--method', name)

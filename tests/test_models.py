@@ -53,7 +53,7 @@ def test_every_module_of_a_branch_matters_to_its_domain_and_to_no_other(method):
 
 def test_branch_and_shared_parameters_partition_the_network():
     for method in METHODS:
-        model = build_model([4] if METHODS[method].lonely else [4, 6], method)
+        model = build_model([4] if METHODS[method].one_domain else [4, 6], method)
         parts = [p for d in range(len(model.views)) for p in model.branch_parameters(d)] + model.shared_parameters()
         assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
 

@@ -109,7 +109,7 @@ def first(toy, tmp_path_factory):
 @pytest.mark.parametrize('network, method', TRIED)
 def test_two_steps_of_every_method(network, method, toy, first, tmp_path, capsys):
     row, states = METHODS[method], []
-    if row.joint or row.lonely:
+    if row.joint or row.one_domain:
         names = ['CS', 'IDD'] if row.joint else ['CS']
         states.append(learn(toy, tmp_path / '1', '--domains', *names, '--network', network, '--method', method))
     else:
@@ -125,7 +125,7 @@ def test_two_steps_of_every_method(network, method, toy, first, tmp_path, capsys
     evaluation.main(['--state', *map(str, states), '--data-root', str(toy), '--height', '64', '--width', '64', '--num-workers', '0',
                      '--device', 'cpu'])
     found = checkpoint.read_checkpoint(states[-1])
-    assert found.found.network == network and found.content['network'] == network
+    assert found.layout.network == network and found.content['network'] == network
     val = read_metrics(tmp_path / str(len(states)))[-1]['val']
     assert set(val) == set(found.domains) and capsys.readouterr().out
 
@@ -380,7 +380,7 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
     net = mdil.load(tmp_path / 'whole', device='cpu')
     assert net.known.network == LRASPP and net.predict(str(image), domain='IDD').labels.shape == (64, 128)
     net.save(tmp_path / 'again')
-    assert checkpoint.read_checkpoint(tmp_path / 'again').found.network == LRASPP
+    assert checkpoint.read_checkpoint(tmp_path / 'again').layout.network == LRASPP
     assert features.encode(net.model, 1, torch.zeros(3, 64, 128, dtype=torch.uint8)).shape == (8 * 16, 960)
 
 

@@ -37,9 +37,9 @@ PRECISIONS = 'fp32', 'bf16', 'fp16'
 def run_on(device, method, *arguments, graphs=False):
     """A run of the method's last step on a device, without data."""
     row = METHODS[method]
-    names = ['cityscapes', 'idd-lite', 'camvid'][:1 if row.lonely else 3]
+    names = ['cityscapes', 'idd-lite', 'camvid'][:1 if row.one_domain else 3]
     options = parse_train(['--domains', *names, '--savedir', 'x', '--method', method, *arguments,
-                           *([] if row.lonely or row.joint else ['--state', 'x'])])
+                           *([] if row.one_domain or row.joint else ['--state', 'x'])])
     counts, place = [20, 8, 12][:len(names)], Place(torch.device(device), graphs=graphs)
     student, teacher = build_model(counts, method), None
     if plan_step(options).needs_teacher:

@@ -158,7 +158,7 @@ OF_SOME = sorted({name for row in METHODS.values() for name in row.uses})
 @pytest.mark.parametrize('method', METHODS)
 def test_an_option_that_the_method_does_not_use_is_refused_even_at_its_default(method):
     row = METHODS[method]
-    domains = 'CS' if row.lonely else 'CS BDD --state x'
+    domains = 'CS' if row.one_domain else 'CS BDD --state x'
     for name in OF_SOME:
         option = f'--{name.replace("_", "-")}'
         text = f'--savedir S --domains {domains} --method {method} {option} {VALUES.get(name, 1)}'

@@ -18,7 +18,7 @@ from mdil.utils.parallel import Place
 from tests.fill import fill, inputs
 
 IMAGES, LABELS = inputs(3, 2, 32, 64, 12)
-SEQUENTIAL = [name for name, row in METHODS.items() if not (row.joint or row.lonely)]
+SEQUENTIAL = [name for name, row in METHODS.items() if not (row.joint or row.one_domain)]
 
 
 def run_of(method, *arguments):

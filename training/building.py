@@ -56,7 +56,7 @@ def build_networks(options, domains):
     settle_network(options, checkpoint)
     if not plan.from_previous:
         return *first_network(options, domains, counts, checkpoint), {}
-    if not checkpoint.found.num_classes:
+    if not checkpoint.layout.num_classes:
         raise UserError(f'{options.state} holds only an encoder; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
     if domains[-1].name in (checkpoint.domains or ()):
@@ -64,7 +64,7 @@ def build_networks(options, domains):
                         'checkpoint of the step before')
     check_known(checkpoint, domains[:-1])
     note_size(options, checkpoint)
-    student = network_of(checkpoint.found, options.method, checkpoint.source)
+    student = network_of(checkpoint.layout, options.method, checkpoint.source)
     known = len(student.state_dict())
     teacher = copy.deepcopy(student) if plan.needs_teacher else None
     # So that the new layers do not depend on how many domains were built before.
@@ -88,7 +88,7 @@ def note_size(options, checkpoint):
 
 def settle_network(options, checkpoint):
     """Sets --network, if not given, to that of the Checkpoint of --state (or None); UserError if they differ."""
-    known = checkpoint.found.network if checkpoint else ERFNET
+    known = checkpoint.layout.network if checkpoint else ERFNET
     options.network = options.network or known
     if checkpoint and options.network != known:
         raise UserError(f'{options.state} holds the network {known}, not {options.network}; leave out --network, '
@@ -107,8 +107,8 @@ def first_network(options, domains, counts, checkpoint):
     elif options.weights:
         checkpoint = read_checkpoint(options.weights)
     if checkpoint:
-        if checkpoint.found.num_classes:
-            raise UserError(f'{checkpoint.source} holds {checkpoint.found.kind}, but {domains[0].name} is the first '
+        if checkpoint.layout.num_classes:
+            raise UserError(f'{checkpoint.source} holds {checkpoint.layout.kind}, but {domains[0].name} is the first '
                             f'domain that --method {options.method} learns here: it starts from an encoder, or '
                             'without --state')
         lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')

@@ -169,7 +169,7 @@ def val_loader(options, place, domain, required):
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
 
 
-def with_trained(known, data, options, place):
+def with_statistics(known, data, options, place):
     """{domain: statistics of its images, see models.identify}: `known`, and those of the domains that are trained.
 
     Only the main process reads the images, because it alone saves the statistics.

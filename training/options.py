@@ -38,7 +38,7 @@ RECIPES = {
         'frozen_encoder': lambda row, domains: 'train' if row.plain else 'eval',
         'new_decoder': lambda row, domains: 'fresh' if row.plain else 'copied', 'new_statistics': 'fresh',
         'imagenet_bn': lambda row, domains: 'loaded' if row.plain else 'dropped', 'label_padding': 'released',
-        'rounds': 'smallest', 'num_epochs': lambda row, domains: 200 if row.lonely and domains == ['IDD'] else 150,
+        'rounds': 'smallest', 'num_epochs': lambda row, domains: 200 if row.one_domain and domains == ['IDD'] else 150,
         'val_every': lambda row, domains: 5 if row.joint else 10 if len(domains) > 2 else 1,
         'schedule': 'poly', 'published_metric': True}}
 # The fastest known way to a given score (docs/record.md), as differences from the corrected recipe.
@@ -301,7 +301,7 @@ def check_domains(options):
     names, method = options.domains, METHODS[options.method]
     if len(set(names)) < len(names):
         raise UserError(f'--domains {" ".join(names)} names a domain twice')
-    if method.lonely and len(names) > 1:
+    if method.one_domain and len(names) > 1:
         raise UserError(f'--method {options.method} learns one domain, not {len(names)}: {" ".join(names)}')
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '

@@ -22,11 +22,11 @@ from mdil.utils.parallel import tell
 from mdil.utils.parser import flag
 from mdil.utils.workers import INTERRUPTED, STOPPING
 
-# A resumed run may change these options. HARMLESS: no effect on results. SAID: results are no longer bit-equal,
+# A resumed run may change these options. HARMLESS: no effect on results. REPORTED: results are no longer bit-equal,
 # which is reported. docs/reliability.md names them.
 HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tensorboard', 'savedir', 'data_root',
             'data', 'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
-SAID = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
+REPORTED = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
 
 
 # Further entries of a run's checkpoint: (test of the value, what it must be).
@@ -40,7 +40,7 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
 LATER = {'digests': (plain_digests, 'a dict of digests'),       # missing from earlier files, as is checkpoint.LATER
          'start': (lambda value: value is None or isinstance(value, str), 'a digest or None')}
-UNNAMED = {**RECIPES['corrected'], 'network': ERFNET}           # what happened before these options existed
+BEFORE_OPTIONS = {**RECIPES['corrected'], 'network': ERFNET}           # what happened before these options existed
 # Settings of an optimiser's groups in every version of torch, except the rate.
 SETTINGS = 'params', 'name', 'betas', 'eps', 'weight_decay', 'initial_lr'
 
@@ -180,12 +180,12 @@ def differences(saved, options):
         before, value = saved.get(name), now.get(name)
         before = method_name(before) if name == 'method' else before
         # An option newer than the file, with a value that keeps the old behaviour.
-        later = name not in saved and (not value or value == UNNAMED.get(name))
+        later = name not in saved and (not value or value == BEFORE_OPTIONS.get(name))
         unsaid = name == 'network' and value is None        # the file's network is kept
         if name in HARMLESS or before == value or later or unsaid:
             continue
         line = f'{flag(name)} was {before}, is {value}'
-        (said if name in SAID else refused).append(line)
+        (said if name in REPORTED else refused).append(line)
     return refused, said
 
 

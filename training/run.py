@@ -97,7 +97,7 @@ class Run:
         if saved and place.main:
             digest.check_unchanged(saved.get('digests', {}), self.digests, self.folder)
         self.student, self.teacher, self.loaded, known = self.networks(saved)
-        self.domain_statistics = domain_data.with_trained(known, self.data, options, place)
+        self.domain_statistics = domain_data.with_statistics(known, self.data, options, place)
         if options.sync_bn:
             self.student = building.synchronised(self.student, options, place)
         building.freeze(self.student, options)

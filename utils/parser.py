@@ -3,12 +3,13 @@ import argparse
 import os
 import re
 import sys
+from numbers import Integral
 from pathlib import Path
 
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import check_alone
 
-LONGEST = 2 ** 16       # image side that is accepted
+SIDE, LONGEST = 8, 2 ** 16      # image sides are multiples of SIDE, up to LONGEST
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -110,12 +111,17 @@ def rate(text):
     return value
 
 
+def is_side(value):
+    """Whether `value` can be the side of an image: a multiple of SIDE from SIDE to LONGEST."""
+    return isinstance(value, Integral) and SIDE <= value <= LONGEST and value % SIDE == 0
+
+
 def side(text):
-    """argparse type: an image side, a positive multiple of 8."""
+    """argparse type: an image side, see `is_side`."""
     value = whole(text)
-    if value < 8 or value % 8:
-        near = max(8, round(value / 8) * 8)
-        raise argparse.ArgumentTypeError(f'{text} is not a positive multiple of 8; the nearest is {near}')
+    if value < SIDE or value % SIDE:
+        near = max(SIDE, round(value / SIDE) * SIDE)
+        raise argparse.ArgumentTypeError(f'{text} is not a positive multiple of {SIDE}; the nearest is {near}')
     if value > LONGEST:
         raise argparse.ArgumentTypeError(f'{text} is more than {LONGEST}')
     return value
