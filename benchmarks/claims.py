@@ -30,7 +30,7 @@ MDIL, TUNED, PLAIN = f'mdil {FAST} --first {FAST}', f'fine-tune {FAST} --first {
 ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dropout"
 # The paper's method at its own rates, and with shared weights that move faster: its stored file and row.
 PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
-#         '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
+         '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
          '`mdil` at 1e-3, shared 5e-4, lambda 10': ('mdil-rates', f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10')}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
@@ -53,8 +53,8 @@ class Difference(NamedTuple):
 
 @cache
 def stored(name):
-    """The content of a stored file."""
-    return json.loads((STORED / f'{name}.json').read_text())
+    """The content of a stored file; `repair` is that of benchmarks.repair."""
+    return json.loads(((STORED.parent if name == 'repair' else STORED) / f'{name}.json').read_text())
 
 
 def scores(files, row, order=None, column=TRAINED, step=-1):
@@ -76,6 +76,13 @@ def copies_of(file, row, order):
     """Scores of copies of the network, one kept for each domain as it was when it had just learnt it."""
     return Scores({seed: figures['learnt'] for seed, figures in stored(file)['orders'][order][row]['seeds'].items()},
                   (file,))
+
+
+def repaired(order):
+    """Scores of the published loops after the last step, and with the old statistics restored, of benchmarks.repair."""
+    return [Scores({seed: {name: entry[state] for name, entry in domains.items()}
+                    for seed, domains in stored('repair')['orders'][order].items()}, ('repair',))
+            for state in ('before', 'statistics')]
 
 
 def together(one, other):
@@ -139,6 +146,18 @@ def published_loops():
             scores('orders', 'fine-tune', FIRST), scores('orders', 'adapters-only-lr-1e-3-no-dropout', FIRST), name)
         yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
         yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
+    for words, order in ORDERS.items():
+        before, after = repaired(order)
+        for name in order.split()[:-1]:
+            yield f'published loops, 720 images a step, old statistics restored, {words}, {TITLES[name]}', points(
+                after, before, name)
+    loops, kept, corrected = (scores('toy-released', row, column=column) for row, column in (
+        ('released', TRAINED), ('released', 'kept'), ('mdil', TRAINED)))
+    yield 'toy roads, published loops, old statistics restored, Cityscapes', points(kept, loops, 'cityscapes')
+    yield 'toy roads, published loops, statistics estimated anew, Cityscapes', points(
+        scores('toy-released', 'released', column='estimated'), loops, 'cityscapes')
+    yield from ((f'toy roads, `mdil` against `released`, {name}', points(corrected, loops, domain))
+                for name, domain in (('Cityscapes', 'cityscapes'), ('BDD', 'BDD')))
 
 
 def against(words, one, other, names):
@@ -365,11 +384,10 @@ def section_table(title):
 def provenance(name):
     """The cells of a stored file: where its figures come from."""
     content = stored(name)
-    versions, rows = content['versions'], [row for rows in content.get('orders', {}).values() for row in rows.values()]
+    versions, settings = content['versions'], content.get('options', content.get('protocol'))
     revision, _, changed = versions['git'].partition('-')
-    seeds = sorted({seed for row in rows for seed in row['seeds']}) or [name[-1]]
     return [name, revision[:7] + (' with uncommitted changes' if changed else ''), versions['torch'],
-            content.get('options', content.get('protocol'))['precision'], ' '.join(seeds)]
+            settings['precision'], ' '.join(map(str, settings.get('seeds', [name[-1]])))]
 
 
 def counts():
