@@ -141,7 +141,9 @@ def single_task_score(item, evaluator):
     name, equals, value = item.partition('=')
     if equals and not os.path.exists(item):
         return evaluator.domain(name).name, {'miou': stated_miou(item, value)}
-    names = () if read_checkpoint(item).domains else evaluator.options.domains
+    names = evaluator.options.domains
+    if names and read_checkpoint(item).domains:
+        names = ()
     if len(names) > 1:
         raise UserError(f'--single-task {item} does not name its domain; evaluate it alone (--state {item} '
                         '--domains NAME), then pass --single-task NAME=mIoU')

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
 from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, upright
-from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records, settings, short, targets,
+from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records, settings, targets,
                                      wanted_legends)
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
+from mdil.models.fingerprint import SHOWN, fingerprint
 from mdil.models.identify import Sequence, appearance, never_unknown
 from mdil.models.methods import nameless_options
 from mdil.utils.errors import UserError, counted, run_main
@@ -185,10 +186,10 @@ def save(options, loaded, prediction):
         pictures.save_picture(path, picture(kind, loaded.image, prediction, options.label_ids))
 
 
-def record(prediction, made):
-    """The entry of an image in --json; made: the run's `settings`."""
+def record(prediction, made_by):
+    """The entry of an image in --json; made_by: a digest of the run's `settings`."""
     choice = prediction.choice
-    return {'made_by': short(made), 'domain': 'unknown' if choice.unknown else prediction.domain.name,
+    return {'made_by': made_by, 'domain': 'unknown' if choice.unknown else prediction.domain.name,
             'branch': prediction.domain.name,
             'domains': choice.probabilities, 'confidence': prediction.confidence.mean().item(),
             'classes': prediction.shares}
@@ -218,7 +219,7 @@ class Chooser:
         return None if self.stated else item.video or (Path(item.key).parent if self.sequence else None)
 
 
-def predict_all(options, predictor, sources, records, made):
+def predict_all(options, predictor, sources, records, made_by):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
     choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
     items = tqdm(wanted(options, sources, records, skipped, choose.drive), unit='image', disable=None,
@@ -231,7 +232,7 @@ def predict_all(options, predictor, sources, records, made):
         images, choices = [loaded.prepared for loaded, _ in todo], [choice for _, choice in todo]
         for (loaded, _), prediction in zip(todo, predictor.predict_prepared(images, choices)):
             save(options, loaded, prediction)
-            records[loaded.item.key] = record(prediction, made)
+            records[loaded.item.key] = record(prediction, made_by)
             unknown += prediction.choice.unknown
         count += len(todo)
     there = f', {len(skipped)} were there already' if skipped else ''
@@ -245,7 +246,8 @@ def run(options, place):
     check_targets(options, sources)
     predictor = load_predictor(options, place)
     made = settings(options, predictor)
-    records = read_records(options, made)
+    made_by = fingerprint(made)[:SHOWN]
+    records = read_records(options, made_by)
     if options.native:
         torch.backends.cudnn.benchmark = False      # a search for each size would take longer than it saves
     for domain in predictor.domains if options.label_ids == 'files' else ():
@@ -256,7 +258,7 @@ def run(options, place):
     for path, domain in colors.items():
         pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
     try:
-        done, errors = predict_all(options, predictor, sources, records, made)
+        done, errors = predict_all(options, predictor, sources, records, made_by)
     finally:
         if options.json:
             write_json(options.json, records)

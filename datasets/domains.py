@@ -107,11 +107,15 @@ def canonical(name):
     return domain_names().get(name.lower(), name)
 
 
+def is_called(domain, name):
+    """Whether `name`, in any case, is that of the domain called `domain`, or an alias of it."""
+    return domain.lower() == canonical(name).lower()
+
+
 def index_among(names, name, source):
-    """Index in `names` of the domain `name`, or of that of which it is an alias, in any case; else UserError."""
-    wanted = canonical(name).lower()
+    """Index in `names` of the domain that is called `name`, see `is_called`; else UserError."""
     for index, known in enumerate(names):
-        if known.lower() == wanted:
+        if is_called(known, name):
             return index
     raise UserError(f'{source} knows {", ".join(names)}, not {name}')
 

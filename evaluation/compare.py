@@ -83,13 +83,13 @@ def read_results(items):
 def check_result(result):
     """KeyError, TypeError, AttributeError or IndexError unless `result` has the parts that are compared."""
     protocol(result), result['versions'].get('git')
-    training = last_training(result) or {}
-    entries = [entry['miou'] for domains in (result['domains'], *(step['domains'] for step in result['steps']))
-               for entry in domains.values()]
-    for value in (*entries, *result['summary']['forgetting'].values(), *(training[which]['miou'] for which in training
-                                                                         and ('best', 'last'))):
-        if value is not None:
-            value + 0.0
+    training = last_training(result)
+    scores = [entry['miou'] for domains in (result['domains'], *(step['domains'] for step in result['steps']))
+              for entry in domains.values()]
+    scores += result['summary']['forgetting'].values()
+    scores += [training[which]['miou'] for which in ('best', 'last')] if training else []
+    if not all(isinstance(score, (int, float, type(None))) for score in scores):
+        raise TypeError('a score is not a number')
 
 
 def protocol(result):

@@ -115,8 +115,7 @@ def training_lines(checkpoint):
 def card(checkpoint, options):
     """The model card as text."""
     model = load_network(checkpoint, options.method)
-    if checkpoint.domains:
-        check_stated(options.domains, checkpoint.domains, checkpoint.source)
+    check_stated(options.domains, checkpoint.domains, checkpoint.source)
     method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
     network = f'{checkpoint.layout.network}: {get_network(checkpoint.layout.network).about}'

@@ -149,8 +149,7 @@ def export_published(options):
     if checkpoint.layout.network != ERFNET:
         raise UserError(f'{options.state} holds the network {checkpoint.layout.network}; the published code has only '
                         f'{ERFNET}: let OUT end in one of {", ".join(SUFFIXES)}')
-    if checkpoint.domains:
-        check_stated(options.domains, checkpoint.domains, checkpoint.source)
+    check_stated(options.domains, checkpoint.domains, checkpoint.source)
     model, method = load_network(checkpoint, options.method), method_of(checkpoint, options.method)
     row, counts = get_method(method), checkpoint.layout.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):

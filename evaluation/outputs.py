@@ -86,13 +86,8 @@ def settings(options, predictor):
             'label-ids': options.label_ids, 'precision': options.precision}
 
 
-def short(made):
-    """A digest of `settings`."""
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:SHOWN]
-
-
-def read_records(options, made):
-    """The entries of an earlier run in the --json file, or {}; UserError unless its settings were `made`, too."""
+def read_records(options, made_by):
+    """The entries of an earlier run in the --json file, or {}; UserError unless all say that `made_by` made them."""
     if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
         return {}
     try:
@@ -103,7 +98,7 @@ def read_records(options, made):
                                                 for entry in records.values()):
         raise UserError(f'--json {options.json} exists and was not written by predict.py; choose another name, or '
                         'replace it with --overwrite')
-    odd = next((image for image, entry in records.items() if entry.get('made_by') != short(made)), None)
+    odd = next((image for image, entry in records.items() if entry.get('made_by') != made_by), None)
     if odd:
         raise UserError(f'--json {options.json} holds {odd}, which was predicted with other settings; choose another '
                         'name, or replace it with --overwrite')

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from mdil.datasets.domains import canonical
+from mdil.datasets.domains import is_called
 from mdil.evaluation import metrics, tables
 from mdil.evaluation.evaluation import at_label_size, logits_of
 from mdil.evaluation.features import label_of
@@ -200,7 +200,7 @@ def choose(datasets, wanted):
     for item in wanted:
         name, equals, what = item.partition('=')
         searched = [(number, dataset) for number, dataset in datasets.items()
-                    if not equals or canonical(name).lower() == dataset.domain.name.lower()]
+                    if not equals or is_called(dataset.domain.name, name)]
         found = [(number, index) for number, dataset in searched
                  for index in [find_image(dataset, what if equals else item)] if index is not None]
         if not found:

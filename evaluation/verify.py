@@ -111,8 +111,7 @@ def compare_networks(options):
     networks = [checkpoint.layout.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
         raise UserError(f'{" and ".join(options.state)} hold different networks: {" and ".join(networks)}')
-    if new.domains:
-        check_stated(options.domains, new.domains, new.source)
+    check_stated(options.domains, new.domains, new.source)
     result = {}
     for name, number, index in pairs(old, new, options.domains):
         classes = old.layout.num_classes[number], new.layout.num_classes[index]
@@ -136,8 +135,7 @@ def compare_with_record(options):
     path, = options.state
     checkpoint, model = known(path, options)
     record = unchanged.read(Path(path).parent / unchanged.NAME)
-    if checkpoint.domains:
-        check_stated(options.domains, checkpoint.domains, path)
+    check_stated(options.domains, checkpoint.domains, path)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
         raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for '

@@ -315,8 +315,8 @@ def check_numbers(lambdac, temperature):
         raise ValueError(f'temperature: a finite number above 0 is expected, not {temperature!r}')
 
 
-def check_batch(images, labels, classes):
-    """TypeError or ValueError unless images and labels can train a network of `classes` classes, void included."""
+def check_batch(images, labels):
+    """TypeError or ValueError unless images and labels are tensors of a batch, and the images in their range."""
     expect('images', images, torch.Tensor, 'a tensor')
     expect('labels', labels, torch.Tensor, 'a tensor')
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or labels.shape != (
@@ -325,10 +325,16 @@ def check_batch(images, labels, classes):
                          'are expected')
     if images.dtype != torch.uint8 and not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
         raise ValueError(f'the images ({images.dtype}) hold neither uint8 nor floats in [0, 1]; scale them')
+
+
+def class_indices(labels, classes):
+    """The labels as uint8 or int64; ValueError unless they are indices of `classes` classes, void included."""
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not whole or ((labels.long() < 0) | (labels.long() >= classes)).any():
+    found = labels.long() if whole and labels.dtype != torch.uint8 else labels
+    if not whole or ((found < 0) | (found >= classes)).any():
         raise ValueError(f'the labels ({labels.dtype}) are no class indices: whole numbers from 0 to {classes - 1}, '
                          'which is void')
+    return found
 
 
 def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, lambdac=LAMBDA,
@@ -357,7 +363,8 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
         ['ce', 'loss']
     """
     student, domain = model_of('net', net), index_of(net, domain)
-    check_batch(images, labels, student.num_classes[domain])
+    check_batch(images, labels)
+    labels = class_indices(labels, student.num_classes[domain])
     check_numbers(lambdac, temperature)
     options = SimpleNamespace(lambdac=lambdac, temperature=temperature, distillation='kl', distill_domains=None)
     teacher = None if teacher is None else model_of('teacher', teacher)
@@ -371,8 +378,6 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
                              'numbers of at least 0 are expected, void last')
     if images.is_floating_point():
         images = images.to(next(student.parameters()).dtype)
-    if labels.dtype != torch.uint8:
-        labels = labels.long()
     step = StepLoss(student, teacher, [each.to(images.device) for each in weights], terms)
     place, values = Place(images.device), {term.name: 0.0 for term in terms}
     for term in terms:

@@ -33,9 +33,9 @@ class Checkpoint:
 
 
 def check_stated(names, known, source):
-    """UserError if `names`, from `--domains` or None, differ from `known`, the names in the file `source`."""
+    """UserError if `names`, from `--domains`, differ from `known`, those in the file `source`; either may be None."""
     stated = list(map(canonical, names or []))
-    if stated and stated != known:
+    if stated and known and stated != known:
         raise UserError(f'--domains {" ".join(stated)} contradicts {source}, which knows {" ".join(known)}; '
                         'leave it out, or name those')
 
