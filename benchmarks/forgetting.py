@@ -14,8 +14,8 @@ state is then evaluated on all domains that it knows, in the three columns of be
 import signal
 
 from mdil.benchmarks.scoring import evaluated, make_evaluator
-from mdil.benchmarks.sequence_tables import (all_costs, all_figures, column_table, draw_curves, draw_rows,
-                                             paired_table, summary_table)
+from mdil.benchmarks.sequence_tables import (add_validated, all_costs, all_figures, best_table, column_table,
+                                             draw_curves, draw_rows, paired_table, summary_table)
 from mdil.benchmarks.sequences import (DEFAULT_ROWS, FILES, FIRST, JOINT, ROWS, plan, run_steps, steps_of,
                                        training_images)
 from mdil.datasets import get_domain
@@ -57,12 +57,14 @@ def describe(evaluator, options):
 def tables_of(order, rows, costs, options):
     """All Tables of an order."""
     paired = [paired_table(order, rows, options.against)] if options.against in rows else []
-    return [summary_table(order, rows, costs, options), column_table(order, rows, options), *paired]
+    return [summary_table(order, rows, costs, options), column_table(order, rows, options), *paired,
+            best_table(order, rows, options)]
 
 
 def report(plans, found, evaluator, options):
     """Prints the tables and writes the files."""
     figures, costs = all_figures(found, options), all_costs(plans, found, options)
+    add_validated(figures, plans, options)
     about = describe(evaluator, options)
     shown = [table for order, rows in figures.items() for table in tables_of(order, rows, costs[order], options)]
     print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')

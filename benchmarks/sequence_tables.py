@@ -229,6 +229,34 @@ def curve(step, domain, options):
             for line in records.read_metrics(step.folder(options)) if domain in line['val']}
 
 
+def add_validated(figures, plans, options):
+    """Adds 'validated' to the figures of `all_figures`: each domain's {'last', 'best'} mIoU while it was learnt.
+
+    In percent, as train.py validated it; the best may be that of any epoch with a validation.
+    """
+    for order, rows in figures.items():
+        for name, seeds in rows.items():
+            for seed, found in seeds.items():
+                curves = {domain: list(curve(learning_step(plans[order, name, seed], domain), domain, options).values())
+                          for domain in order}
+                found['validated'] = {domain: {'last': mious[-1], 'best': max(mious)}
+                                      for domain, mious in curves.items() if mious}
+
+
+def best_table(order, rows, options):
+    """mIoU of each domain in the last epoch that learnt it and in the best, as validated in training."""
+    lines = []
+    for name, seeds in rows.items():
+        for domain in order:
+            found = [figures['validated'][domain] for figures in seeds.values() if domain in figures['validated']]
+            if found:
+                lines.append([label(name, seeds, options), domain,
+                              *(spread([one[end] for one in found]) for end in ('last', 'best')),
+                              spread([one['best'] - one['last'] for one in found])])
+    return Table(f'{", then ".join(order)}: validation mIoU while a domain is learnt, last and best epoch',
+                 f'best-{"-".join(order)}', ['row', 'domain', 'last', 'best', 'best - last'], [lines])
+
+
 def draw_curves(plans, options):
     """Writes --curves: validation mIoU of each domain while it is learnt; a line per row, thin ones per seed."""
     height, width = len(options.orders), max(map(len, options.orders))

@@ -175,6 +175,25 @@ def test_figures_of_a_hand_made_sequence(tmp_path):
     assert shown[0] == 'mdil (1 of 2 seeds)' and shown[1] == '20.00'
 
 
+def test_the_best_epoch_is_that_of_the_step_that_learns_the_domain(tmp_path):
+    options = options_of(tmp_path, '--orders', 'CS BDD', '--seeds', '0', '1', '--rows', 'mdil')
+    plans, order = sequences.plan(options), ('cityscapes', 'BDD')
+    for seed in options.seeds:
+        for step, mious in zip(plans[order, 'mdil', seed], ((10.0, 30.0, 20.0), (40.0, 50.0 + seed, None))):
+            step.folder(options).mkdir(parents=True)
+            lines = [{'epoch': epoch, 'lr': 1e-3, 'train': {'loss': 1.0}, 'val':
+                      {name: {'miou': miou if name == step.domains[-1] else 99.0, 'loss': 1.0} for name in step.domains}
+                      if miou else {}} for epoch, miou in enumerate(mious, 1)]
+            (step.folder(options) / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    figures = {order: {'mdil': {seed: {} for seed in options.seeds}}}
+    sequence_tables.add_validated(figures, plans, options)
+    assert figures[order]['mdil'][1] == {'validated': {'cityscapes': {'last': 20.0, 'best': 30.0},
+                                                       'BDD': {'last': 51.0, 'best': 51.0}}}
+    lines = sequence_tables.best_table(order, figures[order], options).groups[0]
+    assert lines == [['mdil', 'cityscapes', '20.00 +- 0.00', '30.00 +- 0.00', '10.00 +- 0.00'],
+                     ['mdil', 'BDD', '50.50 +- 0.71', '50.50 +- 0.71', '0.00 +- 0.00']]
+
+
 def run(folder, roads, *arguments):
     return forgetting.main(['--out', str(folder / 'runs'), '--data-root', str(roads), '--orders', 'CS BDD',
                             '--seeds', '0', '--epochs', '1', '--limit-batches', '1', *SMALL, *arguments])
