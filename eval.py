@@ -16,6 +16,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from mdil.datasets.domains import index_among
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
 from mdil.evaluation.earlier import FILES, FOLDERS, digest, earlier_results, settings
@@ -29,7 +30,7 @@ from mdil.training import records
 from mdil.training.paper import REFUSED
 from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_results, check_writable, write_json, write_text
+from mdil.utils.files import check_results, check_writable, without_nan, write_json, write_text
 from mdil.utils.parallel import check_alone, session
 from mdil.utils.parser import Parser, complete_size, data_options, flag, machine_options, positive, size_options
 
@@ -234,6 +235,9 @@ def run(options, place):
     datasets = images_of(evaluator, known[-1])
     chosen = pictures.choose(datasets, options.images) if options.save_panels else None
     single = single_task_scores(options.single_task, evaluator)
+    names = [domain.name for domain in known[-1]]
+    for name in single:
+        index_among(names, name, f'--single-task: {options.state[-1]}')
     for number, (state, seen, training, model, domains, content) in enumerate(
             zip(options.state, digests, trainings, networks, known, contents), 1):
         folder = f'step{number}' if len(networks) > 1 else ''
@@ -252,7 +256,7 @@ def run(options, place):
     if identifier:
         results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
     protocol = {name: getattr(options, name) for name in PROTOCOL}
-    return (tables.without_nan({**results, 'protocol': protocol, 'options': given,
+    return (without_nan({**results, 'protocol': protocol, 'options': given,
                                 'versions': records.environment(place.device)}),
             partial(draw_panels, options, networks, known, datasets, chosen, place))
 

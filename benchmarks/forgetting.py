@@ -74,9 +74,8 @@ def report(plans, found, evaluator, options):
         orders = {' '.join(order): {name: {'cost': costs[order][name], 'seeds': seeds} for name, seeds in rows.items()}
                   for order, rows in figures.items()}
         stated = {name: value for name, value in vars(options).items() if name not in OWN_PATHS}
-        write_json(options.json, tables.without_nan(
-            {'options': {**stated, 'orders': list(orders)}, 'versions': records.environment(evaluator.place.device),
-             'orders': orders}))
+        write_json(options.json, {'options': {**stated, 'orders': list(orders)},
+                                  'versions': records.environment(evaluator.place.device), 'orders': orders})
     if options.curves:
         draw_curves(plans, options)
     longer = {order: rows for order, rows in figures.items() if len(order) > 1}

@@ -104,9 +104,9 @@ def report(found, evaluator, options):
         write_text(options.markdown, tables.markdown_document(about, shown))
     if options.json:
         stated = {name: value for name, value in vars(options).items() if name not in forgetting.OWN_PATHS}
-        write_json(options.json, tables.without_nan(
-            {'options': {**stated, 'orders': [' '.join(order) for order in options.orders]}, 'versions': versions,
-             'orders': {' '.join(order): seeds for order, seeds in found.items()}}))
+        write_json(options.json, {
+            'options': {**stated, 'orders': [' '.join(order) for order in options.orders]}, 'versions': versions,
+            'orders': {' '.join(order): seeds for order, seeds in found.items()}})
 
 
 def main(argv=None):

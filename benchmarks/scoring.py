@@ -15,11 +15,11 @@ from mdil.benchmarks.sequences import checkpoint_of, data_arguments, finished, o
 from mdil.datasets.cache import cached
 from mdil.datasets.loading import TrainBatches, make_loader
 from mdil.eval import PROTOCOL, eval_parser
-from mdil.evaluation import metrics, tables
+from mdil.evaluation import metrics
 from mdil.evaluation.evaluation import Evaluator
 from mdil.evaluation.norms import estimate_statistics, take_statistics
 from mdil.models import METHODS
-from mdil.utils.files import write_json
+from mdil.utils.files import without_nan, write_json
 from mdil.utils.parser import flag
 
 TRAINED, ESTIMATED, KEPT = COLUMNS = 'trained', 'estimated', 'kept'
@@ -71,7 +71,7 @@ def scores(step, evaluator, options, column=TRAINED):
             return known['domains']
     load = functools.cache(lambda: evaluator.load(checkpoint_of(step, options)))        # at most once
     entries = {name: score(step, column, number, load, evaluator, options) for number, name in enumerate(step.domains)}
-    entries = tables.without_nan({name: entry or scores(step, evaluator, options)[name]
+    entries = without_nan({name: entry or scores(step, evaluator, options)[name]
                                   for name, entry in entries.items()})
     write_json(path, {'protocol': protocol, 'domains': entries})
     return entries

@@ -7,7 +7,7 @@ Every file of every pair is decoded. Images and labels without a partner are war
 hold six of each) and left out of training; anything else is an error. Notes point out classes that occur
 in no training image, a large share of void, and images of one split that are copies of another split's.
 The same file in two splits is an error. The exit status is 0 without errors, else 2. --pairs-only looks for pairs and
-reads none of them.
+reads none of them; files of one name with several endings are warnings then.
 """
 import os
 import textwrap
@@ -173,7 +173,7 @@ def problem_lines(title, problems):
 def print_report(report):
     """Prints a Report: counts, problems and the table of classes."""
     print(f'{report.domain} {report.split}: {counted(report.pairs, "pair")}, {counted(len(report.errors), "error")}, '
-          f'{counted(len(report.warnings), "file")} without a partner')
+          f'{counted(len(report.warnings), "warning")}')
     lines = problem_lines('error', report.errors) + problem_lines('warning', report.warnings)
     for remark in report.remarks:
         lines += textwrap.wrap(f'note: {printable(remark)}', 80, subsequent_indent='  ', break_on_hyphens=False,

@@ -7,6 +7,7 @@ expected number of pixels of the class. This "trusted" IoU is too high even on t
 it is multiplied by the ratio of true to trusted mIoU on labelled validation images. The spread of
 that ratio over parts of those images gives the error.
 """
+import math
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -135,6 +136,9 @@ def advise(predictor, looks, prepare, root):
     dataset, found['why_not'] = validation_set(predictor, index, root)
     if dataset:
         known = calibrate(predictor, index, dataset)
+    if dataset and math.isnan(known.miou):
+        found['why_not'] = 'the labels of those that were read hold nothing but void'
+    elif dataset:
         expected, error = known.expected(trusted(predictor, index, prepare(spaced(range(len(looks)), MOST))))
         found |= {'expected_miou': expected, 'error': error, 'own_miou': known.miou}
     return found

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdil.datasets.domains import DOMAINS, canonical, domain_of
 from mdil.evaluation import tables
 from mdil.models import METHODS
-from mdil.models.checkpoint import check_stated, load_network, read_checkpoint
+from mdil.models.checkpoint import check_given, load_network, read_checkpoint
 from mdil.models.methods import nameless_options, unused
 from mdil.models.networks import get_network
 from mdil.training import records
@@ -115,7 +115,7 @@ def training_lines(checkpoint):
 def card(checkpoint, options):
     """The model card as text."""
     model = load_network(checkpoint, options.method)
-    check_stated(options.domains, checkpoint.domains, checkpoint.source)
+    check_given(options.domains, checkpoint)
     method = checkpoint.method or options.method      # one that merely fits is not recorded
     about = f'{method}: {METHODS[method].about}' if method else 'not recorded in the file'
     network = f'{checkpoint.layout.network}: {get_network(checkpoint.layout.network).about}'

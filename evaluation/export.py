@@ -21,7 +21,7 @@ from mdil.evaluation.evaluation import load_network_and_domains
 from mdil.evaluation.inputs import images_in, upright
 from mdil.evaluation.predictor import Predictor, trained_size
 from mdil.models import get_method
-from mdil.models.checkpoint import check_stated, load_network, method_of, read_checkpoint, save
+from mdil.models.checkpoint import check_given, load_network, method_of, read_checkpoint, save
 from mdil.models.exported import SUFFIXES, WRITERS, Exported, needed
 from mdil.models.layouts import published_keys
 from mdil.models.methods import nameless_options
@@ -149,7 +149,7 @@ def export_published(options):
     if checkpoint.layout.network != ERFNET:
         raise UserError(f'{options.state} holds the network {checkpoint.layout.network}; the published code has only '
                         f'{ERFNET}: let OUT end in one of {", ".join(SUFFIXES)}')
-    check_stated(options.domains, checkpoint.domains, checkpoint.source)
+    check_given(options.domains, checkpoint)
     model, method = load_network(checkpoint, options.method), method_of(checkpoint, options.method)
     row, counts = get_method(method), checkpoint.layout.num_classes
     if row.adapter == 'series' or row.domain_bn != (row.adapter is not None):

@@ -127,8 +127,9 @@ def table(before, after):
 
 def main(argv=None):
     options = parse(argv)
-    *older, new = (LoadedCheckpoint(path, options.domains, options.method, data_paths(options.data), sequence=True)
-                   for path in options.states)
+    last = len(options.states) - 1
+    *older, new = (LoadedCheckpoint(path, options.domains, options.method, data_paths(options.data),
+                                    sequence=number < last) for number, path in enumerate(options.states))
     found = sources(older, new)
     if options.height is None:
         options.height, options.width = trained_size(new.checkpoint.content)

@@ -174,7 +174,7 @@ def networks(steps, file, place):
     for number, step in enumerate(steps, 1):
         if (step.folder / file).exists():
             checkpoint = read_checkpoint(step.folder / file)
-            if checkpoint.domains and 'data_root' in checkpoint.content.get('options', {}):
+            if checkpoint.domains and {'data', 'data_root'} <= checkpoint.content.get('options', {}).keys():
                 found.append(StepNetwork(f'after step {number} ({step.title}), {FILES[file]} epoch',
                                          load_network(checkpoint).to(place.device),
                                          checkpoint.domains, checkpoint.content['options']))

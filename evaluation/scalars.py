@@ -1,6 +1,7 @@
 """TensorBoard scalars of a running training (`--tensorboard`), in the folder `tensorboard` of --savedir."""
 from pathlib import Path
 
+from mdil.utils.errors import UserError
 from mdil.utils.files import check_writable
 
 
@@ -12,7 +13,10 @@ class Scalars:
 
     def __init__(self, options, epoch=0):
         from torch.utils.tensorboard import SummaryWriter       # imported here because the package is optional
-        folder = Path(options.savedir) / 'tensorboard' / options.model_name_suffix.replace('/', '-')
+        name = options.model_name_suffix.replace('/', '-')
+        if name == '..':
+            raise UserError("--model-name-suffix .. cannot name TensorBoard's folder; use another name")
+        folder = Path(options.savedir) / 'tensorboard' / name
         check_writable('--tensorboard', folder, folder=True)
         self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
 

@@ -355,12 +355,3 @@ def csv_text(results):
     csv.writer(file, lineterminator='\n').writerows(
         [['step', 'head', 'domain', 'classes', 'class', 'metric', 'value'], *rows])
     return file.getvalue()
-
-
-def without_nan(value):
-    """The value with None in place of every NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -152,7 +152,7 @@ def compare(paths, domain, dataset, pixels, options):
     """The FeatureShift of a sequence; paths: its checkpoints before and after the step."""
     device, found = pick_device(options.device), []
     for path in paths:
-        checkpoint, domains = read_named(path, data_paths(options.data), options.domains, sequence=True)
+        checkpoint, domains = read_named(path, data_paths(options.data), options.domains, sequence=path != paths[-1])
         names = [known.name for known in domains]
         if domain.name not in names:
             raise UserError(f'{path} knows {", ".join(names)}, not {domain.name}')

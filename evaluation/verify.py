@@ -20,7 +20,7 @@ import torch
 
 from mdil.datasets.domains import canonical
 from mdil.models import unchanged
-from mdil.models.checkpoint import check_stated, load_network, read_checkpoint, state_in
+from mdil.models.checkpoint import check_given, load_network, read_checkpoint, state_in
 from mdil.models.fingerprint import tensor_digests
 from mdil.models.methods import nameless_options
 from mdil.models.safe_reading import read
@@ -72,8 +72,7 @@ def pairs(old, new, given):
     names = names_of(new if old.domains is None else old, given)
     if nameless:
         count = min(len(old.layout.num_classes), len(new.layout.num_classes))
-        return [(names[number] if number < len(names) else f'domain {number}', number, number)
-                for number in range(count)]
+        return [(name, number, number) for number, name in enumerate(names[:count])]
     others = names_of(new, given)
     found = [(name, number, others.index(name)) for number, name in enumerate(names) if name in others]
     if not found:
@@ -111,7 +110,7 @@ def compare_networks(options):
     networks = [checkpoint.layout.network for checkpoint in (old, new)]
     if networks[0] != networks[1]:
         raise UserError(f'{" and ".join(options.state)} hold different networks: {" and ".join(networks)}')
-    check_stated(options.domains, new.domains, new.source)
+    check_given(options.domains, new)
     result = {}
     for name, number, index in pairs(old, new, options.domains):
         classes = old.layout.num_classes[number], new.layout.num_classes[index]
@@ -135,7 +134,7 @@ def compare_with_record(options):
     path, = options.state
     checkpoint, model = known(path, options)
     record = unchanged.read(Path(path).parent / unchanged.NAME)
-    check_stated(options.domains, checkpoint.domains, path)
+    check_given(options.domains, checkpoint)
     names = names_of(checkpoint, options.domains or record['domains'])
     if names[:len(record['domains'])] != record['domains']:
         raise UserError(f'{path} knows {", ".join(names)}, but {unchanged.NAME} next to it is for '

@@ -54,12 +54,13 @@ def expanded(name, path):
         raise UserError(f'{name} {path}: there is no such user') from None
 
 
-def expect_paths(data):
-    """TypeError unless `data` is {name: path}, or None."""
+def data_folders(data):
+    """The argument `data` as {name: path}, with ~ replaced; TypeError unless it is {name: path}, or None."""
     expect('data', data, (dict, type(None)), 'a dict {name: path}')
     for name, path in (data or {}).items():
         expect('data', name, str, 'a dict {name: path}')
         expect(f'data[{name!r}]', path, PATH, 'a path')
+    return {name: str(expanded(f'data[{name!r}]', path)) for name, path in (data or {}).items()}
 
 
 def is_size(value):
@@ -108,15 +109,15 @@ def load(file, *, domains=None, method=None, data=None, size=None, device='auto'
     expect('domains', domains, (list, tuple, type(None)), 'a list of names')
     for name in domains or ():
         expect('domains', name, str, 'a name')
-    expect_paths(data)
+    paths = data_folders(data)
     if size is not None and not is_size(size):
         raise UserError(f'size {size}: (height, width) is expected, multiples of {SIDE} up to {LONGEST}')
     if precision not in PRECISIONS:
         raise UserError(f'precision {precision!r} is not one of {", ".join(PRECISIONS)}')
     place = Place(pick_device(str(device)))
     check_precision(precision, place.device)
-    known = LoadedCheckpoint(expanded('file', file), domains, method, data)
-    found = [domain_of(entry, data or {}) for entry in known.entries]
+    known = LoadedCheckpoint(expanded('file', file), domains, method, paths)
+    found = [domain_of(entry, paths) for entry in known.entries]
     check_known(known.checkpoint, found)
     model = known.model.to(place.device, memory_format=memory_format(place.device, precision))
     return Network(known, Predictor(model, found, size or trained_size(known.checkpoint.content), place, precision))
@@ -247,6 +248,7 @@ class Network:
         Raises `mdil.UserError` if the file exists (unless `overwrite`) or cannot be written.
         """
         expect('file', file, PATH, 'a path')
+        file = expanded('file', file)
         check_new('file', file, overwrite)
         checkpoint.save({**self.known.content(), **self.known.about()}, file)
 
@@ -259,7 +261,7 @@ def to_image(image):
     read and for 16-bit images, ValueError for other arrays, TypeError for anything else.
     """
     if isinstance(image, (str, os.PathLike)):
-        return upright(Path(image))
+        return upright(expanded('image', image))
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f'the image has no pixels, its size is {image.size}')
@@ -305,6 +307,17 @@ def index_of(net, domain):
         raise TypeError(f'domain: a name or an index is expected, not {domain}')
     model_of('net', net).single(domain)     # IndexError
     return domain
+
+
+def teacher_of(net, domain, teacher):
+    """The MultiDomainNet of a teacher; ValueError unless it knows the first domains of `net`, not number `domain`."""
+    model, known = model_of('teacher', teacher), net.num_classes
+    if model.num_classes != known[:len(model.views)]:
+        raise ValueError(f'teacher: its domains have {model.num_classes} classes, those of net {known}, void included; '
+                         'the network of the step before is expected')
+    if len(model.views) > domain:
+        raise ValueError('teacher: it knows the domain that is learnt; the network of the step before is expected')
+    return model
 
 
 def check_numbers(lambdac, temperature):
@@ -354,7 +367,7 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     'loss'. `model.freeze(old)` freezes the branches of old domains; `train()` respects that.
 
     Raises `mdil.UserError` for a name, and IndexError for an index, that the network does not know;
-    TypeError and ValueError for arguments of the wrong type, shape or range.
+    TypeError and ValueError for arguments of the wrong type, shape or range, and for a teacher that does not fit.
 
         >>> images, labels = torch.rand(2, 3, 16, 32), torch.zeros(2, 16, 32, dtype=torch.uint8)
         >>> losses = mdil.step_loss(net, 'IDD', images, labels)
@@ -367,7 +380,7 @@ def step_loss(net, domain, images, labels, teacher=None, *, class_weights=None, 
     labels = class_indices(labels, student.num_classes[domain])
     check_numbers(lambdac, temperature)
     options = SimpleNamespace(lambdac=lambdac, temperature=temperature, distillation='kl', distill_domains=None)
-    teacher = None if teacher is None else model_of('teacher', teacher)
+    teacher = None if teacher is None else teacher_of(student, domain, teacher)
     terms = [CrossEntropy(options)] + ([Distillation(options)] if teacher is not None else [])
     weights = list(map(equal_weights, student.num_classes))
     if class_weights is not None:

@@ -14,7 +14,7 @@ import torch
 
 from mdil.datasets.domains import domain_names
 from mdil.datasets.own import Wrong, check_domain_name, read_classes
-from mdil.api import PATH, as_arguments, check_pair, expanded, expect, expect_paths
+from mdil.api import PATH, as_arguments, check_pair, data_folders, expanded, expect
 from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
@@ -116,7 +116,7 @@ def check_types(domain, train, val, savedir, state, on_epoch, options):
     expect('state', state, (*PATH, type(None)), 'a path')
     expect('on_epoch', on_epoch, (Callable, type(None)), 'a function')
     expect('domains', options.get('domains'), (list, tuple, type(None)), 'a list of names')
-    expect_paths(options.get('data'))
+    data_folders(options.get('data'))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,17 @@ def check_stated(names, known, source):
                         'leave it out, or name those')
 
 
+def check_given(names, checkpoint):
+    """UserError if `names`, from `--domains`, contradict a Checkpoint, are more than it has, or name one twice.
+
+    Of a file that states none, there may be fewer.
+    """
+    check_stated(names, checkpoint.domains, checkpoint.source)
+    if len(names) > len(checkpoint.layout.num_classes) or len(set(map(canonical, names))) < len(names):
+        raise UserError(f'--domains {" ".join(names)}: {checkpoint.source} holds {checkpoint.layout.kind}; name each '
+                        'of its domains once, in order')
+
+
 def names_in(checkpoint, names=(), sequence=False):
     """Names of a Checkpoint's domains: those in the file, or else `names`, from `--domains`.
 

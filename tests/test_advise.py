@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from mdil import predict
 from mdil.datasets import DOMAINS, SegmentationDataset
@@ -102,6 +103,16 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
     assert 'expected mIoU: not known without labelled validation images of IDD (no val images' in said
     run(tmp_path / 'strict.pth', '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', toy)
     assert 'expected mIoU of that branch: at most ' in capsys.readouterr().out
+
+
+def test_labels_that_are_all_void_are_no_labels(toy, knowing, tmp_path, monkeypatch, capsys):  # noqa: F811
+    shutil.copytree(toy / 'IDD_Segmentation', tmp_path / 'IDD_Segmentation')
+    for pair in find_split(DOMAINS['IDD'], tmp_path, 'val').pairs:
+        Image.new('L', Image.open(pair.label).size, 255).save(pair.label)
+    run(knowing, '--advise', toy / 'IDD_Segmentation/leftImg8bit/val', '--data-root', tmp_path, '--json', tmp_path / 'r')
+    assert 'IDD (the labels of those that were read hold nothing but void)' in capsys.readouterr().out
+    found = json.loads((tmp_path / 'r').read_text(), parse_constant=pytest.fail)
+    assert found['expected_miou'] is None and found['own_miou'] is None and 'nothing but void' in found['why_not']
 
 
 def test_an_unreadable_image_is_left_out_of_the_advice(toy, knowing, tmp_path, capsys):  # noqa: F811

@@ -1,5 +1,6 @@
 """The Python interface: loading, predicting, the loss of a step."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -212,6 +213,16 @@ def test_save_writes_what_the_network_is_now(file, tmp_path, photo):
     net.save(tmp_path / 'new.pth', overwrite=True)
 
 
+def test_a_tilde_is_the_home_folder(file, tmp_path, photo, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    net = mdil.load(file, device='cpu')
+    net.save('~/new.pth')
+    shutil.copy(photo, tmp_path / 'here.png')
+    assert (tmp_path / 'new.pth').exists() and not (tmp_path / '~').exists()
+    assert mdil.load('~/new.pth', data={'IDD': '~/nothing'}, device='cpu').predict('~/here.png').domain.name
+
+
 def test_evaluate_gives_what_eval_py_does(file, net, toy, tmp_path):
     pairs = [(pair.image, pair.label) for pair in find_split(get_domain('IDD'), toy, 'val').pairs]
     found = net.evaluate('IDD', pairs)
@@ -298,6 +309,8 @@ def test_a_foreign_loop_learns_and_leaves_the_frozen_alone(batch):
     ({'images': lambda x: x[:0], 'labels': lambda x: x[:0]}, ValueError, 'are expected'),
     ({'domain': 2}, IndexError, 'domain 2'),
     ({'domain': 'IDD'}, TypeError, 'a Network, which knows domains by name'), ({'domain': None}, TypeError, 'a name or an index'),
+    ({'teacher': lambda _: build_model([4, 5])}, ValueError, 'it knows the domain that is learnt'),
+    ({'teacher': lambda _: build_model([6])}, ValueError, r'its domains have \[6\] classes, those of net \[4, 5\]'),
     ({'net': None}, TypeError, 'net: a Network, or its model'), ({'teacher': 'x'}, TypeError, 'teacher: a Network')])
 def test_step_loss_refuses_what_would_spoil_it(batch, change, error, says):
     given = {'net': build_model([4, 5]), 'domain': 1, 'images': batch[0], 'labels': batch[1], 'teacher': build_model([4]).eval()}

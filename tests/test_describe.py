@@ -106,6 +106,9 @@ def test_card_of_a_published_file_says_what_it_does_not_know(tmp_path, capsys):
     describe.main([str(path), '--height', '64', '--domains', 'CS', 'BDD'])
     out = capsys.readouterr().out
     assert 'BDD' in out and 'names not known' not in out
+    for names in (['CS', 'BDD', 'IDD'], ['CS', 'cityscapes']):
+        with pytest.raises(UserError, match=r'holds 2 domains \(20, 20 classes\), .*; name each of its domains once'):
+            describe.main([str(path), '--domains', *names])
 
 
 @pytest.mark.usefixtures('shallow')

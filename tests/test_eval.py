@@ -372,6 +372,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--single-task', 'CS=good'], 'neither NAME=mIoU nor a checkpoint'),
     (['--single-task', f'CS={__file__}'], 'a checkpoint names its domain itself; give .*test_eval.py alone'),
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
+    (['--single-task', 'CS=50', 'IDD=50'], '--single-task: .* knows cityscapes, BDD, not IDD'),
     (['--single-task', '{two}'], 'contains 2 domains; a checkpoint with one is expected'),
     (['--single-task', 'CS=50', 'Cityscapes=60'], '--single-task Cityscapes=60: cityscapes is given twice'),
     (['--resolution', 'huge'], 'invalid choice'),

@@ -119,6 +119,7 @@ def test_what_a_library_cannot_write_is_said_in_a_line(state, tmp_path, monkeypa
     (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
     (['x', '--domain', 'CS'], 'leave out --domain'),
     (['x', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
+    (['x', '--domains', 'CS', 'camvid', 'IDD'], '--domains cityscapes camvid IDD contradicts'),
     (['x.pt2', '--domain', 'CS', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
     (['x.onnx', '--format', 'published'], '--format published: OUT must not end in .onnx'),
     (['x.ONNX', '--domain', 'CS'], '--format onnx: OUT must end in .onnx'),

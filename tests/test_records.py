@@ -1,4 +1,5 @@
 """What a run says and leaves of its epochs: validations, the best and the last, TensorBoard."""
+import contextlib
 import json
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -55,6 +56,15 @@ def test_a_run_is_called_by_its_suffix_and_ends_with_its_best_epoch(run):
     best = max(scores, key=scores.get)
     assert said[-1] == (f'{folder}: best epoch {best}, mIoU {scores[best]:.2f} (cityscapes); '
                         f'last epoch 4, mIoU {scores[4]:.2f}')
+
+
+def test_no_name_of_a_run_leads_out_of_the_tensorboard_folder(tmp_path):
+    pytest.importorskip('tensorboard')
+    for name in ('..', '../..', '/..'):
+        options = SimpleNamespace(savedir=tmp_path, model_name_suffix=name)
+        with contextlib.suppress(UserError):
+            Scalars(options)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ['tensorboard'])
 
 
 def test_tensorboard_shows_the_records(run):

@@ -77,6 +77,8 @@ def test_published_files_are_repaired_once_their_domains_are_named(steps, tmp_pa
     files = [published(tmp_path / str(number), number) for number in range(3)]
     with pytest.raises(UserError, match='no domain names; pass --domains'):
         run(*files, '--out', tmp_path / 'out')
+    with pytest.raises(UserError, match='no domain names; pass --domains, one for each'):
+        run(*files[:2], '--out', tmp_path / 'out', '--domains', 'CS', 'BDD', 'IDD')     # of the next step's file
     run(*files, '--out', tmp_path / 'out', '--domains', 'CS', 'BDD', 'IDD')
     one, after = logits(steps[0]), logits(tmp_path / 'out')
     assert equal(one, after) and checkpoint.read(tmp_path / 'out')['best_acc'] == 59.2

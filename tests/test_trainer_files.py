@@ -131,7 +131,7 @@ def test_epochs_are_those_of_train_py_unless_set():
 
 @pytest.mark.parametrize('argument', ['SELECT=first', 'METRIC=x', 'RECIPE=x', '--recipe', 'EVALUATE=never', 'METHODS=x', 'PYTHON=/nope'])
 def test_settings_that_are_none_of_their_words_are_refused(argument):
-    assert ' is not ' in script('mdil', argument, expect=2)
+    assert ' is not ' in script('ablations', argument, expect=2)
 
 
 @pytest.mark.parametrize('arguments, says', [
@@ -153,6 +153,14 @@ def test_the_earlier_name_runs_the_same_commands():
 def test_help_and_unknown_arguments():
     assert 'DOMAINS=' in script('mdil', '--help')
     assert "unknown argument '--nonsense'" in script('mdil', '--nonsense', expect=2)
+    for setting in ('METHODS', 'RECIPES'):
+        assert f'this script does not read {setting}; ablations.sh does' in script('mdil', f'{setting}=lwf', expect=2)
+
+
+def test_speedrun_starts_from_the_weights_it_is_given():
+    option, = map(parse_train, commands(script('speedrun', '--dry-run', 'WEIGHTS=imagenet', 'NETWORK=fcn_resnet50',
+                                               'EPOCHS=4')))
+    assert (option.weights, option.num_epochs) == ('imagenet', 4)
 
 
 @pytest.mark.parametrize('setting, message', [

@@ -94,6 +94,8 @@ def test_published_files_are_compared_by_place_and_may_lack_counters(tmp_path, c
     assert run(old, new, *given) == 0
     out = capsys.readouterr().out
     assert 'cityscapes: unchanged; ' in out and ('BDD: unchanged' in out) == (len(classes) == 3)
+    with pytest.raises(UserError, match='--domains CS BDD IDD camvid: .*new holds .*; name each of its domains once'):
+        run(old, new, '--domains', 'CS', 'BDD', 'IDD', 'camvid')
     assert run(old, new, '--method', method) == 0 and 'domain 0: unchanged' in capsys.readouterr().out
     keys['module.encoder.initial_block.conv.weight'] += 1
     assert run(published_file(tmp_path / 'old', keys), new, *given) == 1

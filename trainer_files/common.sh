@@ -45,10 +45,10 @@ END
 
 # Reads NAME=value arguments, --dry-run and --help; $1: what the script does.
 read_arguments() {
-    local about=$1 argument
+    local about=$1 argument name
     shift
     while [ $# -gt 0 ]; do
-        argument=$1
+        argument=$1 name=${1%%=*}
         shift
         case $argument in
             --recipe) RECIPE=${1-none}; shift $(($# > 0)) ;;
@@ -56,7 +56,8 @@ read_arguments() {
             --help|-h) printf '%s\n\n' "$about"; show_settings; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
             DATA=*|PATHS=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
-                printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
+                [ -n "${!name+set}" ] || [ "$name" = PYTHON ] || refuse "this script does not read $name; ablations.sh does"
+                printf -v "$name" '%s' "${argument#*=}" ;;
             *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
     done

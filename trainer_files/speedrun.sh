@@ -15,5 +15,5 @@ if [ "$DATA" = runs/speedrun/data ] && [ ! -e "$DATA" ]; then
     run "$PYTHON" -m mdil toy-roads --out "$DATA" --train 400 --val 100 --height "$HEIGHT" --width "$WIDTH"
 fi
 SECONDS=0
-run_train "$OUT/seed$SEED" "$EPOCHS" --domains "$DOMAINS"
+run_train "$OUT/seed$SEED" "$(epochs_of 1)" --domains "$DOMAINS" ${first[@]+"${first[@]}"}
 [ -n "$DRY_RUN" ] || echo "== $SECONDS seconds, including startup and validation"

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -132,9 +133,18 @@ def write_text(path, text):
     write_atomically(path, lambda file: file.write(text.encode(errors='backslashreplace')))
 
 
+def without_nan(value):
+    """The value with None in place of every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def write_json(path, value):
-    """Writes `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + '\n')
+    """Writes `value` as indented JSON, atomically; NaN as null."""
+    write_text(path, json.dumps(without_nan(value), indent=2) + '\n')
 
 
 def read_object(path):
