@@ -10,7 +10,9 @@ The same file in two splits is an error. The exit status is 0 without errors, el
 reads none of them; files of one name with several endings are warnings then.
 """
 import os
+import struct
 import textwrap
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,12 +22,13 @@ import numpy as np
 from mdil.datasets.domains import get_domain
 from mdil.datasets.judgement import copied_files, judge, shared_files
 from mdil.datasets.pairs import find_split
-from mdil.datasets.segmentation import CHECK_HINT, PNG_START, open_image, open_label, to_classes, whole_png
+from mdil.datasets.segmentation import CHECK_HINT, open_image, open_label, to_classes
 from mdil.utils.errors import UserError, counted, printable, run_main
 from mdil.utils.files import check_results, write_json
 from mdil.utils.parser import Parser, data_options, data_paths, natural
 from mdil.utils.workers import in_parallel
 
+PNG_START = b'\x89PNG\r\n\x1a\n'
 LISTED = 20     # files printed of each kind; --json has all
 
 
@@ -65,6 +68,23 @@ def attempt(problems, kind, file, function, *arguments):
     except UserError as error:
         problems.append(Problem(kind, str(file), str(error).removesuffix(CHECK_HINT)))
         return None
+
+
+def whole_png(content):
+    """Whether bytes are a PNG file with all its chunks, including the last, and all match their checksums."""
+    place = len(PNG_START)
+    if not content.startswith(PNG_START):
+        return False
+    view, kind = memoryview(content), b''
+    while kind != b'IEND':
+        if place + 12 > len(content):
+            return False
+        length, kind = struct.unpack_from('>I4s', content, place)
+        end = place + 8 + length
+        if end + 4 > len(content) or zlib.crc32(view[place + 4:end]) != struct.unpack_from('>I', content, end)[0]:
+            return False
+        place = end + 4
+    return True
 
 
 def check_end(path):

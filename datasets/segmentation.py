@@ -1,14 +1,11 @@
 """Images with their labels, as uint8 tensors of one size."""
-import functools
 import struct
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from mdil.datasets.augment import augment, draw
@@ -17,9 +14,6 @@ from mdil.utils.errors import UserError
 
 BAD = 255       # marks label values that the domain does not have
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'PPM')      # others may run external programs, as EPS does
-PNG_START = b'\x89PNG\r\n\x1a\n'
-# Without these instructions torch's resize of uint8 images is slower than Pillow's.
-FAST = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 # what Pillow raises for damaged files
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error,
               Image.DecompressionBombError)
@@ -123,69 +117,8 @@ def colors_to_classes(label, pair):
     return np.array([pair.values[number] for number in known.tolist()], dtype=np.uint8)[places]
 
 
-def whole_png(content):
-    """Whether bytes are a PNG file with all its chunks, including the last, and all match their checksums."""
-    place = len(PNG_START)
-    if not content.startswith(PNG_START):
-        return False
-    view, kind = memoryview(content), b''
-    while kind != b'IEND':
-        if place + 12 > len(content):
-            return False
-        length, kind = struct.unpack_from('>I4s', content, place)
-        end = place + 8 + length
-        if end + 4 > len(content) or zlib.crc32(view[place + 4:end]) != struct.unpack_from('>I', content, end)[0]:
-            return False
-        place = end + 4
-    return True
-
-
-@functools.cache
-def png_decoder():
-    """torchvision's decoder, None if it has none. Imported on demand: torchvision takes as long to import as torch."""
-    try:
-        from torchvision.io import decode_image
-    except ImportError:     # its removal is announced for a release after 0.29
-        return None
-    return decode_image
-
-
-def decode_png(path, width_height):
-    """uint8 (3, H, W) of the 8-bit RGB PNG of that size at `path`; None for any other file.
-
-    libpng gives the same pixels as Pillow, as PNG is lossless, but faster. Called by torchvision, it ends
-    the process on damaged data, so checksums are verified first. Files refused here are left to Pillow,
-    whose errors are reported.
-    """
-    try:
-        with open(path, 'rb') as file:
-            head = file.read(26)
-            if head[:8] + head[16:] != PNG_START + struct.pack('>IIBB', *width_height, 8, 2):
-                return None
-            content = bytearray(head + file.read())
-        decode = png_decoder() if whole_png(content) else None
-        return decode and decode(torch.frombuffer(content, dtype=torch.uint8))
-    except (OSError, RuntimeError):
-        return None
-
-
-def halves(width_height, size):
-    """Whether torch's resize of an image to `size` (height, width) is fast and equal to Pillow's.
-
-    That is so at exactly half the sides: the weights are then eighths, which both represent exactly, and
-    sevenths at the border, whose sums are never near a tie. (At other sizes, torch's shorter weights change
-    some pixels by 1, and Pillow shrinks portrait images rows first.)
-    """
-    height, width = size
-    return FAST and width_height == (2 * width, 2 * height) and width >= height
-
-
 def load_image(pair, width_height, size):
     """Image (3, H, W) uint8 of `pair`, resized to `size`; UserError unless it has its label's width and height."""
-    if halves(width_height, size):
-        pixels = decode_png(pair.image, width_height)
-        if pixels is not None:
-            return interpolate(pixels[None], size, mode='bilinear', antialias=True)[0].contiguous()
     image = open_image(pair.image)
     if image.size != width_height:
         raise UserError(f'{pair.image} is {image.size[0]}x{image.size[1]} but its label {pair.label} '
@@ -231,7 +164,6 @@ class SegmentationDataset(Dataset):
     def __init__(self, domain, root, split, size, augmented=False, seed=0, padding='void', pairs=None):
         self.domain, self.split, self.size, self.augmented, self.seed = domain, split, size, augmented, seed
         self.padding = padding
-        png_decoder()           # import it here, not in every loader process
         self.folder = Path(root) / domain.folder
         found = find_split(domain, root, split) if pairs is None else Split(tuple(pairs))
         report_left_out(domain, split, found)
