@@ -28,7 +28,8 @@ from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
 from mdil.training.run import BEST, LATEST, PREVIOUS, Run, check_kept, remove_results, results_in
 from mdil.training.step_loss import mean_over_batch, optimizer_steps
-from mdil.utils.errors import UserError, run_main
+from mdil.utils.errors import UserError, counted, run_main
+from mdil.utils.files import new_folder
 from mdil.utils.graphs import graphed
 from mdil.utils.parallel import agreed, broadcast_buffers, reduced, session, sharing, tell
 
@@ -154,7 +155,7 @@ def finish_epoch(run, rate, displays, interrupt):
         for display in displays:
             display.show(line, run)
         scores = ', '.join(f'{name} {entry["miou"]:.2f}' for name, entry in val.items()) or 'not validated'
-        shown = ', '.join(f'{name} {tables.number(value, 4)}' for name, value in losses.items())
+        shown = ', '.join(f'{name} {tables.fine(value)}' for name, value in losses.items())
         print(f'epoch {run.epoch}/{total}: {shown}; {tables.number(rate, 1)} images/s, mIoU: {scores}', flush=True)
 
 
@@ -215,7 +216,7 @@ def learn(options, place, watchers=()):
                                 'folder that all machines share')
             if saved and saved['epoch'] >= options.num_epochs:
                 if place.main:
-                    print(f'{options.savedir}: already finished after {saved["epoch"]} epochs')
+                    print(f'{options.savedir}: already finished after {counted(saved["epoch"], "epoch")}')
                 return
             run, displays = begin(options, place, saved)
         while run.epoch < options.num_epochs:
@@ -233,8 +234,8 @@ def learn_step(options, watchers=()):
     """
     check_kept(options)
     with session(options.device, options.parallel, options.precision, options.cuda_graphs) as place:
-        folder = records.make_folder(options.savedir)
-        with resume.lock(folder) if place.main else contextlib.nullcontext():
+        with (new_folder('--savedir', options.savedir, [resume.LOCK]) as folder,
+              resume.lock(folder) if place.main else contextlib.nullcontext()):
             if place.main:
                 check_kept(options)     # another run may have ended in between
             learn(options, place, watchers)

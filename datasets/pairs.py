@@ -226,7 +226,7 @@ def place_hint(domain):
     """Which option says where a domain is, for one whose folders do not exist."""
     if Path(domain.folder).is_absolute():
         return f'; --data {domain.name}=PATH, or the domain.json there, says where they are'
-    return f'; pass --data-root, or --data {domain.name}=FOLDER'
+    return f'; say where it is with --data-root FOLDER, or --data {domain.name}=FOLDER'
 
 
 def holds(folder):

@@ -172,9 +172,9 @@ def kept_and_lost(name, seeds):
     old = [domain for domain in lost if None not in (lost[domain], left[domain])]
     if not old:
         return ''
-    before = {domain: left[domain] + lost[domain] for domain in old}
+    before = {domain: round(left[domain], 1) + round(lost[domain], 1) for domain in old}     # so that the sum is right
     kept = ' and '.join(f'{left[domain]:.1f} ' + (f'(before: {before[domain]:.1f})' if lost[domain] < -0.05 else
-                                                  f'of {max(before[domain], left[domain]):.1f}') + f' on {domain}'
+                                                  f'of {before[domain]:.1f}') + f' on {domain}'
                         for domain in old)
     points = tables.mean([max(0.0, lost[domain]) for domain in old])      # a gain elsewhere makes up for no loss
     return f'{name} kept {kept}: {points:.1f} points of mIoU lost' + (' on average.' if len(old) > 1 else '.')

@@ -127,9 +127,9 @@ def export_network(options):
     except RuntimeError as error:
         raise UserError(f'{options.out} could not be written as {options.format} ({brief(error)})') from None
     apart, agree = difference(network, Exported(options.out), compared)
+    differ = f'differ from PyTorch\'s by up to {apart:.1e} of the largest' if apart else 'are equal to PyTorch\'s'
     print(f'{options.out}: {domain.name}, {len(domain.classes)} classes and void, {options.format}'
-          f'{", int8" if options.int8 else ""}; largest difference from PyTorch\'s logits '
-          f'{apart:.1e} of the largest logit, {100 * agree:.2f} % of the predictions equal')
+          f'{", int8" if options.int8 else ""}; the logits {differ}, {100 * agree:.2f} % of the predictions are equal')
 
 
 @torch.inference_mode()

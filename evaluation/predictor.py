@@ -11,9 +11,7 @@ from mdil.models.checkpoint import stated_size
 from mdil.models.exported import Exported, is_exported
 from mdil.models.identify import appearance, identifier_of, unstated
 from mdil.utils.parallel import Place
-from mdil.utils.parser import SIDE, data_paths
-
-PUBLISHED_SIZE = 512, 1024      # height, width for files that do not record their training size
+from mdil.utils.parser import PUBLISHED_SIZE, SIDE, data_paths
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def number(value, digits=2):
     return '-' if value is None or math.isnan(value) else f'{round(value, digits) + 0.0:.{digits}f}'    # no -0.00
 
 
+def fine(value):
+    """A loss as text: four decimals, or two digits of a positive one that would be shown as 0."""
+    return f'{value:.1e}' if value and 0 < value < 5e-5 else number(value, 4)
+
+
 def spread(values, digits=2):
     """Numbers of several seeds as text: mean +- sample standard deviation; '-' if one is None or NaN."""
     if any(number(value) == '-' for value in values):

@@ -46,8 +46,8 @@ def expect(name, value, types, wanted):
 
 def expanded(name, path):
     """The Path, with ~ replaced; UserError, naming the argument, if it is empty or ~ is of an unknown user."""
-    if not os.fspath(path):
-        raise UserError(f'{name} is empty; a path is expected')
+    if not os.fspath(path) or '\0' in os.fspath(path):
+        raise UserError(f'{name} is empty, or holds a null character; a path is expected')
     try:
         return Path(path).expanduser()
     except RuntimeError:

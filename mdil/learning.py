@@ -19,10 +19,11 @@ from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
 from mdil.training.options import parse_train
-from mdil.training.records import best_and_last, make_folder, mean_miou, read_metrics
+from mdil.training.resume import LOCK
+from mdil.training.records import best_and_last, mean_miou, read_metrics
 from mdil.training.run import BEST, LATEST, WRITTEN, check_kept, results_in
 from mdil.utils.errors import UserError
-from mdil.utils.files import write_atomically
+from mdil.utils.files import new_folder, write_atomically
 from mdil.utils.parser import flag
 from mdil.utils.workers import INTERRUPTED
 
@@ -88,14 +89,16 @@ def learn(domain, train=None, val=None, *, savedir, state=None, classes=None, on
         (1, 'model_best.pth.tar')
     """
     check_types(domain, train, val, savedir, state, on_epoch, options)
+    if 'help' in options:       # argparse would print it and end the program
+        raise UserError('help is not an option of mdil.learn; python train.py --help lists them')
     folder, data = expanded('savedir', savedir), dict(options.pop('data', None) or {})
     state = None if state is None else expanded('state', state)
-    with as_arguments(), taken_back(folder, domain):
+    with as_arguments(), new_folder('--savedir', folder, [LOCK]), taken_back(folder, domain):
         check_kept(SimpleNamespace(savedir=folder, state=state, resume=options.get('resume'),
                                    overwrite=options.get('overwrite')))
         if train is not None:
             pairs = {split: found for split, found in (('train', train), ('val', val)) if found is not None}
-            data[domain] = declare(domain, pairs, classes, make_folder(folder), options.get('overwrite'))
+            data[domain] = declare(domain, pairs, classes, folder, options.get('overwrite'))
         elif val is not None or classes is not None:
             raise UserError('val and classes need train, a list of pairs; without it, all three come from data')
         names = options.pop('domains', None) or [*known_domains(state), domain]
@@ -123,7 +126,7 @@ def check_types(domain, train, val, savedir, state, on_epoch, options):
 def taken_back(folder, name):
     """Removes the files that `declare` made for the domain `name` if an error leaves no result in `folder`."""
     files = {folder / f'{name}{ending}' for ending in ('.train.txt', '.val.txt', '.json')}
-    made = {path for path in files if not path.exists()}
+    made = {path for path in files if not os.path.lexists(path)}
     try:
         yield
     except BaseException:

@@ -30,7 +30,8 @@ def needed(*packages):
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError:
-        raise UserError(f'this needs {" and ".join(packages)}: pip install {" ".join(packages)}') from None
+        raise UserError(f'exported networks of this format need {" and ".join(packages)}: pip install '
+                        f'{" ".join(packages)}') from None
 
 
 def free_sides():

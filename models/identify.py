@@ -195,8 +195,8 @@ def never_unknown(identifier, domains):
     names = [domain.name for domain, bound in zip(domains, identifier.thresholds.tolist()) if bound == float('inf')]
     if len(names) == len(domains):
         return f'No image is called unknown, because every domain had fewer than {FEWEST} training images'
-    return (f'Images that fit {" or ".join(names)} best are never called unknown, because fewer than {FEWEST} training '
-            'images were known' if names else '')
+    return (f'Images that fit {" or ".join(names)} best are never called unknown, because fewer than {FEWEST} of their '
+            'training images were seen' if names else '')
 
 
 def unstated(content, domains):

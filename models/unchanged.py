@@ -28,10 +28,10 @@ class TensorChanges:
 
     def __str__(self):
         if not self:
-            return f'{self.all_parameters} parameters and {self.all_buffers} buffers equal'
+            return f'{self.all_parameters} weight tensors and {self.all_buffers} buffers equal'
         norms = len({name.rpartition('.')[0] for name in self.buffers})
         buffers = f'{len(self.buffers)} buffers of {norms} batch norms, ' if norms else ''
-        return f'{buffers}{len(self.parameters)} of {self.all_parameters} parameters moved'
+        return f'{buffers}{len(self.parameters)} of {self.all_parameters} weight tensors changed'
 
 
 def compare(old, new, source):

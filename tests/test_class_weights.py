@@ -1,4 +1,5 @@
 """datasets.class_weights: counts, the formula, and the file that training reads."""
+import csv
 import json
 import math
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_choices(camvid):
     assert training_weights(DOMAINS['camvid'], camvid, 'none').tolist() == [1] * 11 + [0]
     published = training_weights(DOMAINS['BDD'], camvid)
     assert published[:19].tolist() == pytest.approx(DOMAINS['BDD'].weights[:19]) and published[19] == 0
+
+
+@pytest.mark.parametrize('name, listed', [('cityscapes', 'cityscapes'), ('BDD', 'bdd100k'), ('IDD', 'idd')])
+def test_published_weights_are_the_published_ones(name, listed, camvid):
+    with open(Path(__file__).with_name('class_weights.csv')) as file:
+        wanted = [float(row['weight']) for row in csv.DictReader(file) if row['domain'] == listed]
+    *found, void = training_weights(DOMAINS[name], camvid, 'published').tolist()
+    assert found == pytest.approx(wanted[:-1], rel=1e-6) and void == 0
 
 
 def test_file_is_what_training_reads(camvid, capsys):

@@ -463,6 +463,11 @@ def test_what_several_old_domains_lose_is_a_mean_that_gains_do_not_hide():
         'mdil kept 58.0 (before: 56.0) on CS and 9.0 of 13.0 on BDD: 2.0 points of mIoU lost on average.')
 
 
+def test_what_is_kept_and_what_is_lost_add_up_as_shown():
+    seeds = [{'summary': {'forgetting': {'CS': 0.03}}, 'domains': {'CS': {'miou': 12.34}}}]
+    assert compare.kept_and_lost('mdil', seeds) == 'mdil kept 12.3 of 12.3 on CS: 0.0 points of mIoU lost.'
+
+
 def test_a_domain_that_one_seed_could_not_score_is_left_out_of_the_sentence():
     seeds = [{'summary': {'forgetting': {'CS': 2.0, 'BDD': lost}}, 'domains': {'CS': {'miou': 58.0}, 'BDD': {'miou': 9.0}}}
              for lost in (1.0, None)]

@@ -82,9 +82,9 @@ def test_a_branch_starts_from_a_domain_that_is_known(domains, method):
 
 
 @pytest.mark.parametrize('arguments, moved', [
-    (('--method', 'adapters-only'), '278 parameters and 117 buffers equal'),
-    (('--recipe', 'released'), '117 buffers of 39 batch norms, 110 of 278 parameters moved'),
-    (('--recipe', 'released', '--shared-lr', '0'), '117 buffers of 39 batch norms, 0 of 278 parameters moved')])
+    (('--method', 'adapters-only'), '278 weight tensors and 117 buffers equal'),
+    (('--recipe', 'released'), '117 buffers of 39 batch norms, 110 of 278 weight tensors changed'),
+    (('--recipe', 'released', '--shared-lr', '0'), '117 buffers of 39 batch norms, 0 of 278 weight tensors changed')])
 def test_a_step_says_what_it_left_of_the_old_domains(toy, base, tmp_path, capsys, arguments, moved):
     run = learn(toy, tmp_path / 'run', ['CS', 'BDD'], '--state', base / LATEST, *arguments)
     assert f'old domain cityscapes: {moved}' in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_what_a_released_step_overwrote_is_put_back(toy, base, tmp_path, capsys,
     out = capsys.readouterr().out
     assert 'cityscapes: 117 tensors restored' in out and 'mIoU before' in out and '+0.00' in out.splitlines()[-1]
     assert verify.main([str(start), str(tmp_path / 'out')]) == status
-    assert ('equal' if status == 0 else 'changed; 110 of 278 parameters moved') in capsys.readouterr().out
+    assert ('equal' if status == 0 else 'changed; 110 of 278 weight tensors changed') in capsys.readouterr().out
     before, after = tensors(step / LATEST), tensors(tmp_path / 'out')
     assert all('.0.' in key for key in before if not torch.equal(before[key], after[key]))
 

@@ -56,6 +56,20 @@ def learnt(toy, tmp_path_factory):
     return records[0], seen, handlers
 
 
+def test_a_refused_call_leaves_no_folder_and_the_program_alive(toy, tmp_path):
+    for options in ({'help': True}, {'data_root': tmp_path / 'nowhere'}, {'data_root': toy, 'num_epochs': 0},
+                    {'data_root': toy, 'state': tmp_path / 'nothing'}):
+        with pytest.raises(mdil.UserError):
+            mdil.learn('cityscapes', savedir=tmp_path / 'runs/1', **{**TINY, **options})
+        assert not (tmp_path / 'runs').exists()
+    with pytest.raises(mdil.UserError, match='savedir is empty, or holds a null character'):
+        mdil.learn('cityscapes', savedir='x\0y', data_root=toy)
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(mdil.UserError):
+        mdil.learn('cityscapes', savedir=tmp_path / 'mine/1', data_root=tmp_path / 'nowhere', **TINY)
+    assert list((tmp_path / 'mine').iterdir()) == []
+
+
 def test_a_thread_learns_from_pairs_and_says_how_it_goes(learnt):
     record, seen, handlers = learnt
     assert [line['epoch'] for line in seen] == [1, 2] and list(record.epochs) == seen

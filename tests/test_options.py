@@ -4,6 +4,8 @@ import re
 import pytest
 
 from mdil.benchmarks.forgetting import forgetting_parser
+from mdil.datasets.domains import DOMAINS
+from mdil.models import build_model, checkpoint
 from mdil.models.methods import DISTILLING, METHODS, PAPER
 from mdil.training.options import RECIPES, parse_train, train_parser
 from mdil.training.resume import differences
@@ -94,7 +96,10 @@ def test_the_dataset_of_a_multi_task_list_names_the_run():
     ('--savedir S --domains CS --height 100', 'multiple of 8'),
     ('--savedir S --domains CS --lambdac nan', 'finite'),
     ('--savedir S --domains CS --batch-size 0', 'at least 1'),
-    ('--savedir S --domains CS --nonsense', '--nonsense'),
+    ('--savedir S --domains CS --nonsense', r'--nonsense \(--help lists the options'),
+    ('--savedir S --domain CS', r'unrecognized arguments: --domain CS \(did you mean --domains\?\)'),
+    ('--savedir S --domains CS BDD --state x --recipe released --temperature 1', '--temperature is for --distillation kl'),
+    ('--savedir S --domains CS BDD --state x --distillation released --temperature 4', 'or add --distillation kl'),
     ('--savedir S --domains CS --steps-loss 50 --cuda', '--cuda: --device decides; --steps-loss: the loss is shown'),
     ('--savedir S --datasets CS IDD --dlr=100', '--dlr: the published code reads it nowhere'),
     ('--savedir S --datasets CS IDD --current_task 1 --num-classes 20 27', '--state is missing'),
@@ -183,6 +188,22 @@ def test_help_shows_the_defaults_that_say_something():
     assert 'FILE checkpoint of the previous step, or an ImageNet encoder of ERFNet --savedir' in shown
     assert 'dropout (default: 0)' in shown and 'repeatable --cache' in shown
     assert '--seeds N [N ...] seeds (default: 0 1 2)' in ' '.join(forgetting_parser().format_help().split())
+
+
+def test_the_temperature_is_that_of_kl_whatever_the_recipe():
+    text = '--savedir S --domains CS BDD --state x --recipe released --distillation kl --temperature 4'
+    assert parse(text).temperature == 4
+
+
+def test_a_step_keeps_the_size_of_the_step_before_unless_one_is_given(tmp_path):
+    checkpoint.save({'version': 1, 'state_dict': build_model([20]).state_dict(), 'domains': [DOMAINS['cityscapes'].entry],
+                     'options': {'height': 32, 'width': 96}}, tmp_path / 'one')
+    later = f'--savedir S --domains CS BDD --state {tmp_path}/one'
+    size = lambda text: (parse(text).height, parse(text).width)
+    assert size(later) == (32, 96) and size(f'{later} --recipe released') == (32, 96)
+    assert size(f'{later} --height 64') == (64, 128) and size(f'{later} --width 64') == (512, 64)
+    assert size(f'--savedir S --domains CS --state {tmp_path}/one') == size(f'{later}.gone') == (512, 1024)
+    assert size(README[2].replace('STEP1', f'{tmp_path}/one')) == (512, 1024)       # the published default
 
 
 def test_width_follows_height_unless_given():

@@ -49,6 +49,11 @@ def test_no_figure_is_minus_zero(run):
     assert len(shown) == 4 and all('kd 0.0000' in line and '-0.0' not in line for line in shown)
 
 
+def test_a_small_distance_is_not_shown_as_none():
+    assert [tables.fine(value) for value in (3.2e-6, 0.00004, 0.00005, 1.23456, 0.0, None)] == [
+        '3.2e-06', '4.0e-05', '0.0001', '1.2346', '0.0000', '-']
+
+
 def test_a_run_is_called_by_its_suffix_and_ends_with_its_best_epoch(run):
     folder, said = run
     assert said[0].startswith('learning cityscapes (mdil, erfnet, OURS-CS1) at 64x32 on cpu')

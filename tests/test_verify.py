@@ -30,11 +30,11 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize('key, text', [
-    ('encoder.layers.1.bns_1.0.running_mean', '1 buffers of 1 batch norms, 0 of 278 parameters moved'),
-    ('encoder.layers.1.bns_1.0.num_batches_tracked', '1 buffers of 1 batch norms, 0 of 278 parameters moved; logits equal'),
-    ('encoder.initial_block.conv.weight', 'cityscapes: changed; 1 of 278 parameters moved; logits differ by up to'),
-    ('decoder.0.output_conv.bias', '1 of 278 parameters moved'),
-    ('decoder.1.output_conv.bias', 'cityscapes: unchanged; 278 parameters and 117 buffers equal; logits equal')])
+    ('encoder.layers.1.bns_1.0.running_mean', '1 buffers of 1 batch norms, 0 of 278 weight tensors changed'),
+    ('encoder.layers.1.bns_1.0.num_batches_tracked', '1 buffers of 1 batch norms, 0 of 278 weight tensors changed; logits equal'),
+    ('encoder.initial_block.conv.weight', 'cityscapes: changed; 1 of 278 weight tensors changed; logits differ by up to'),
+    ('decoder.0.output_conv.bias', '1 of 278 weight tensors changed'),
+    ('decoder.1.output_conv.bias', 'cityscapes: unchanged; 278 weight tensors and 117 buffers equal; logits equal')])
 def test_one_bit_of_the_old_domain_is_noticed_and_none_of_the_new_one(files, capsys, key, text):
     _, before, new, after = files
     assert run(before, after) == 0 and 'IDD' not in capsys.readouterr().out
@@ -153,10 +153,10 @@ def test_networks_of_other_code_by_a_map_of_keys(tmp_path, capsys, wrapped):
     (tmp_path / 'map').write_text(json.dumps({'cityscapes': {'backbone.': 'backbone.', 'head.': 'heads.0.'}}))
     given = ['--map', tmp_path / 'map']
     assert run(old, save(tmp_path / 'new', new.state_dict()), *given) == 0
-    assert 'cityscapes: unchanged; 6 parameters and 3 buffers equal; logits not computed' in capsys.readouterr().out
+    assert 'cityscapes: unchanged; 6 weight tensors and 3 buffers equal; logits not computed' in capsys.readouterr().out
     new.backbone[1].running_mean.add_(1)
     assert run(old, save(tmp_path / 'new', new.state_dict()), *given) == 1
-    assert '1 buffers of 1 batch norms, 0 of 6 parameters moved' in capsys.readouterr().out
+    assert '1 buffers of 1 batch norms, 0 of 6 weight tensors changed' in capsys.readouterr().out
     for content, message in (('{"a": {"nothing.": "x."}}', 'no key has a prefix that --map gives for a'), ('[]', 'is not'), ('{"a": 1}', 'is not'),
                              ('{"a": {"head.": "x.", "backbone.0.": "x."}}', 'two keys of .* become x.weight for a'),
                              ('{"a": {"head.": "heads.7."}}', 'a in .* cannot be compared, heads.7.bias')):

@@ -142,11 +142,12 @@ check_train_args() {
             --savedir) setting=OUT ;;
             --data-root|--datadir) setting=DATA ;;
             --data) setting=PATHS ;;
+            --dataset*|--num-classes*|--num_classes*|--current[-_]task|--nb[-_]tasks|--finetune|--decoder) setting='DOMAINS and another script' ;;
             --domains|--height|--width|--seed|--network|--weights) setting=${option#--} setting=${setting^^} ;;
             --num-epochs) setting=EPOCHS ;;
             --batch-size) setting=BATCH ;;
             --num-workers) setting=WORKERS ;;
-            --state) setting=ENCODER ;;
+            --state|--pretrainedEncoder) setting=ENCODER ;;
             --parallel) setting=GPUS ;;
             --method) setting='another script, or METHODS of ablations.sh' ;;
             --help|-h) refuse "TRAIN_ARGS: $option trains nothing; run train.py $option" ;;

@@ -10,14 +10,15 @@ import os
 import torch
 
 from mdil.datasets.domains import canonical, get_domain
+from mdil.models.checkpoint import read_checkpoint, stated_size
 from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name, unused
 from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.training.schedules import SCHEDULES
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import pick_device, tell
-from mdil.utils.parser import (Parser, complete_size, data_options, data_paths, flag, machine_options, natural,
-                               positive, rate, seed_number, size_options)
+from mdil.utils.parser import (PUBLISHED_SIZE, Parser, complete_size, data_options, data_paths, flag, machine_options,
+                               natural, positive, rate, seed_number, size_options)
 from mdil.utils.precision import without_bf16
 
 SLOW_RATE = 5e-6
@@ -95,6 +96,11 @@ def input_options(parser):
         help='cross-entropy weights: published (computed if there are none), computed, none, or a JSON file')
 
 
+def by_recipe(option):
+    """What the help says of the default of an option that recipes set."""
+    return f' (default: {RECIPES["corrected"][option]}, or by --recipe)'
+
+
 def method_options(parser):
     """Adds --recipe and the options in which recipes differ."""
     group = parser.add_argument_group('recipe', '--recipe sets the options that are not given')
@@ -114,28 +120,35 @@ def method_options(parser):
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
                        help='use dropout in the layers that train (default: by method)')
     group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
-                       help='old branches: frozen, batch statistics without update, or as published (overwritten)')
-    group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term')
-    group.add_argument('--teacher-mode', choices=('eval', 'train'), help='mode of the frozen previous model')
+                       help='old branches: frozen, batch statistics without update, or as published (overwritten)'
+                            + by_recipe('old_bn'))
+    group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term'
+                            + by_recipe('distillation'))
+    group.add_argument('--teacher-mode', choices=('eval', 'train'), help='mode of the frozen previous model'
+                            + by_recipe('teacher_mode'))
     group.add_argument('--steps-per-batch', type=int, choices=(1, 2),
-                       help='one optimiser step on the sum of the losses, or one on each')
+                       help='one optimiser step on the sum of the losses, or one on each'
+                            + by_recipe('steps_per_batch'))
     group.add_argument('--frozen-encoder', choices=('eval', 'train'),
-                       help='mode of a frozen plain encoder: eval, or train (statistics move, dropout is on)')
+                       help='mode of a frozen plain encoder: eval, or train (statistics move, dropout is on)'
+                            + by_recipe('frozen_encoder'))
     group.add_argument('--new-decoder', choices=('copied', 'fresh'),
-                       help="initial weights of the new domain's decoder: the last one's, or random")
+                       help="initial weights of the new domain's decoder: the last one's, or random"
+                            + by_recipe('new_decoder'))
     group.add_argument('--new-statistics', choices=('copied', 'fresh'),
-                       help="initial running statistics of the new domain's encoder branch")
+                       help="initial running statistics of the new domain's encoder branch"
+                            + by_recipe('new_statistics'))
     group.add_argument('--imagenet-bn', choices=('loaded', 'dropped'),
-                       help="whether the ImageNet encoder's batch norms are loaded")
+                       help="whether the ImageNet encoder's batch norms are loaded" + by_recipe('imagenet_bn'))
     group.add_argument('--label-padding', choices=('void', 'released'),
                        help='label of pixels that a shift uncovers: void, or class 0 on the right and below, '
-                            'as published')
+                            'as published' + by_recipe('label_padding'))
     group.add_argument('--rounds', choices=('largest', 'smallest'),
                        help='length of a multi-task epoch: as many batches of each domain as the largest or the '
-                            'smallest has')
+                            'smallest has' + by_recipe('rounds'))
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
                        help='learning rate: poly, the published decay, or one-cycle, which rises for a quarter of the '
-                            'epochs before it falls')
+                            'epochs before it falls' + by_recipe('schedule'))
     group.add_argument('--published-metric', action=argparse.BooleanOptionalAction,
                        help='count absent classes as 0 in the mIoU')
 
@@ -143,11 +156,12 @@ def method_options(parser):
 def training_options(parser):
     """Adds options for how long and in what order a step trains, and how a run resumes."""
     group = parser.add_argument_group('training')
-    group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs (default: 150, as published)')
+    group.add_argument('--num-epochs', type=positive, metavar='N', help='epochs' + by_recipe('num_epochs'))
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch, over all devices')
     group.add_argument('--lr', type=rate, default=argparse.SUPPRESS,
-                       help='learning rate of the new domain, and of all in step 1 (default: 0.0005, later by method)')
-    size_options(group)
+                       help='learning rate of the new domain, and of all in step 1 (default: 0.0005, or by --recipe; '
+                            'later by method)')
+    size_options(group, None, f'that of --state, or {PUBLISHED_SIZE[0]}')
     group.add_argument('--seed', type=seed_number, default=0, help='seed of weights, order, augmentation, dropout')
     group.add_argument('--val-every', type=positive, metavar='N',
                        help='validate every N epochs, and after the first and the last (default: 1, or by --recipe)')
@@ -201,7 +215,7 @@ def parse_train(argv=None):
     check_declared(options)
     if options.branch_from is not None:
         options.branch_from = canonical(options.branch_from)
-    complete_size(options)
+    settle_size(options, published)
     options.method = options.method or DEFAULT
     check_uses(options)
     check_domains(options)
@@ -210,7 +224,11 @@ def parse_train(argv=None):
         check_network(options)
     complete_fast(options)
     check_graphs(options)
-    for name, value in recipe_settings(options.recipe, options.domains, options.method).items():
+    settings = recipe_settings(options.recipe, options.domains, options.method)
+    if options.temperature is not None and (options.distillation or settings['distillation']) != 'kl':
+        raise UserError('--temperature is for --distillation kl, the published term has none; leave it out, or add '
+                        '--distillation kl')
+    for name, value in settings.items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
     complete_method(options)
@@ -218,6 +236,19 @@ def parse_train(argv=None):
         tell(f"the paper's options mean --method {options.method} --domains {' '.join(options.domains)} "
              f"--recipe {options.recipe}")
     return options
+
+
+def settle_size(options, published):
+    """Sets a size that was not given: that of the checkpoint of the step before, or else the published one.
+
+    published: whether the paper's options were given, whose default is the published size.
+    """
+    if options.height is None:
+        later = len(options.domains) > 1 and options.state and os.path.isfile(options.state)
+        known = later and not published and stated_size(read_checkpoint(options.state).content)
+        height, width = PUBLISHED_SIZE if hasattr(options, 'width') else known or PUBLISHED_SIZE
+        options.height, options.width = height, getattr(options, 'width', width)
+    complete_size(options)
 
 
 def check_declared(options):

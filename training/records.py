@@ -9,13 +9,7 @@ import numpy as np
 import torch
 
 from mdil.utils.errors import UserError, counted
-from mdil.utils.files import check_writable, write_atomically, write_json
-
-
-def make_folder(path):
-    """The folder --savedir at `path`, created if necessary; UserError if it cannot be written to."""
-    check_writable('--savedir', path, folder=True)
-    return Path(path)
+from mdil.utils.files import write_atomically, write_json
 
 
 def git_revision():

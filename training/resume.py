@@ -28,6 +28,7 @@ HARMLESS = {'resume', 'overwrite', 'num_workers', 'port', 'server', 'env', 'tens
             'data', 'checkpoint_minutes', 'cache', 'augment', 'model_name_suffix'}
 REPORTED = {'device', 'precision', 'parallel', 'compile', 'cuda_graphs', 'deterministic'}
 
+LOCK = '.lock'       # file of a run's folder
 
 # Further entries of a run's checkpoint: (test of the value, what it must be).
 PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
@@ -197,14 +198,14 @@ def check_options(content, options):
     refused, said = differences(before, options)
     if refused:
         raise UserError(f'--resume: the run in {options.savedir} had other options: {"; ".join(refused)}; '
-                        'repeat them, or use another --savedir')
+                        'give those again, or use another --savedir')
     for line in said:
         tell(f'resuming although {line}: results will not be bit-equal to an uninterrupted run')
 
 
 def lock(folder):
     """Locks `folder` for the run of this process; UserError if another run holds it."""
-    return locked(folder / '.lock', f'another run is at work in {folder}; wait for it, or use another --savedir')
+    return locked(folder / LOCK, f'another run is at work in {folder}; wait for it, or use another --savedir')
 
 
 class Stopped(SystemExit):

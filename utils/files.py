@@ -186,6 +186,26 @@ def check_writable(option, path, folder=False, inputs=()):
         raise UserError(f'{option} {path} cannot be written to: {error.strerror}; name another place') from None
 
 
+@contextlib.contextmanager
+def new_folder(option, path, leftovers=()):
+    """The folder at `path`, which an option names. What it made is removed again if an error leaves nothing in it.
+
+    leftovers: names of files that count as nothing.
+    """
+    made = [place for place in (Path(path), *Path(path).parents) if not os.path.lexists(place)]
+    check_writable(option, path, folder=True)
+    try:
+        yield Path(path)
+    except UserError:
+        with contextlib.suppress(OSError):
+            if made and set(os.listdir(path)) <= set(leftovers):
+                for name in os.listdir(path):
+                    os.unlink(Path(path) / name)
+                for place in made:
+                    place.rmdir()
+        raise
+
+
 def check_new(option, path, overwrite, inputs=()):
     """`check_writable` for a file; UserError also if a non-empty file exists, unless `overwrite`."""
     check_writable(option, path, inputs=inputs)

@@ -1,5 +1,6 @@
 """What the command lines share: the parser, argument types, and options for data, size and machine."""
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from mdil.utils.errors import UserError
 from mdil.utils.parallel import check_alone
 
 SIDE, LONGEST = 8, 2 ** 16      # image sides are multiples of SIDE, up to LONGEST
+PUBLISHED_SIZE = 512, 1024      # height, width at which the published code trains
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -53,7 +55,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         reasons = '; '.join(f'{option}: {reason}' for option, reason in self.refused.items()
                             if f' {option} ' in f'{message} '.replace('=', ' '))
-        raise UserError(f'{message} ({reasons or "--help lists the options"})')
+        raise UserError(f'{message} ({reasons or self.similar(message) or "--help lists the options"})')
+
+    def similar(self, message):
+        """The option that an unknown one was perhaps meant to be, as a question; '' if there is none."""
+        unknown = re.findall(r'--[\w-]+', message) if message.startswith('unrecognized') else []
+        near = [difflib.get_close_matches(word, self._option_string_actions, 1, 0.8) for word in unknown]
+        return f'did you mean {near[0][0]}?' if near and near[0] else ''
 
 
 def home_in(text):
@@ -154,10 +162,10 @@ def data_paths(items):
     return paths
 
 
-def size_options(group, height=512):
-    """Adds the size that images are resized to; height: the default, or None for the checkpoint's training size."""
+def size_options(group, height=PUBLISHED_SIZE[0], otherwise='the training size'):
+    """Adds the size that images are resized to; height: the default, or None for what `otherwise` says."""
     group.add_argument('--height', type=side, default=height,
-                       help='image height, a multiple of 8' + ('' if height else ' (default: the training size)'))
+                       help='image height, a multiple of 8' + ('' if height else f' (default: {otherwise})'))
     group.add_argument('--width', type=side, default=argparse.SUPPRESS,
                        help='image width, a multiple of 8 (default: twice the height)')
 
