@@ -63,14 +63,25 @@ def sources_of(path, out):
     """The Sources of one input (see `find_sources`); UserError if it is missing or of another kind."""
     if os.path.isdir(path):     # False, unlike path.is_dir, where one may not look
         return [named(file, path) for file in media_below(path, out)]
-    if not os.path.exists(path):
-        raise UserError(f'{path} does not exist, or its folder cannot be entered')
+    check_file(path)
     suffix = path.suffix.lower()
     if suffix in LISTS:
         return listed(path)
     if suffix not in IMAGES + VIDEOS:
         raise UserError(f'{path}: {KINDS} is expected')
     return [named(path, path.parent)]
+
+
+def check_file(path):
+    """UserError unless `path` is a regular file; reading a pipe could wait forever."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f'{path} does not exist') from None
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is not a file; {KINDS} is expected')
 
 
 def named(path, folder):
@@ -89,7 +100,8 @@ def listed(path):
         text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
-    files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]
+    lines = (line.strip(' \t') for line in text.split('\n'))     # splitlines would split at signs that names may hold
+    files = [path.parent / line for line in lines if line]
     for file in files:
         if file.suffix.lower() not in IMAGES + VIDEOS:
             raise UserError(f'{path}: {file} is not an image or a video')

@@ -1,5 +1,6 @@
 """predict.py: answers against an independent implementation, every kind of input, what is written and skipped."""
 import json
+import os
 import shutil
 import struct
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 from mdil import predict
 from mdil.datasets import DOMAINS, get_domain
 from mdil.datasets.pairs import find_split
-from mdil.evaluation.inputs import rotation
+from mdil.evaluation.inputs import find_sources, rotation
 from mdil.evaluation.predictor import PUBLISHED_SIZE, Predictor, trained_size
 from mdil.models import build_model, checkpoint
 from mdil.models.identify import Sequence, appearance, statistics_of
@@ -406,6 +407,33 @@ def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):
     run(state, tmp_path / 'out', '--input', photos / 'list.txt', '--domain', 'CS')
     assert sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.png')) == [
         'a.png', 'sub/c.png']
+
+
+def rolls(folder, level, *names):
+    """Writes images of one grey level below a folder; returns it."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 32), (level,) * 3).save(folder / name)
+    return folder
+
+
+def test_an_input_that_is_no_regular_file_is_refused(tmp_path):
+    for name in ('pipe.png', 'pipe.mp4', 'pipe.txt'):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f'{name} is not a file; an image, a folder'):
+            find_sources([tmp_path / name])
+    with pytest.raises(UserError, match='gone.png does not exist$'):
+        find_sources([tmp_path / 'gone.png'])
+    with pytest.raises(UserError, match='loop.png cannot be read: Too many levels'):
+        (tmp_path / 'loop.png').symlink_to('loop.png')
+        find_sources([tmp_path / 'loop.png'])
+
+
+def test_a_list_names_one_file_a_line(tmp_path):
+    names = ['a\x85b.png', 'c\u2028d.png', ' e\x1cf.png']
+    rolls(tmp_path, 0, *(name.strip() for name in names))
+    (tmp_path / 'list.txt').write_text('\r\n'.join(names), newline='', encoding='utf-8')
+    assert [source.path.name for source in find_sources([tmp_path / 'list.txt'])] == [name.strip() for name in names]
 
 
 def test_a_phones_picture_is_turned_upright(model, state, photos, tmp_path):
