@@ -12,8 +12,9 @@ continues where it stopped; an --out with predictions of another network or othe
 refused. --advise writes no predictions: it says which branch fits images of a new place, how well
 that branch should do there, and whether a new branch is worth training.
 """
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
-from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, upright
-from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records, settings, targets,
-                                     wanted_legends)
+from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, refuse, upright
+from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records,
+                                     settings, targets, too_long, wanted_legends)
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN, fingerprint
@@ -136,6 +137,12 @@ def load(work, predictor):
     return Loaded(item, look=look) if finished else Loaded(item, image, predictor.prepare(image), look)
 
 
+def writable(item, paths):
+    """The Item, or one that cannot be loaded if the name of one of its outputs is too long."""
+    reason = f'{item.key}: its name is too long for the names of its outputs; shorten it'
+    return replace(item, load=partial(refuse, reason)) if any(map(too_long, paths)) else item
+
+
 def wanted(options, sources, records, skipped, drive):
     """Yields (Item, False) for the Items that lack a result; adds the keys of the finished ones to the list `skipped`.
 
@@ -144,8 +151,8 @@ def wanted(options, sources, records, skipped, drive):
     for source in sources:
         for item in items_of(source):
             paths = targets(options, item.name).values()
-            if options.overwrite or options.json and item.key not in records or not all(map(Path.exists, paths)):
-                yield item, False
+            if options.overwrite or options.json and item.key not in records or not all(map(os.path.exists, paths)):
+                yield writable(item, paths), False
             else:
                 skipped.append(item.key)
                 if drive(item):

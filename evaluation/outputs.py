@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 from mdil.models.fingerprint import SHOWN
 from mdil.utils.errors import UserError
-from mdil.utils.files import check_writable, read_object, same_file, write_json, written_through
+from mdil.utils.files import (check_writable, read_object, same_file, temporary_name, write_json,
+                              written_through)
 
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
@@ -54,6 +55,7 @@ def check_targets(options, sources):
                                 'predict them in two runs, each with its own --out')
             owners[path] = source.path
     check_frames(options, sources)
+    check_folders(options, sources)
 
 
 def check_frames(options, sources):
@@ -65,6 +67,23 @@ def check_frames(options, sources):
             if video and FRAME.fullmatch(path.name):
                 raise UserError(f'{source.path} would share {path} with a frame of {video}; predict the video in a run '
                                 'of its own, with another --out')
+
+
+def check_folders(options, sources):
+    """UserError if a folder for predictions, or the one in which it would be made, cannot be written to."""
+    places = ((source, Path(options.out) / source.name) for source in sources)
+    for folder in {place if source.is_video else place.parent for source, place in places}:
+        there = next(place for place in (folder, *folder.parents) if os.path.isdir(place))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f'{there}, a folder for predictions, cannot be written to; choose another --out')
+
+
+def too_long(path):
+    """Whether a path, or the name of its temporary file, is longer than its file system allows."""
+    there = next(place for place in path.parents if os.path.isdir(place))
+    temporary = os.fsencode(os.path.abspath(temporary_name(path)))
+    longest = max(map(len, temporary.split(b'/')))
+    return 0 < os.pathconf(there, 'PC_NAME_MAX') < longest or 0 < os.pathconf(there, 'PC_PATH_MAX') <= len(temporary)
 
 
 def branch_of(options, predictor):
@@ -109,7 +128,8 @@ def predictions_of(options, source):
     """Existing files, of all kinds, at the places of a Source's predictions."""
     if source.is_video:
         return [path for path in (Path(options.out) / source.name).glob('*.png') if FRAME.fullmatch(path.name)]
-    return [path for ending in ENDINGS.values() if (path := Path(options.out) / f'{source.name}{ending}').exists()]
+    places = [Path(options.out) / f'{source.name}{ending}' for ending in ENDINGS.values()]
+    return [path for path in places if os.path.exists(path)]
 
 
 def legends(options, predictor):

@@ -417,6 +417,23 @@ def rolls(folder, level, *names):
     return folder
 
 
+def test_an_image_whose_outputs_have_too_long_names_is_left_out(state, photos, tmp_path):
+    for letters in (247, 251):      # too long for the temporary file of an output, and for .color.png
+        shutil.copy(photos / 'a.png', photos / f'sub/{"n" * letters}.png')
+    shutil.copy(photos / 'a.png', photos / f'sub/{"m" * 230}.png')
+    with pytest.raises(UserError, match='2 images were left out, e.g. .*nnn.png: its name is too long'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
+    assert len(list((tmp_path / 'out').rglob('*.png'))) == 4
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_first(state, photos, tmp_path, monkeypatch):
+    (tmp_path / 'out/sub').mkdir(parents=True)
+    monkeypatch.setattr('mdil.evaluation.outputs.os.access', lambda path, mode: Path(path).name != 'sub')
+    with pytest.raises(UserError, match='out/sub, a folder for predictions, cannot be written to; choose another --out'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
+    assert not list((tmp_path / 'out').rglob('*.*'))
+
+
 def test_an_input_that_is_no_regular_file_is_refused(tmp_path):
     for name in ('pipe.png', 'pipe.mp4', 'pipe.txt'):
         os.mkfifo(tmp_path / name)
