@@ -26,8 +26,8 @@ from tqdm import tqdm
 from mdil.evaluation import pictures
 from mdil.evaluation.advise import advise, sentences
 from mdil.evaluation.inputs import KINDS, Item, find_sources, images_in, items_of, refuse, upright
-from mdil.evaluation.outputs import (ENDINGS, branch_of, check_targets, claim, read_records,
-                                     settings, targets, too_long, wanted_legends)
+from mdil.evaluation.outputs import (ENDINGS, add_records, branch_of, check_targets, claim, read_records,
+                                     reset_records, settings, targets, too_long, wanted_legends)
 from mdil.evaluation.predictor import Prepared, load_predictor
 from mdil.models.exported import is_exported
 from mdil.models.fingerprint import SHOWN, fingerprint
@@ -254,7 +254,7 @@ def run(options, place):
     predictor = load_predictor(options, place)
     made = settings(options, predictor)
     made_by = fingerprint(made)[:SHOWN]
-    records = read_records(options, made_by)
+    records = {} if options.overwrite else read_records(options, made_by)
     if options.native:
         torch.backends.cudnn.benchmark = False      # a search for each size would take longer than it saves
     for domain in predictor.domains if options.label_ids == 'files' else ():
@@ -262,13 +262,13 @@ def run(options, place):
             file_values(domain)
     colors = wanted_legends(options, predictor, sources)
     claim(options, predictor, sources, made)
+    reset_records(options)
     for path, domain in colors.items():
         pictures.save_picture(path, pictures.legend(domain.classes, domain.colors, 640))
     try:
         done, errors = predict_all(options, predictor, sources, records, made_by)
     finally:
-        if options.json:
-            write_json(options.json, records)
+        add_records(options, made_by, records)
     print(f'{options.out}: {done}', file=sys.stderr)
     if predictor.identifier and (note := never_unknown(predictor.identifier, predictor.domains)):
         print(note, file=sys.stderr)

@@ -1,4 +1,6 @@
 """The folder and files that predict.py writes to: what goes where, and what must not be replaced or mixed."""
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -106,8 +108,8 @@ def settings(options, predictor):
 
 
 def read_records(options, made_by):
-    """The entries of an earlier run in the --json file, or {}; UserError unless all say that `made_by` made them."""
-    if not options.json or options.overwrite or not Path(options.json).exists() or written_through(options.json):
+    """The entries in the --json file, or {} if there is none; UserError unless all say that `made_by` made them."""
+    if not options.json or not Path(options.json).exists() or written_through(options.json):
         return {}
     try:
         records = json.loads(Path(options.json).read_text())
@@ -122,6 +124,30 @@ def read_records(options, made_by):
         raise UserError(f'--json {options.json} holds {odd}, which was predicted with other settings; choose another '
                         'name, or replace it with --overwrite')
     return records
+
+
+def reset_records(options):
+    """Empties the --json file if --overwrite is given: from then on, entries are only added."""
+    if options.json and options.overwrite and not written_through(options.json):
+        write_json(options.json, {})
+
+
+def add_records(options, made_by, records):
+    """Adds entries to the --json file, which another run may have changed since this one read it."""
+    if options.json:
+        with alone_in(os.path.dirname(os.path.realpath(options.json))):
+            write_json(options.json, {**read_records(options, made_by), **records})
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Within the context, no other run changes the records in a folder, if its file system can lock folders."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            number = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, number)
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
 
 
 def predictions_of(options, source):

@@ -417,6 +417,22 @@ def rolls(folder, level, *names):
     return folder
 
 
+@pytest.mark.parametrize('more', [[], ['--overwrite']])
+def test_two_runs_at_once_with_one_json_keep_the_entries_of_both(state, tmp_path, monkeypatch, more):
+    """The second run starts and ends while the first one predicts."""
+    given, real = ['--domain', 'CS', '--json', tmp_path / 'r.json', *more], predict.predict_all
+    first, second = rolls(tmp_path / 'A', 0, 'a.png'), rolls(tmp_path / 'B', 255, 'b.png')
+    (tmp_path / 'r.json').write_text('{}')
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(predict, 'predict_all', real)
+        run(state, tmp_path / 'out', '--input', second, *given)
+        return real(*arguments)
+    monkeypatch.setattr(predict, 'predict_all', meanwhile)
+    run(state, tmp_path / 'out', '--input', first, *given)
+    assert set(json.loads((tmp_path / 'r.json').read_text())) == {f'{first}/a.png', f'{second}/b.png'}
+
+
 def test_an_image_whose_outputs_have_too_long_names_is_left_out(state, photos, tmp_path):
     for letters in (247, 251):      # too long for the temporary file of an output, and for .color.png
         shutil.copy(photos / 'a.png', photos / f'sub/{"n" * letters}.png')
