@@ -8,9 +8,10 @@
 For every image it writes `answers/<path below the input, without suffix>.png`: class indices at
 the image's own size, never void. The domain is detected from each image, and that domain's branch
 segments it; --domain names one instead. Existing predictions are skipped, so an interrupted run
-continues where it stopped; an --out with predictions of another network or other settings is
-refused. --advise writes no predictions: it says which branch fits images of a new place, how well
-that branch should do there, and whether a new branch is worth training.
+continues where it stopped; an --out with predictions of another network or other settings, or of
+other images with the same names, is refused. --advise writes no predictions: it says which branch
+fits images of a new place, how well that branch should do there, and whether a new branch is worth
+training.
 """
 import os
 import sys

@@ -15,7 +15,7 @@ from mdil.utils.files import (check_writable, read_object, same_file, temporary_
 
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
-MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there
+MADE_BY = 'predict.json'        # in --out: the network and settings of the predictions there, and their inputs
 # The file names of a video's predictions, in a folder of its own.
 FRAME = re.compile(r'\d{6,}(' + '|'.join(map(re.escape, ENDINGS.values())) + ')')
 LONGEST = 100                   # letters of a domain's name in the file name of its legend
@@ -182,16 +182,87 @@ def wanted_legends(options, predictor, sources):
     return {path: domain for path, domain in found.items() if options.overwrite or not os.path.lexists(path)}
 
 
-def claim(options, predictor, sources, made):
-    """Records in --out the settings of the predictions, `made`.
+def input_of(source):
+    """The absolute path of a Source. Links to its folder are followed; the file keeps its name, which outputs bear."""
+    return os.path.join(os.path.realpath(source.path.parent), source.path.name)
 
-    UserError if --out holds predictions made with other or unknown settings. --overwrite removes those of `sources`
-    instead; then UserError if any made with other settings would remain.
+
+def inputs_of(options, sources):
+    """{output: input} of Sources, as MADE_BY records it: the path below --out ('name/' for a video), and `input_of`."""
+    return {output: input_of(source) for source in sources for output in (
+        [f'{source.name}/'] if source.is_video else [f'{source.name}{ENDINGS[kind]}' for kind in options.save])}
+
+
+def known_inputs(before):
+    """The {output: input} that earlier runs recorded, from the content of MADE_BY; {} if it does not have that form."""
+    found = before.get('inputs')
+    return found if isinstance(found, dict) and all(isinstance(place, str) for place in found.values()) else {}
+
+
+def outputs_near(options, source, recorded):
+    """The outputs that a Source writes or, if they bear its name in `recorded` (see `inputs_of`), might write.
+
+    Predictions of a video's frames and of images that are called like frames lie in each other's way.
+    """
+    if source.is_video:
+        below = ((output, os.path.basename(output)) for output in recorded if os.path.dirname(output) == source.name)
+        return [output for output, name in below if not name or FRAME.fullmatch(name)]
+    near = []
+    for kind, ending in ENDINGS.items():
+        output = f'{source.name}{ending}'
+        if kind in options.save or Path(recorded.get(output, '')).stem == source.path.stem:
+            near.append(output)     # a.color.png is of a.png, or the labels of a.color.png
+        if FRAME.fullmatch(os.path.basename(output)):
+            near.append(f'{os.path.dirname(output)}/')
+    return near
+
+
+def check_inputs(options, sources, recorded):
+    """[(Source, output)] of the outputs that are `recorded` (see `inputs_of`) for other inputs than the Source.
+
+    UserError if there are any, unless --overwrite.
+    """
+    taken = [(source, output) for source in sources for output in outputs_near(options, source, recorded)
+             if recorded.get(output) not in (None, input_of(source))]
+    if taken and not options.overwrite:
+        source, output = taken[0]
+        raise UserError(f'{Path(options.out) / output} is for the prediction of {recorded[output]}, not of '
+                        f'{source.path}; choose another --out, or replace it with --overwrite')
+    return taken
+
+
+def replaced_by(options, taken):
+    """Paths where a Source replaces predictions of other inputs; taken: [(Source, output)] (see `check_inputs`)."""
+    return {path for source, output in taken for path in (
+        predictions_of(options, source) if source.is_video else
+        [Path(options.out) / output, *targets(options, source.name).values()])}
+
+
+def claim(options, predictor, sources, made):
+    """Records in --out the settings of the predictions, `made`, and which input each output is for.
+
+    UserError if --out holds predictions made with other or unknown settings, or those of `sources` are for other
+    inputs. --overwrite removes these instead; then UserError if any made with other settings would remain. Folders of
+    earlier versions do not say what an output is for; any input may have it.
     """
     path, inputs = Path(options.out) / MADE_BY, real_paths(sources)
-    before = read_object(path)
-    old = {found for source in sources for found in predictions_of(options, source)
-           if os.path.realpath(found) not in inputs}
+    with alone_in(options.out):
+        before = read_object(path)
+        old = {found for source in sources for found in predictions_of(options, source)
+               if os.path.realpath(found) not in inputs}
+        changed = check_settings(options, predictor, before, made, old, inputs)
+        recorded = {} if changed else known_inputs(before)
+        taken = check_inputs(options, sources, recorded)
+        # A run resumed after an interruption would keep these.
+        for found in old if changed or not before else old & replaced_by(options, taken):
+            found.unlink()
+        kept = {output: recorded[output] for output in recorded.keys() - {output for _, output in taken}}
+        write_json(path, {'state': str(options.state), **made, 'inputs': dict(
+            sorted({**kept, **inputs_of(options, sources)}.items()))})
+
+
+def check_settings(options, predictor, before, made, old, inputs):
+    """What differs between the settings `before` and `made`; UserError as in `claim`; old: existing predictions."""
     changed = [f'{name} {before[name]}, now {value}' for name, value in made.items()
                if before.get(name, value) != value]
     if options.overwrite:
@@ -200,13 +271,10 @@ def claim(options, predictor, sources, made):
     elif changed:
         raise UserError(f'--out {options.out} holds predictions made with other settings: {"; ".join(changed)}; choose '
                         'another --out, or replace them with --overwrite')
-    elif not before and (path.exists() or old):
+    elif not before and (os.path.exists(Path(options.out) / MADE_BY) or old):
         raise UserError(f'--out {options.out} holds predictions without {MADE_BY}, which records their settings; '
                         'choose another --out, or replace them with --overwrite')
-    if changed or not before:
-        for found in old:       # otherwise a run resumed after an interruption would keep these
-            found.unlink()
-    write_json(path, {'state': str(options.state), **made})
+    return changed
 
 
 def check_alone_in_out(options, replaced, inputs):

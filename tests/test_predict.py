@@ -417,6 +417,75 @@ def rolls(folder, level, *names):
     return folder
 
 
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*.*')}
+
+
+@pytest.mark.parametrize('more', [[], ['--save', 'color'], ['--save', 'labels', 'color'], ['--json', 'r.json']])
+def test_no_image_gets_the_prediction_of_another(state, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    first, other, out = rolls(tmp_path / 'A', 0, 'img.png'), rolls(tmp_path / 'B', 255, 'img.jpg', 'new.png'), tmp_path / 'out'
+    given = ['--domain', 'CS', *more]
+    run(state, out, '--input', first, '--domain', 'CS', *more[:2 * ('--json' in more)])
+    before = contents(out)
+    with pytest.raises(UserError) as refused:
+        run(state, out, '--input', other, *given)
+    assert str(refused.value) == (f'{out}/img.png is for the prediction of {first}/img.png, not of {other}/img.jpg; choose '
+                                  'another --out, or replace it with --overwrite')
+    assert contents(out) == before
+    assert '--json' not in more or list(json.loads(Path('r.json').read_text())) == [f'{first}/img.png']
+    run(state, out, '--input', other, *given, '--overwrite')
+    run(state, tmp_path / 'fresh', '--input', other, *given)
+    assert contents(out).keys() == contents(tmp_path / 'fresh').keys()      # no picture of the first image is left
+    with pytest.raises(UserError, match='B/img.jpg, not of .*/A/img.png'):
+        run(state, out, '--input', first, *given)
+
+
+def test_an_input_is_known_again_by_its_place(state, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rolls(tmp_path / 'A', 0, 'img.png', 'sub/x.png', 'sub/x.color.png')
+    Path('alias').symlink_to('A')
+    Path('A/list.txt').write_text('img.png\nsub/x.png\n')
+    rolls(tmp_path / 'C', 255, 'new.png')
+    run(state, 'out', '--input', 'A', '--domain', 'CS')
+    for given in ('A', tmp_path / 'A', 'alias', 'A/../A/img.png', 'A/list.txt'):
+        run(state, 'out', '--input', given, '--domain', 'CS')
+        assert ': 0 images predicted' in capsys.readouterr().err
+    rolls(tmp_path / 'A', 99, 'more.png')
+    Path('out').rename('moved')
+    for given in ('A', 'C'):        # more images of the same folder; another folder whose images have other names
+        run(state, 'moved', '--input', given, '--domain', 'CS')
+        assert ': 1 image predicted' in capsys.readouterr().err
+    with pytest.raises(UserError, match='moved/sub/x.color.png is for the prediction of .*/A/sub/x.color.png, not of .*/A/sub/x.png'):
+        run(state, 'moved', '--input', 'A/list.txt', '--domain', 'CS', '--save', 'color')
+    made = json.loads(Path('moved/predict.json').read_text())
+    assert made['inputs'] == {f'{name}.png': f'{tmp_path}/{folder}/{name}.png' for folder, name in (
+        ('A', 'img'), ('A', 'more'), ('C', 'new'), ('A', 'sub/x.color'), ('A', 'sub/x'))}
+    del made['inputs']      # as earlier versions wrote it
+    Path('moved/predict.json').write_text(json.dumps(made))
+    run(state, 'moved', '--input', rolls(tmp_path / 'D', 0, 'img.png'), '--domain', 'CS')
+
+
+def test_no_video_gets_the_frames_of_another(state, tmp_path):
+    frames, videos = [Image.new('RGB', (64, 32), (level,) * 3) for level in range(0, 180, 30)], []
+    for name, count in (('A', 4), ('B', 2)):
+        (tmp_path / name).mkdir()
+        videos.append(drive_of(frames[:count], tmp_path / name, True))
+    arguments, out = ['--domain', 'CS', '--save', 'labels'], tmp_path / 'out'
+    run(state, out, '--input', videos[0], *arguments)
+    list_file = rolls(tmp_path / 'C', 0, 'drive/000001.png') / 'list.txt'
+    list_file.write_text('drive/000001.png\n')
+    for other, place in ((videos[1], 'drive'), (list_file, 'drive')):
+        with pytest.raises(UserError, match=f'out/{place} is for the prediction of {videos[0]}, not of '):
+            run(state, out, '--input', other, *arguments)
+    assert len(list((out / 'drive').iterdir())) == 4
+    run(state, out, '--input', videos[1], *arguments, '--overwrite')
+    assert len(list((out / 'drive').iterdir())) == 2
+    run(state, tmp_path / 'list', '--input', list_file, *arguments)
+    with pytest.raises(UserError, match=f'drive/000001.png is for the prediction of .*C/drive/000001.png, not of {videos[0]}'):
+        run(state, tmp_path / 'list', '--input', videos[0], *arguments)
+
+
 @pytest.mark.parametrize('more', [[], ['--overwrite']])
 def test_two_runs_at_once_with_one_json_keep_the_entries_of_both(state, tmp_path, monkeypatch, more):
     """The second run starts and ends while the first one predicts."""
@@ -431,6 +500,7 @@ def test_two_runs_at_once_with_one_json_keep_the_entries_of_both(state, tmp_path
     monkeypatch.setattr(predict, 'predict_all', meanwhile)
     run(state, tmp_path / 'out', '--input', first, *given)
     assert set(json.loads((tmp_path / 'r.json').read_text())) == {f'{first}/a.png', f'{second}/b.png'}
+    assert json.loads((tmp_path / 'out/predict.json').read_text())['inputs'].keys() == {'a.png', 'b.png'}
 
 
 def test_an_image_whose_outputs_have_too_long_names_is_left_out(state, photos, tmp_path):
