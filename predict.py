@@ -15,6 +15,7 @@ training.
 """
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -199,7 +200,8 @@ def record(prediction, made_by):
     choice = prediction.choice
     return {'made_by': made_by, 'domain': 'unknown' if choice.unknown else prediction.domain.name,
             'branch': prediction.domain.name,
-            'domains': choice.probabilities, 'confidence': prediction.confidence.mean().item(),
+            'domains': {name: round(probability, 6) for name, probability in choice.probabilities.items()},
+            'confidence': round(prediction.confidence.mean().item(), 6),
             'classes': prediction.shares}
 
 
@@ -229,7 +231,8 @@ class Chooser:
 
 def predict_all(options, predictor, sources, records, made_by):
     """Predicts the images without results and adds them to `records`; returns a summary in words, and the errors."""
-    choose, count, unknown, errors, skipped = Chooser(options, predictor), 0, 0, [], []
+    choose, unknown, errors, skipped = Chooser(options, predictor), 0, [], []
+    used = Counter({domain.name: 0 for domain in predictor.domains})
     items = tqdm(wanted(options, sources, records, skipped, choose.drive), unit='image', disable=None,
                  total=None if any(source.is_video for source in sources) else len(sources))
     for batch in batched(in_threads(partial(load, predictor=predictor), items, options.num_workers),
@@ -242,10 +245,16 @@ def predict_all(options, predictor, sources, records, made_by):
             save(options, loaded, prediction)
             records[loaded.item.key] = record(prediction, made_by)
             unknown += prediction.choice.unknown
-        count += len(todo)
-    there = f', {len(skipped)} were there already' if skipped else ''
-    odd = f', {unknown} of them unlike any known domain' if unknown else ''
-    return f'{counted(count, "image")} predicted{odd}{there}', errors
+            used[prediction.domain.name] += 1
+    return summary(used, predictor.identifier and len(predictor.domains) > 1, unknown, len(skipped)), errors
+
+
+def summary(used, chosen, unknown, skipped):
+    """The numbers of images in words; used: {branch: images}; chosen: whether the branches were chosen."""
+    branches = ', '.join(f'{name} {count}' for name, count in used.items() if count and chosen)
+    return (f'{counted(sum(used.values()), "image")} predicted' + (f' ({branches})' if branches else '') +
+            (f', {unknown} of them unlike any known domain' if unknown else '') +
+            (f', {skipped} were there already' if skipped else ''))
 
 
 def run(options, place):

@@ -151,6 +151,7 @@ def test_the_branch_that_answers_is_told_from_the_image(model, knowing, mixed, t
         assert np.array_equal(pixels(tmp_path / f'out/{path.stem}.png'), expected(model, NAMES.index(name), path)[0])
         entry = records[str(path)]['domains']
         assert list(entry) == NAMES and max(entry, key=entry.get) == name and sum(entry.values()) == pytest.approx(1)
+        assert all(value == round(value, 6) for value in (*entry.values(), records[str(path)]['confidence']))
 
 
 def test_a_network_of_one_domain_tells_what_is_unlike_it(mixed, toy, tmp_path, capsys):
@@ -161,7 +162,7 @@ def test_a_network_of_one_domain_tells_what_is_unlike_it(mixed, toy, tmp_path, c
     run(tmp_path / 'strict.pth', tmp_path / 'a', '--input', mixed[0], '--json', tmp_path / 'a.json')
     found = json.loads((tmp_path / 'a.json').read_text()).values()
     assert {(entry['domain'], entry['branch']) for entry in found} == {('unknown', 'IDD')}
-    assert f'{len(mixed[1])} of them unlike any known domain' in capsys.readouterr().err
+    assert f'{len(mixed[1])} images predicted, {len(mixed[1])} of them unlike any known domain' in capsys.readouterr().err
     checkpoint.save(content, tmp_path / 'silent.pth')       # without statistics, nothing is called unknown
     run(tmp_path / 'silent.pth', tmp_path / 'b', '--input', mixed[0], '--json', tmp_path / 'b.json')
     assert {entry['domain'] for entry in json.loads((tmp_path / 'b.json').read_text()).values()} == {'IDD'}
@@ -195,7 +196,7 @@ def test_an_image_like_no_domain_is_unknown_and_segmented_all_the_same(knowing, 
     assert found == {path: 'unknown' if name == 'IDD' else name for path, name in mixed[1].items()}
     assert len(list((tmp_path / 'out').glob('*.png'))) == 8
     said = capsys.readouterr().err
-    assert '8 images predicted, 4 of them unlike any known domain' in said
+    assert '8 images predicted (cityscapes 4, IDD 4), 4 of them unlike any known domain' in said
     assert 'Images that fit cityscapes best are never called unknown, because fewer than 50 training images' in said
 
 
@@ -399,7 +400,7 @@ def test_a_resumed_drive_chooses_as_if_it_had_not_been_interrupted(knowing, mixe
     capsys.readouterr()
     assert len(kept) == 4 and predicted('broken') == whole
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / 'broken').rglob('*.png')}.items()
-    assert '1 image predicted, 4 were there already' in capsys.readouterr().err
+    assert '1 image predicted (cityscapes 1), 4 were there already' in capsys.readouterr().err
 
 
 def test_a_list_is_read_relative_to_its_folder(state, photos, tmp_path):
