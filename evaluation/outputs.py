@@ -187,10 +187,9 @@ def input_of(source):
     return os.path.join(os.path.realpath(source.path.parent), source.path.name)
 
 
-def inputs_of(options, sources):
-    """{output: input} of Sources, as MADE_BY records it: the path below --out ('name/' for a video), and `input_of`."""
-    return {output: input_of(source) for source in sources for output in (
-        [f'{source.name}/'] if source.is_video else [f'{source.name}{ENDINGS[kind]}' for kind in options.save])}
+def output_of(source):
+    """What a Source's outputs are called below --out, without their endings; 'name/' for a video."""
+    return f'{source.name}/' if source.is_video else source.name
 
 
 def known_inputs(before):
@@ -199,43 +198,14 @@ def known_inputs(before):
     return found if isinstance(found, dict) and all(isinstance(place, str) for place in found.values()) else {}
 
 
-def outputs_near(options, source, recorded):
-    """The outputs that a Source writes or, if they bear its name in `recorded` (see `inputs_of`), might write.
-
-    Predictions of a video's frames and of images that are called like frames lie in each other's way.
-    """
-    if source.is_video:
-        below = ((output, os.path.basename(output)) for output in recorded if os.path.dirname(output) == source.name)
-        return [output for output, name in below if not name or FRAME.fullmatch(name)]
-    near = []
-    for kind, ending in ENDINGS.items():
-        output = f'{source.name}{ending}'
-        if kind in options.save or Path(recorded.get(output, '')).stem == source.path.stem:
-            near.append(output)     # a.color.png is of a.png, or the labels of a.color.png
-        if FRAME.fullmatch(os.path.basename(output)):
-            near.append(f'{os.path.dirname(output)}/')
-    return near
-
-
 def check_inputs(options, sources, recorded):
-    """[(Source, output)] of the outputs that are `recorded` (see `inputs_of`) for other inputs than the Source.
-
-    UserError if there are any, unless --overwrite.
-    """
-    taken = [(source, output) for source in sources for output in outputs_near(options, source, recorded)
-             if recorded.get(output) not in (None, input_of(source))]
+    """Those Sources whose outputs are `recorded`, {output: input}, for another input; UserError unless --overwrite."""
+    taken = [source for source in sources if recorded.get(output_of(source)) not in (None, input_of(source))]
     if taken and not options.overwrite:
-        source, output = taken[0]
-        raise UserError(f'{Path(options.out) / output} is for the prediction of {recorded[output]}, not of '
-                        f'{source.path}; choose another --out, or replace it with --overwrite')
+        output = output_of(taken[0])
+        raise UserError(f'--out {options.out}: {output} is there the prediction of {recorded[output]}, not of '
+                        f'{taken[0].path}; choose another --out, or replace it with --overwrite')
     return taken
-
-
-def replaced_by(options, taken):
-    """Paths where a Source replaces predictions of other inputs; taken: [(Source, output)] (see `check_inputs`)."""
-    return {path for source, output in taken for path in (
-        predictions_of(options, source) if source.is_video else
-        [Path(options.out) / output, *targets(options, source.name).values()])}
 
 
 def claim(options, predictor, sources, made):
@@ -253,12 +223,12 @@ def claim(options, predictor, sources, made):
         changed = check_settings(options, predictor, before, made, old, inputs)
         recorded = {} if changed else known_inputs(before)
         taken = check_inputs(options, sources, recorded)
+        replaced = {found for source in taken for found in predictions_of(options, source)}
         # A run resumed after an interruption would keep these.
-        for found in old if changed or not before else old & replaced_by(options, taken):
+        for found in old if changed or not before else old & replaced:
             found.unlink()
-        kept = {output: recorded[output] for output in recorded.keys() - {output for _, output in taken}}
-        write_json(path, {'state': str(options.state), **made, 'inputs': dict(
-            sorted({**kept, **inputs_of(options, sources)}.items()))})
+        recorded |= {output_of(source): input_of(source) for source in sources}
+        write_json(path, {'state': str(options.state), **made, 'inputs': dict(sorted(recorded.items()))})
 
 
 def check_settings(options, predictor, before, made, old, inputs):

@@ -189,7 +189,7 @@ def test_a_network_of_ones_own_is_trained(toy, tmp_path, capsys):
         run(['train', *small, '--domains', 'CS', '--savedir', str(tmp_path / '1')])
         state = tmp_path / '1/model_best.pth.tar'
         run(['train', *small, '--domains', 'CS', 'IDD', '--state', str(state), '--savedir', str(tmp_path / '2'), '--method', 'adapters-only'])
-        assert 'old domain cityscapes: 14 parameters' in capsys.readouterr().out
+        assert 'old domain cityscapes: 14 weight tensors' in capsys.readouterr().out
         assert run(['verify', str(state), str(tmp_path / '2/model_best.pth.tar')]) == 0
     finally:
         NETWORKS.pop('mynet', None)
