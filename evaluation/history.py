@@ -1,12 +1,14 @@
 """What a run has written so far, and the curves of a sequence of runs: the dashboard and the report draw them."""
+import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mdil.models.checkpoint import plain_options
 from mdil.models.methods import METHODS, method_name
 from mdil.training import records
-from mdil.utils.files import read_object
+from mdil.utils.errors import UserError
 
 GAP = (math.nan, math.nan)
 
@@ -45,17 +47,29 @@ class Plot:
 
 
 def read_step(folder):
-    """The StepRecord in `folder`."""
-    record = read_object(Path(folder) / 'opts.json')
-    sound = {name: value for name, value in record.items() if isinstance(value, dict)}
-    if not is_options(sound.get('options', {})):
-        del sound['options']
-    return StepRecord(Path(folder), sound, records.read_metrics(folder))
+    """The StepRecord in `folder`; UserError if one of its files was not written by a run."""
+    return StepRecord(Path(folder), read_record(folder), records.read_metrics(folder))
+
+
+def read_record(folder):
+    """The dicts in opts.json, {} if there is no such file; UserError if it is damaged."""
+    path = Path(folder) / 'opts.json'
+    try:
+        record = json.loads(path.read_text()) if os.path.exists(path) else {}
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}; move it away, its options will be '
+                        'missing') from None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not is_options(record.get('options', {})):
+        raise UserError(f'{path} was not written by a run; move the file away, or fix it')
+    return {name: value for name, value in record.items() if isinstance(value, dict)}
 
 
 def is_options(value):
     """Whether `value` can be the options of a run: those that are shown or computed with have their types."""
-    types = {'domains': list, 'method': str, 'lr': (int, float), 'shared_lr': (int, float), 'state': str}
+    types = {'domains': list, 'method': str, 'lr': (int, float), 'shared_lr': (int, float), 'state': str,
+             'savedir': str}
     return plain_options(value) and all(isinstance(value[name], kind) for name, kind in types.items()
                                         if value.get(name) is not None) and all(
         isinstance(name, str) for name in value.get('domains') or ())

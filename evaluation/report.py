@@ -4,7 +4,9 @@
 
 The folder is one that the trainer scripts fill, with one folder for each run and the results.json
 of eval.py, or the folder of a single run. The report holds tables, learning curves, predictions
-after each step, options, versions and revision. It leaves out what is missing, and says so.
+after each step, options, versions and revision. It leaves out what is missing, and says so. It is
+about one sequence, whose steps go on from one another; it names other runs in the folder. If there
+are several such sequences, name the folders of the runs to show.
 """
 import argparse
 import base64
@@ -23,6 +25,7 @@ from mdil.datasets import SegmentationDataset, get_domain
 from mdil.evaluation import pictures, tables
 from mdil.evaluation.epochs import FILES, started_from
 from mdil.evaluation.history import curves, read_step, starts
+from mdil.evaluation.lineage import sequence, step_before
 from mdil.models import METHODS, method_name
 from mdil.models.checkpoint import load_network, read_checkpoint
 from mdil.training import records
@@ -41,10 +44,12 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoesca
 class Results:
     """The content of results.json: evaluated domains, a paragraph about the protocol, and Tables.
 
-    tables: across domains; classes: IoU of the classes of each domain; files: names of the evaluated checkpoints.
+    tables: across domains; classes: IoU of the classes of each domain; files, folders: names of the evaluated
+    checkpoints and of their folders.
     """
     domains: list
     files: set
+    folders: set
     about: str
     tables: list
     classes: list
@@ -53,7 +58,8 @@ class Results:
 def parse(argv=None):
     parser = Parser(prog='python -m mdil report',
                     description='One HTML file about a sequence of steps, finished or running.')
-    parser.add_argument('folder', metavar='FOLDER', help='folder of a sequence, or of one run')
+    parser.add_argument('folders', metavar='FOLDER', nargs='+',
+                        help='folder of a sequence, or of one run; or the folders of the runs to show, with --out')
     parser.add_argument('--out', metavar='FILE', help='the HTML file (default: report.html in FOLDER)')
     parser.add_argument('--device', default='auto', help='device that draws the predictions')
     group = parser.add_argument_group('data')
@@ -63,16 +69,29 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def is_run(folder):
+    """Whether a run has written its records to `folder`."""
+    return any(os.path.exists(folder / name) for name in ('opts.json', 'metrics.jsonl'))
+
+
+def folders_in(folder):
+    """The paths in `folder`, sorted; UserError if it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read: {error.strerror}; make it readable, or name the runs in '
+                        'it') from None
+
+
 def find_steps(folder):
-    """The StepRecords in the folder of a sequence, in the order learnt; UserError if there are none."""
-    runs = lambda place: any(os.path.exists(place / name) for name in ('opts.json', 'metrics.jsonl'))
+    """The StepRecords of the run in `folder`, or of those in its folders; UserError if there are none."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise UserError(f'{folder} is not a folder; name one that the trainer scripts fill, such as runs/mdil')
-    found = [folder] if runs(folder) else sorted(place for place in folder.iterdir() if runs(place))
+    found = [folder] if is_run(folder) else list(filter(is_run, folders_in(folder)))
     if not found:
         raise UserError(f'{folder} holds no run: neither it nor a folder in it has an opts.json or metrics.jsonl')
-    return sorted(map(read_step, found), key=lambda step: len(step.options.get('domains', [])))
+    return list(map(read_step, found))
 
 
 def read_results(folder):
@@ -83,8 +102,9 @@ def read_results(folder):
     try:
         results = json.loads(path.read_text())
         shown, classes = tables.result_tables(results, per_class=True)
-        files = {Path(step['state']).name for step in results['steps']}
-        return Results(list(results['domains']), files, tables.about(results), shown, classes)
+        states = [Path(step['state']) for step in results['steps']]
+        return Results(list(results['domains']), {state.name for state in states},
+                       {state.parent.name for state in states}, tables.about(results), shown, classes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not a result of eval.py --json ({type(error).__name__}: {error}); '
                         'make it again') from None
@@ -249,28 +269,63 @@ def methods(steps):
     return ''.join(f'{name}{places[name]}: {METHODS[name].about}. ' for name in used if name in METHODS)
 
 
-def page(folder, options, place):
-    """The HTML document about the sequence in `folder`."""
-    steps, results = find_steps(folder), read_results(folder)
+def other_starts(steps):
+    """Sentences on the steps that did not start from the step before them, as branches that are joined later."""
+    found = [(number, step, step_before(step, steps)) for number, step in enumerate(steps, 1)]
+    return ''.join(f' Step {number} ({step.title}) started from step {steps.index(before) + 1}.'
+                   for number, step, before in found if before is not None and before is not steps[number - 2])
+
+
+def chosen(folders):
+    """(steps, notes) of the sequence in `folders`: its StepRecords, and sentences on runs that are left out."""
+    runs = {os.path.realpath(run.folder): run for folder in folders for run in find_steps(folder)}
+    results = read_results(home(folders))
+    steps = sequence(list(runs.values()), results.folders if results else ())
+    others = [str(run.folder) for run in runs.values() if run not in steps]
+    return steps, [f'Left out, because not part of this sequence: {", ".join(others)}.'] if others else []
+
+
+def home(folders):
+    """The folder that holds the results of the runs in `folders`."""
+    return Path(folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders)))
+
+
+def results_of(folder, steps):
+    """(Results in `folder` or None, notes): None, and a sentence, if they are of a run there that is not shown."""
+    results, shown = read_results(folder), {step.folder.name for step in steps}
+    strange = sorted(name for name in results.folders - shown - {''} if is_run(folder / name)) if results else ()
+    if strange:
+        return None, [f'Left out, because of other runs ({", ".join(strange)}): {folder / "results.json"}.']
+    return results, []
+
+
+def page(folders, options, place):
+    """(HTML document about the sequence in `folders`, notes: sentences on what it leaves out)."""
+    folder, (steps, notes) = home(folders), chosen(folders)
+    results, more = results_of(folder, steps)
+    notes += more
     learnt = dict.fromkeys(name for step in steps for name in step.learnt)
     return TEMPLATES.get_template('report.html').render(
-        folder=Path(folder).absolute(), about=methods(steps), progress=progress(steps), steps=steps, results=results,
-        missing=[name for name in learnt if results and name not in results.domains], training=training_table(steps),
+        folder=folder.absolute(), about=methods(steps), progress=progress(steps) + other_starts(steps), notes=notes,
+        steps=steps, results=results, training=training_table(steps),
+        missing=[name for name in learnt if results and name not in results.domains],
         revisions=dict.fromkeys(str(step.record.get('versions', {}).get('git') or 'not recorded') for step in steps),
         curves=[(plot.title, curve_picture(plot, steps)) for plot in curves(steps)],
-        predictions=predictions(steps, shown_file(steps, results), options, place), recorded=recorded, heat=heat)
+        predictions=predictions(steps, shown_file(steps, results), options, place), recorded=recorded, heat=heat), notes
 
 
 def main(argv=None):
     options = parse(argv)
-    out = Path(options.out or Path(options.folder) / 'report.html')
+    if len(options.folders) > 1 and not options.out:
+        raise UserError('several folders are named; name the HTML file, too, with --out FILE')
+    out = Path(options.out or Path(options.folders[0]) / 'report.html')
     if options.out:     # before the pictures, which take a while
         check_writable('--out', out)
         if out.suffix.lower() not in ('.html', '.htm'):
             raise UserError(f'--out {out}: the report is an HTML file; let the name end in .html')
-    text = page(options.folder, options, Place(pick_device(options.device)))
+    text, notes = page(options.folders, options, Place(pick_device(options.device)))
     write_text(out, text)
-    print(f'written: {out} ({len(text) / 1e6:.1f} MB, opens without a network)')
+    print(*notes, f'written: {out} ({len(text) / 1e6:.1f} MB, opens without a network)', sep='\n')
 
 
 if __name__ == '__main__':

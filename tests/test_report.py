@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from mdil import eval as evaluation, train
-from mdil.evaluation import branches, report
+from mdil.evaluation import branches, lineage, report
 from mdil.utils.errors import UserError
+from tests.test_dashboard import line, write_run
 
 pytestmark = pytest.mark.usefixtures('shallow_module')
 
@@ -166,9 +167,17 @@ def test_bad_input_is_said_and_spoils_nothing(copied, no_curves, tmp_path):
     assert (copied / 'report.html').read_text() == before
     (copied / 'results.json').unlink()
     record = next(copied.rglob('opts.json'))
+    good = json.loads(record.read_text())
     for options in (None, [], {'domains': [1]}, {'method': ['mdil']}, {'shared_lr': 'x', 'domains': ['CS', 'IDD']}):
         record.write_text(json.dumps({'options': options, 'versions': 3}))
-        made(copied)
+        with pytest.raises(UserError, match=f'{record} was not written by a run; move the file away, or fix it'):
+            made(copied)
+    for damaged in ('{"options": {', '[]', '3'):
+        record.write_text(damaged)
+        with pytest.raises(UserError, match=f'{record} was not written by a run'):
+            made(copied)
+    record.write_text(json.dumps({**good, 'versions': 3}))
+    made(copied)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no run'):
         made(tmp_path / 'empty')
@@ -182,3 +191,90 @@ def test_an_out_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
         made(tmp_path, '--out', tmp_path)
     with pytest.raises(UserError, match='model_best.pth.tar: the report is an HTML file'):
         made(tmp_path, '--out', tmp_path / 'model_best.pth.tar')
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    """As root too, whom no permission stops."""
+    def denied(path):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('pathlib.Path.iterdir', denied)
+    with pytest.raises(UserError, match=f'{tmp_path} cannot be read: Permission denied; make it readable'):
+        made(tmp_path)
+
+
+def runs_of(folder, **options):
+    """Records of cityscapes and camvid, one after the other, and of an experiment that started from another file."""
+    folder.mkdir(exist_ok=True)
+    for name, domains, state in (('1', ['cityscapes'], None), ('2', ['cityscapes', 'camvid'], '1'),
+                                 ('t8', ['cityscapes', 'camvid', 'BDD'], 'elsewhere')):
+        write_run(folder / name, domains, [line(1, 0.1, domains)], state and f'runs/{state}/model_best.pth.tar',
+                  savedir=f'runs/{name}', **options)
+    return folder
+
+
+def shown(folder):
+    """Names of the folders of the sequence in `folder`."""
+    return [step.folder.name for step in report.chosen([folder])[0]]
+
+
+def test_a_run_of_another_sequence_is_left_out_and_named(tmp_path, no_curves, capsys):
+    folder = runs_of(tmp_path / 'moved')
+    page, left = Page(made(folder)), f'Left out, because not part of this sequence: {folder}/t8.'
+    assert left in page.text and left in capsys.readouterr().out
+    assert 'step 3' not in page.text.lower() and 'Step 1 (cityscapes): 1 of ? epochs; step 2 (camvid)' in page.text
+    write_run(folder / '3', ['cityscapes', 'camvid', 'BDD'], [line(1)], folder / '2/model_best.pth.tar', method='mdil')
+    assert shown(folder) == ['1', '2', '3']
+    write_run(folder / '2b', ['cityscapes', 'camvid'], [line(1)], folder / '1/model_best.pth.tar')
+    assert shown(folder) == ['1', '2', '3'] and shown(folder / 't8') == ['t8']
+    (folder / '1/opts.json').unlink()       # nothing is known about it
+    assert shown(folder) == ['2', '3']
+
+
+def test_of_several_sequences_one_has_to_be_named(tmp_path, no_curves):
+    folder = runs_of(tmp_path / 'runs')
+    write_run(folder / '2b', ['cityscapes', 'IDD'], [line(1)], folder / '1/model_best.pth.tar')
+    with pytest.raises(UserError, match=f'{folder}/2 and {folder}/2b are not steps of one sequence; name the folders of '
+                       f'one: python -m mdil report {folder}/1 {folder}/2 --out FILE'):
+        made(folder)
+    with pytest.raises(UserError, match='name the HTML file, too, with --out'):
+        report.main([str(folder / '1'), str(folder / '2b')])
+    out = tmp_path / 'x.html'
+    report.main([*(str(folder / name) for name in ('1', '2b', 't8')), '--out', str(out), '--device', 'cpu'])
+    page = Page(out.read_text())
+    assert 'step 2 (IDD): 1 of' in page.text and f'sequence: {folder}/t8.' in page.text
+    for single in ('1', 't8'):
+        with pytest.raises(UserError, match='are not steps of one sequence'):
+            lineage.sequence(report.find_steps(folder / single) + report.find_steps(write_run(tmp_path / 's', ['IDD'], [])))
+
+
+def test_the_sequence_is_the_one_that_was_evaluated(copied, no_curves, capsys):
+    write_run(copied / 'other', ['cityscapes', 'BDD'], [line(1)], copied / 'step1-cityscapes/model_best.pth.tar')
+    assert shown(copied) == ['step1-cityscapes', 'step2-IDD']
+    out = copied / 'x.html'
+    report.main([str(copied / 'step1-cityscapes'), str(copied / 'other'), '--out', str(out), '--device', 'cpu'])
+    said = f'Left out, because of other runs (step2-IDD): {copied}/results.json.'
+    assert said in capsys.readouterr().out and said in Page(out.read_text()).text and 'Not evaluated' in out.read_text()
+
+
+@pytest.mark.parametrize('method', ['adapters-only', 'mdil'])
+def test_steps_learnt_in_parallel_are_shown_if_they_can_be_joined(tmp_path, no_curves, method):
+    base = write_run(tmp_path / 'step1-CS', ['cityscapes'], [line(1)], method=method)
+    for number, name in ((2, 'BDD'), (3, 'IDD')):
+        write_run(tmp_path / f'step{number}-{name}', ['cityscapes', name], [line(1)], base / 'model_best.pth.tar',
+                  method=method)
+    if method == 'mdil':
+        with pytest.raises(UserError, match='are not steps of one sequence'):
+            made(tmp_path)
+    else:
+        assert 'step 3 (IDD): 1 of ? epochs. Step 3 (IDD) started from step 1.' in Page(made(tmp_path)).text
+
+
+@pytest.mark.parametrize('state, savedir, whole', [
+    ('runs/1', 'runs/1', True), ('/gone/runs/1', 'runs/1', True), ('runs/1', '/gone/runs/1', True),
+    ('/gone/runs/1', '/gone/./runs/1', True), ('/gone/1', 'runs/1', False), ('other/1', 'runs/1', False),
+    ('/tmp/gone/1', '/gone/1', False)])
+def test_steps_that_moved_together_are_one_sequence(tmp_path, state, savedir, whole):
+    write_run(tmp_path / 'a', ['cityscapes'], [line(1)], savedir=savedir)
+    write_run(tmp_path / 'b', ['cityscapes', 'IDD'], [line(1)], f'{state}/checkpoint.pth.tar', savedir='runs/2')
+    runs = report.find_steps(tmp_path)
+    assert len(lineage.chain(runs[1], runs)) == 1 + whole

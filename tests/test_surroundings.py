@@ -188,6 +188,13 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, last):
 
 def test_metrics_and_options_that_cannot_be_read_or_written(toy, tmp_path):
     (tmp_path / 'opts.json').write_bytes(b'\xff')
+    with pytest.raises(UserError, match='opts.json was not written by a run; move the file away, or fix it'):
+        history.read_step(tmp_path)
+    (tmp_path / 'opts.json').unlink()
+    (tmp_path / 'opts.json').mkdir()
+    with pytest.raises(UserError, match='opts.json cannot be read: Is a directory; move it away'):
+        history.read_step(tmp_path)
+    (tmp_path / 'opts.json').rmdir()
     assert history.read_step(tmp_path).record == {}
     (tmp_path / 'metrics.jsonl').mkdir()
     with pytest.raises(UserError, match='metrics.jsonl cannot be read: Is a directory'):
