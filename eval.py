@@ -14,12 +14,11 @@ the labels' own size. The default size is the training size, or 1024x512 if the 
 """
 import os
 from functools import partial
-from pathlib import Path
 
 from mdil.datasets.domains import index_among
 from mdil.evaluation import metrics, pictures, tables
 from mdil.evaluation.auto import evaluate_auto
-from mdil.evaluation.earlier import FILES, FOLDERS, digest, earlier_results, settings
+from mdil.evaluation.earlier import FILES, FOLDERS, check_files, digest, earlier_results, settings
 from mdil.evaluation.epochs import training_of
 from mdil.evaluation.evaluation import Evaluator, check_order
 from mdil.evaluation.predictor import trained_size
@@ -28,11 +27,10 @@ from mdil.models.identify import identifier_of
 from mdil.models.methods import method_name, nameless_options
 from mdil.training import records
 from mdil.training.paper import REFUSED
-from mdil.training.run import WRITTEN
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_results, check_writable, without_nan, write_json, write_text
+from mdil.utils.files import without_nan, write_json, write_text
 from mdil.utils.parallel import check_alone, session
-from mdil.utils.parser import Parser, complete_size, data_options, flag, machine_options, positive, size_options
+from mdil.utils.parser import Parser, complete_size, data_options, machine_options, positive, size_options
 
 PROTOCOL = ('height', 'width', 'split', 'published_metric', 'resolution', 'batch_size', 'limit_batches', 'precision')
 
@@ -80,7 +78,9 @@ def result_options(parser):
                        ('markdown', 'the tables as Markdown'), ('latex', 'the tables as LaTeX (booktabs)')):
         group.add_argument(f'--{name}', metavar='FILE', help=f'write {text}')
     group.add_argument('--resume', action='store_true',
-                       help='keep --json if it already holds the results of these checkpoints with the same settings')
+                       help='keep --json if it already holds the results of these checkpoints with the same settings; '
+                            'else replace it, unless it holds those of other checkpoints')
+    group.add_argument('--overwrite', action='store_true', help='replace existing results, tables and pictures')
     group = parser.add_argument_group('pictures')
     for name, text in (('overlays', 'input, truth and prediction of every image, with a legend'),
                        ('color', "the prediction of every image in the domain's colours, and their legend"),
@@ -96,19 +96,11 @@ def result_options(parser):
 def check_options(options):
     """Completes the size; refuses unwritable files and conflicting options before hours of evaluation."""
     complete_size(options)
-    for name in (*FILES, *FOLDERS.values()):
-        if getattr(options, name):
-            if Path(getattr(options, name)).name in WRITTEN:
-                raise UserError(f'{flag(name)} {getattr(options, name)} is the name of a file that runs write; choose '
-                                'another name')
-            check_writable(flag(name), getattr(options, name), name in FOLDERS.values(),
-                           (*options.state, *options.single_task))
+    check_files(options)
     if options.only and len(options.state) > 1:
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
     if options.only and options.single_task:
         raise UserError('--single-task needs the scores of all domains; leave out --only')
-    if options.json:
-        check_results('--json', options.json, ('domains', 'steps'))
     if options.resume:
         check_alone('eval.py --resume')
         if not options.json:
@@ -263,15 +255,12 @@ def run(options, place):
 
 def report(results, options):
     """Writes the tables, and prints them."""
-    about = tables.about(results)
-    shown, classes = tables.result_tables(results, options.per_class or len(options.state) == 1)
-    if options.csv:
-        write_text(options.csv, tables.csv_text(results))
-    if options.markdown:
-        write_text(options.markdown, tables.markdown_document(about, shown + classes))
-    if options.latex:
-        write_text(options.latex, tables.latex_document(about, shown + classes))
-    print(tables.wrapped(about), *map(tables.terminal, shown), sep='\n\n')
+    per_class = options.per_class or len(options.state) == 1
+    for name, text in tables.documents(results, per_class).items():
+        if getattr(options, name):
+            write_text(getattr(options, name), text)
+    shown, classes = tables.result_tables(results, per_class)
+    print(tables.wrapped(tables.about(results)), *map(tables.terminal, shown), sep='\n\n')
     if classes:
         print('\n' + tables.packed(list(map(tables.terminal, classes))))
 

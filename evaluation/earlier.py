@@ -1,17 +1,76 @@
-"""The results of an earlier evaluation, which `eval.py --resume` keeps."""
+"""What an earlier evaluation wrote: `eval.py --resume` keeps its results, and nothing is replaced unasked."""
 import json
 import os
 from pathlib import Path
 
 from mdil.datasets.judgement import content_digest
-from mdil.utils.files import written_through
+from mdil.evaluation import tables
+from mdil.training.run import WRITTEN
+from mdil.utils.errors import UserError
+from mdil.utils.files import check_new, check_results, check_writable, read_object, same_file, written_through
+from mdil.utils.parser import flag
 
 # Options of eval.py that name what it writes: files, and folders of pictures.
 FILES = 'json', 'csv', 'markdown', 'latex', 'save_panels'
 FOLDERS = {'overlays': 'save_overlays', 'color': 'save_color', 'extremes': 'save_extremes',
            'confusion': 'save_confusion'}
 # Options that results do not depend on, and the checkpoints, which are compared by content.
-OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'per_class', 'images', *FILES, *FOLDERS.values()}
+OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'overwrite', 'per_class', 'images', *FILES,
+          *FOLDERS.values()}
+
+
+def check_files(options):
+    """UserError if a file or folder to write cannot be written, or would replace what --overwrite does not give up."""
+    inputs = *options.state, *options.single_task
+    if not options.overwrite:
+        check_kept(options, inputs)
+    for name in (*FILES, *FOLDERS.values()):
+        path = getattr(options, name)
+        if path and Path(path).name in WRITTEN:
+            raise UserError(f'{flag(name)} {path} is the name of a file that runs write; choose another name')
+        if path:
+            check_writable(flag(name), path, name in FOLDERS.values(), inputs)
+
+
+def check_kept(options, inputs):
+    """UserError if a file to write exists, or a folder has pictures; with --resume, results may be replaced."""
+    known = resumed(options, inputs) if options.resume and options.json else {}
+    for name in FILES:
+        path = getattr(options, name)
+        if path and not (known and belongs(name, path, known)):
+            check_new(flag(name), path, False, inputs)
+    for name in filter(lambda name: getattr(options, name), FOLDERS.values()):
+        folder = Path(getattr(options, name))
+        if any(picture for depth in ('*/*.png', '*/*/*.png') for picture in folder.glob(depth)):
+            raise UserError(f'{flag(name)} {folder} holds pictures; name another folder, or replace them with '
+                            '--overwrite')
+
+
+def resumed(options, inputs):
+    """The object in --json, {} if there is none; UserError if it is not the result of checkpoints like --state."""
+    check_results('--json', options.json, ('domains', 'steps'), inputs)
+    known = {} if written_through(options.json) else read_object(options.json)
+    steps = known.get('steps') if isinstance(known.get('steps'), list) else []
+    for step, state in zip(steps, options.state):
+        if isinstance(step, dict) and not is_result_of(step, state):
+            raise UserError(f'--json {options.json} holds the results of {step.get("state")}, not of {state}; name '
+                            'another file, or replace it with --overwrite')
+    return known
+
+
+def is_result_of(step, state):
+    """Whether a step in results is of the checkpoint `state`: of its name, or of its content if it was moved."""
+    named = str(step.get('state'))
+    return named == state or same_file(named, state) or os.path.isfile(state) and digest(state) == step.get('digest')
+
+
+def belongs(name, path, known):
+    """Whether the file at `path`, option `name`, holds just what is in the results `known`, or is these."""
+    try:
+        content = Path(path).read_text()
+        return name == 'json' or content in [tables.documents(known, per_class)[name] for per_class in (False, True)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def settings(options):

@@ -313,6 +313,13 @@ def result_tables(results, per_class):
     return tables + common + auto, classes
 
 
+def documents(results, per_class):
+    """{'csv', 'markdown', 'latex': content of the file that eval.py writes} of its results."""
+    text, (shown, classes) = about(results), result_tables(results, per_class)
+    return {'csv': csv_text(results), 'markdown': markdown_document(text, shown + classes),
+            'latex': latex_document(text, shown + classes)}
+
+
 def auto_table(results):
     """The Table of --domain auto: mIoU with the own and with the chosen branch, and how often each was chosen."""
     auto, names = results['auto'], list(results['auto']['matrix'])

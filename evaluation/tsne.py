@@ -28,7 +28,7 @@ from mdil.evaluation.predictor import trained_size
 from mdil.models.checkpoint import load_network
 from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_writable, write_atomically, write_json
+from mdil.utils.files import check_new, write_atomically, write_json
 from mdil.utils.parallel import pick_device
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, positive, seed_number, size_options
 
@@ -69,7 +69,13 @@ def tsne_parser():
     group.add_argument('--device', default='auto', help='device that computes the features')
     data_options(parser)
     parser.add_argument('--out', required=True, metavar='FILE', help='path of the output files, without suffix')
+    parser.add_argument('--overwrite', action='store_true', help='replace existing files')
     return parser
+
+
+def outputs(out):
+    """Paths of the files of --out: the figure as PNG and PDF, the coordinates and the numbers."""
+    return [Path(f'{out}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
 
 
 def steps_in(folder):
@@ -254,7 +260,7 @@ def run(options):
 def save(results, dataset, pixels, pairs, options):
     """Writes the figure as PNG and PDF, the coordinates as CSV and the numbers as JSON; returns the paths."""
     figure = draw(results, dataset, pixels)
-    paths = [Path(f'{options.out}.{ending}') for ending in ('png', 'pdf', 'csv', 'json')]
+    paths = outputs(options.out)
     for path in paths[:2]:
         pictures.save_figure(path, figure, dpi=150)
     write_atomically(paths[2], lambda file: file.write(table(results, dataset, pixels).encode()))
@@ -272,7 +278,8 @@ def main(argv=None):
     if not 1 <= options.perplexity < float('inf'):
         raise UserError(f'--perplexity {options.perplexity:g} must be at least 1')
     complete_size(options)
-    check_writable('--out', f'{options.out}.json')
+    for path in outputs(options.out):
+        check_new('--out', path, options.overwrite)
     results, dataset, pixels, pairs = run(options)
     paths = save(results, dataset, pixels, pairs, options)
     for name, moved in results.items():

@@ -91,7 +91,7 @@ def test_published_files_are_evaluated_and_learnt_from(toy, tmp_path, capsys):
         'cityscapes', 'BDD'}
     assert 'tensors loaded' in capsys.readouterr().err
     with pytest.raises(UserError, match='no domain names; pass --domains'):
-        evaluate(toy, tmp_path / 'x.json', '--state', path)
+        evaluate(toy, tmp_path / 'y.json', '--state', path)
     content = learn(toy, tmp_path / 'next', '--state', path, '--domains', 'CS', 'BDD', 'IDD', '--method', 'mdil')
     assert len(content['domains']) == 3
     with pytest.raises(UserError, match='already knows IDD, the domain to learn; start from the checkpoint of the step before'):

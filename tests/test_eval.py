@@ -119,7 +119,7 @@ def test_the_size_is_that_of_the_training_unless_stated(toy, states, tmp_path, c
     with pytest.raises(UserError, match='--width is given without --height'):
         evaluation.main([*words, str(tmp_path / '1.pth'), '--width', '64'])
     (tmp_path / 'notes').write_text('mine')
-    with pytest.raises(UserError, match='notes exists and holds something else'):
+    with pytest.raises(UserError, match='notes exists; name another file, or replace it with --overwrite'):
         evaluation.main([*words, str(tmp_path / '1.pth'), '--json', str(tmp_path / 'notes')])
     assert (tmp_path / 'notes').read_text() == 'mine'
 
@@ -150,7 +150,7 @@ def test_native_resolution_scores_at_each_labels_own_size(uneven, states, tmp_pa
     assert len(truth) == 3 * 64 * 128 + 128 * 256
     assert figures(native['domains']['BDD']) == pytest.approx(want(truth, answer, 19, 255))
     assert "at each label's own size (native): logits of the images resized to 64x32" in ' '.join(text.split())
-    published = evaluate(uneven, tmp_path, '--state', state)
+    published = evaluate(uneven, tmp_path, '--state', state, '--overwrite')
     said = ' '.join(capsys.readouterr().out.split())
     assert 'at 64x32, to which images and labels are resized' in said and 'Method mdil, torch ' in said
     assert published['domains']['BDD']['miou'] != pytest.approx(native['domains']['BDD']['miou'])
@@ -327,14 +327,14 @@ def test_method_is_that_of_state_not_of_single_task(toy, states, tmp_path):
     results = evaluate(toy, tmp_path, '--state', states[1], '--method', 'mdil', '--single-task', 'CS=50', plain, '--limit-batches', '1')
     assert set(results['summary']['single_task']) == {'cityscapes', 'BDD'}
     with pytest.raises(UserError, match='not a network of --method multi-task but of'):
-        evaluate(toy, tmp_path, '--state', states[1], '--method', 'multi-task')
+        evaluate(toy, tmp_path, '--state', states[1], '--method', 'multi-task', '--overwrite')
 
 
 def test_single_task_results_from_checkpoints(toy, states, tmp_path):
     state = bdd_only(states, tmp_path)
     results = evaluate(toy, tmp_path, '--state', states[0], states[1], '--single-task', 'CS=50', state,
                        '--common-classes')
-    alone = evaluate(toy, tmp_path, '--state', state)['domains']['BDD']['miou']
+    alone = evaluate(toy, tmp_path, '--state', state, '--overwrite')['domains']['BDD']['miou']
     assert results['summary']['single_task'] == {'cityscapes': 50.0, 'BDD': alone}
     assert list(results['common_summary']['single_task']) == ['BDD']
     after = {name: entry['miou'] for name, entry in results['domains'].items()}
@@ -372,7 +372,7 @@ def test_published_metric_and_trials_are_said(toy, states, capsys):
     (['--single-task', 'CS=good'], 'neither NAME=mIoU nor a checkpoint'),
     (['--single-task', f'CS={__file__}'], 'a checkpoint names its domain itself; give .*test_eval.py alone'),
     (['--single-task', 'CS=nan'], 'an mIoU in percent'),
-    (['--single-task', 'CS=50', 'IDD=50'], '--single-task: .* knows cityscapes, BDD, not IDD'),
+    (['--single-task', 'CS=50', 'IDD=50'], '--single-task: .* knows cityscapes, not IDD'),
     (['--single-task', '{two}'], 'contains 2 domains; a checkpoint with one is expected'),
     (['--single-task', 'CS=50', 'Cityscapes=60'], '--single-task Cityscapes=60: cityscapes is given twice'),
     (['--resolution', 'huge'], 'invalid choice'),
@@ -605,6 +605,54 @@ def test_results_that_are_there_already_are_kept(toy, states, tmp_path, capsys, 
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(UserError, match='eval.py --resume works in one process'):
         run(toy, '--state', files[0], '--resume', '--json', out)
+
+
+@pytest.mark.parametrize('name', ['json', 'csv', 'markdown', 'latex', 'save-panels'])
+def test_no_file_is_replaced_unasked(toy, states, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(evaluation, 'run', lambda *_: pytest.fail('evaluated'))
+    file = tmp_path / 'thesis.pdf'
+    file.write_bytes(b'mine \xff')
+    with pytest.raises(UserError, match=f'--{name} {file} exists; name another file, or replace it with --overwrite'):
+        run(toy, '--state', states[0], f'--{name}', file)
+    if name not in ('json', 'save-panels'):
+        with pytest.raises(UserError, match='thesis.pdf exists; name another file'):
+            run(toy, '--state', states[0], f'--{name}', file, '--resume', '--json', tmp_path / 'r.json')
+    with pytest.raises(pytest.fail.Exception, match='evaluated'):
+        run(toy, '--state', states[0], f'--{name}', file, '--overwrite')
+
+
+def test_pictures_in_a_folder_are_not_replaced_unasked(toy, states, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, 'run', lambda *_: pytest.fail('evaluated'))
+    for place in ('color/IDD', 'confusion/step1/IDD'):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / 'legend.png').write_text('')
+    for name in ('color', 'confusion'):
+        with pytest.raises(UserError, match=f'--save-{name} .*{name} holds pictures; name another folder, or replace them with'):
+            run(toy, '--state', states[0], f'--save-{name}', tmp_path / name)
+    for more in (['--save-overlays', tmp_path / 'color/IDD'], ['--save-color', tmp_path / 'color', '--overwrite']):
+        with pytest.raises(pytest.fail.Exception, match='evaluated'):
+            run(toy, '--state', states[0], *more)
+
+
+def test_results_are_extended_with_their_tables_and_those_of_others_kept(toy, states, tmp_path):
+    words = ['--limit-batches', '1', '--resume', *(part for name in ('csv', 'markdown', 'latex')
+                                                   for part in (f'--{name}', tmp_path / f'r.{name}'))]
+    for count in (1, 2, 2):         # the tables of r.json go along with it
+        evaluate(toy, tmp_path, '--state', *states[:count], *words)
+    assert 'BDD' in (tmp_path / 'r.csv').read_text()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    moved = shutil.copy(states[0], tmp_path / 'moved.pth')
+    evaluate(toy, tmp_path, '--state', moved, states[1], *words)
+    with pytest.raises(UserError, match=f'r.json holds the results of {states[1]}, not of {states[2]}; name another file, or replace'):
+        evaluate(toy, tmp_path, '--state', states[0], states[2], *words)
+    assert before == {file: file.read_bytes() for file in before}
+    (tmp_path / 'r.latex').write_text('a chapter')
+    with pytest.raises(UserError, match='--latex .*r.latex exists; name another file'):
+        evaluate(toy, tmp_path, '--state', *states, *words)
+    (tmp_path / 'r.json').write_text('{"a list": "of mine"}')
+    with pytest.raises(UserError, match='--json .*r.json exists and holds something else'):
+        evaluate(toy, tmp_path, '--state', *states, *words)
+    assert (tmp_path / 'r.json').read_text() == '{"a list": "of mine"}'
 
 
 def test_single_task_checkpoints_are_compared_by_content(toy, states, tmp_path, capsys):

@@ -141,6 +141,17 @@ def test_the_networks_are_those_that_the_step_started_from_and_left(sequences, t
     assert tsne.checkpoint_pair(f'x={tmp_path}/mdil', None) == ('x', *last)
 
 
+@pytest.mark.parametrize('ending', ['png', 'pdf', 'csv', 'json'])
+def test_no_file_is_replaced_unasked(toy, sequences, tmp_path, monkeypatch, ending):
+    file = tmp_path / f'photo.{ending}'
+    file.write_text('mine')
+    monkeypatch.setattr(tsne, 'run', lambda options: pytest.fail('compared'))
+    with pytest.raises(UserError, match=f'--out {file} exists; name another file, or replace it with --overwrite'):
+        run(toy, tmp_path / 'photo', f'mdil={sequences}/mdil')
+    with pytest.raises(pytest.fail.Exception, match='compared'):
+        run(toy, tmp_path / 'photo', f'mdil={sequences}/mdil', '--overwrite')
+
+
 def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
     same, other = (sequences / f'mdil/{step}/model_best.pth.tar' for step in ('step1-cityscapes', 'step2-IDD'))
     run(toy, tmp_path / 'x', f'same={same},{same}', f'other={same},{other}', '--seed', 3)
@@ -165,7 +176,7 @@ def test_a_network_that_did_not_change_has_not_moved(toy, sequences, tmp_path):
     (['mdil={root}/mdil', '--perplexity', '5000'], 'too few for --perplexity 5000'),
     (['mdil={root}/mdil', '--perplexity', '0'], 'at least 1'),
     (['mdil={root}/mdil', '--width', '64'], '--width is given without --height'),
-    (['mdil={root}/mdil', '--out', '/proc/x/y'], '--out /proc/x/y.json cannot be written to'),
+    (['mdil={root}/mdil', '--out', '/proc/x/y'], '--out /proc/x/y.png cannot be written to'),
     (['mdil={root}/mdil', '--split', 'nowhere'], 'nowhere')])
 def test_bad_input_is_said(toy, sequences, tmp_path, arguments, message):
     arguments = [item.replace('{root}', str(sequences)) for item in arguments]
