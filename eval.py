@@ -51,7 +51,8 @@ def eval_parser():
                        help='also score each decoder of the last checkpoint on every domain with the same classes '
                             '(with --common-classes: on all domains)')
     group.add_argument('--domain', choices=('auto',),
-                       help='auto: also score the branch that the last checkpoint chooses for each image')
+                       help='only auto, no name (--only takes names): also score the branch that the last checkpoint '
+                            'chooses for each image')
     group.add_argument('--split', default='val', help='split of the data sets')
     group.add_argument('--batch-size', type=positive, default=6, help='images per batch')
     group.add_argument('--limit-batches', type=positive, metavar='N', help='at most N batches per domain, for trials')

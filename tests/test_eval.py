@@ -696,3 +696,8 @@ def test_tables_of_steps_have_means_of_what_is_known():
     assert table.header[1:] == ['CS', 'IDD', 'mean']
     assert table.groups[0] == [['1 (CS)', '60.00', '-', '60.00'], ['2 (IDD)', '50.00', '40.00', '45.00']]
     assert table.groups[1] == [['forgetting', '10.00', '-', '10.00'], ['single-task', '61.00', '-', '-']]
+
+
+def test_the_help_says_that_domain_takes_no_name():
+    text = ' '.join(evaluation.eval_parser().format_help().split())
+    assert '--domain {auto} only auto, no name (--only takes names): also score the branch' in text
