@@ -6,8 +6,9 @@
 Every file of every pair is decoded. Images and labels without a partner are warnings (BDD100K's archives
 hold six of each) and left out of training; anything else is an error. Notes point out classes that occur
 in no training image, a large share of void, and images of one split that are copies of another split's.
-The same file in two splits is an error. The exit status is 0 without errors, else 2. --pairs-only looks for pairs and
-reads none of them; files of one name with several endings are warnings then.
+The same file in two splits is an error. The last line counts the notes. The exit status is 0 without
+errors, else 2. --pairs-only looks for pairs and reads none of them; files of one name with several endings
+are warnings then.
 """
 import os
 import struct
@@ -251,7 +252,9 @@ def main(arguments=None):
     wrong = [f'{report.domain} {report.split} ({len(report.errors)})' for report in reports if report.errors]
     if wrong:
         raise UserError(f'not fit to train on, errors in {", ".join(wrong)}; fix what is listed above')
-    print('every domain has pairs; no file was read' if options.pairs_only else 'fit to train on')
+    notes = sum(len(report.remarks) for report in reports)
+    print('every domain has pairs; no file was read' if options.pairs_only else
+          'fit to train on' + (f' ({counted(notes, "note")} above)' if notes else ''))
     return 0
 
 

@@ -81,7 +81,7 @@ def test_sound_domain(tmp_path, capsys):
     assert classes['car'] == {'pixels': 0, 'percent': 0.0, 'images': 0}
     assert found['BDD']['val']['classes']['bicycle']['percent'] == 100.0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == 'fit to train on'
+    assert lines[-1] == 'fit to train on (2 notes above)' and sum(line.startswith('note: ') for line in lines) == 2
     assert max(map(len, lines)) <= 80
     assert ['road', '120', '62.5000', '2'] in [line.split() for line in lines]
 
@@ -262,9 +262,11 @@ def judged(root, *labels, **spec):
                   for split in ('train', 'val'))
 
 
-def test_a_class_that_occurs_in_no_training_image_is_noted(tmp_path):
+def test_a_class_that_occurs_in_no_training_image_is_noted(tmp_path, capsys):
     assert judged(tmp_path, 0, [0, 1] * 6) == (True, ([], ["class 'rest' occurs in no training image"]), ([], []))
+    assert capsys.readouterr().out.splitlines()[-1] == 'fit to train on (1 note above)'
     assert judged(tmp_path, [0, 1] * 6, 0) == (True, ([], []), ([], []))
+    assert capsys.readouterr().out.splitlines()[-1] == 'fit to train on'
     save_pair(tmp_path, 'a', np.resize([0, 1], WIDTH))
     remarks = check(tmp_path)[1]['BDD']['train']['remarks']
     assert len(remarks) == 1 and remarks[0].startswith("17 of 19 classes occur in no training image: 'building', ")
