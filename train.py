@@ -92,7 +92,7 @@ def train_epoch(run, interrupt):
                 best = tables.number(run.best if run.epoch else None)
                 bar.set_postfix_str(f'{shown}, best mIoU {best}, {rate:.1f} images/s')
             run.add(losses, data, batch)
-            if interrupt.stop(run.place):
+            if interrupt.stop():
                 save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()
     run.check_last()
@@ -141,10 +141,10 @@ def finish_epoch(run, rate, displays, interrupt):
     lr, total = run.schedule.get_last_lr()[-1], run.options.num_epochs
     val = validate_when_due(run, interrupt)
     losses = run.end_epoch()
-    mious = [val[data.domain.name]['miou'] for data in run.trained] if val else []
-    better = bool(mious) and sum(mious) / len(mious) > run.best
+    miou = records.mean_miou({'val': val}, run.learnt) if val else float('-inf')
+    better = miou > run.best
     if better:
-        run.best = sum(mious) / len(mious)
+        run.best = miou
     if run.place.main:
         # Every line of metrics.jsonl has 'kd', even if the step does not distil.
         train = {**losses, 'kd': losses.get('kd', 0.0), **({'images_per_second': rate} if rate is not None else {})}
@@ -194,8 +194,7 @@ def begin(options, place, saved):
     records.keep_metrics(run.folder, run.epoch)
     records.write_options(run.folder, options, place, [data.class_weights for data in run.data])
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
-    learnt = ', '.join(data.domain.name for data in run.trained)
-    print(f'learning {learnt} ({options.method}, {options.network}{name}) at '
+    print(f'learning {", ".join(run.learnt)} ({options.method}, {options.network}{name}) at '
           f'{options.width}x{options.height} on {place.device}: {run.loaded}')
     shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn)
     if shared:
@@ -224,7 +223,7 @@ def learn(options, place, watchers=()):
             finish_epoch(run, rate, [*displays, *watchers], interrupt)
         if place.main:
             print(*(f'old domain {line}' for line in unchanged.end(run.folder, run.student)),
-                  records.closing_line(run.folder, [data.domain.name for data in run.trained]), sep='\n')
+                  records.closing_line(run.folder, run.learnt), sep='\n')
 
 
 def learn_step(options, watchers=()):

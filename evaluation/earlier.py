@@ -74,7 +74,7 @@ def belongs(name, path, known):
 
 
 def settings(options):
-    """{name: value} of the options that results depend on. Call it before any of them is completed.
+    """{name: value} of the options that results depend on. Call it before `run` sets a missing size.
 
     Checkpoints in --single-task count by their content.
     """

@@ -15,7 +15,7 @@ from mdil.datasets.loading import EvalBatches, make_loader
 from mdil.datasets.segmentation import load_image, open_label, to_classes
 from mdil.evaluation import metrics
 from mdil.losses import cross_entropy_parts
-from mdil.models.checkpoint import check_known, load_network, names_in, read_checkpoint, report
+from mdil.models.checkpoint import check_known, load_network, loading_summary, names_in, read_checkpoint
 from mdil.utils.errors import UserError
 from mdil.utils.graphs import graphed
 from mdil.utils.parallel import summed
@@ -177,7 +177,7 @@ def load_network_and_domains(path, place, paths, names=(), method=None, precisio
     checkpoint, domains = read_named(path, paths, names, sequence)
     model = load_network(checkpoint, method)
     if checkpoint.domains is None and place.main:
-        print(report(checkpoint, len(checkpoint.layout.state), 0), file=sys.stderr)
+        print(loading_summary(checkpoint, len(checkpoint.layout.state), 0), file=sys.stderr)
     return checkpoint, model.to(place.device, memory_format=memory_format(place.device, precision)), domains
 
 

@@ -57,7 +57,7 @@ def richest_images(dataset, count):
     return [int(index) for index in np.argsort(-np.array(kinds), kind='stable')[:count]]
 
 
-def spread(classes, most, void, random):
+def sample_per_class(classes, most, void, random):
     """Sorted indices of at most `most` entries of each class in `classes` (N,), without void.
 
     random: a numpy Generator, which draws the entries of classes that have more.

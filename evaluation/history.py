@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdil.models.checkpoint import plain_options
+from mdil.models.checkpoint import are_options
 from mdil.models.methods import METHODS, method_name
 from mdil.training import records
 from mdil.utils.errors import UserError
@@ -70,7 +70,7 @@ def is_options(value):
     """Whether `value` can be the options of a run: those that are shown or computed with have their types."""
     types = {'domains': list, 'method': str, 'lr': (int, float), 'shared_lr': (int, float), 'state': str,
              'savedir': str}
-    return plain_options(value) and all(isinstance(value[name], kind) for name, kind in types.items()
+    return are_options(value) and all(isinstance(value[name], kind) for name, kind in types.items()
                                         if value.get(name) is not None) and all(
         isinstance(name, str) for name in value.get('domains') or ())
 

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from mdil.datasets.domains import domain_of, index_among
@@ -79,7 +80,7 @@ class Predictor:
     def prepare(self, image):
         """The Prepared form of a PIL image in RGB."""
         height, width = self.size or (max(SIDE, round(side / SIDE) * SIDE) for side in image.size[::-1])
-        resized = image.resize((width, height), resample=2)     # bilinear, as in training
+        resized = image.resize((width, height), resample=Image.BILINEAR)
         return Prepared(torch.from_numpy(np.array(resized).transpose(2, 0, 1).copy()), image.size[::-1])
 
     def stated(self, name):

@@ -127,7 +127,8 @@ def choose_pixels(dataset, options):
             for index in indices]
     cells = len(maps[0])
     classes = np.concatenate(maps)
-    chosen = features.spread(classes, options.points, dataset.domain.void, np.random.default_rng(options.seed))
+    chosen = features.sample_per_class(classes, options.points, dataset.domain.void,
+                                       np.random.default_rng(options.seed))
     if 2 * len(chosen) <= options.perplexity or len(np.unique(classes[chosen])) < 2:
         raise UserError(f'{dataset.domain.name} {dataset.split} gives {len(chosen)} pixels of '
                         f'{len(np.unique(classes[chosen]))} classes at {dataset.size[1]}x{dataset.size[0]}: too few '

@@ -56,7 +56,7 @@ def cross_entropy_parts(logits, labels, weights):
     batches.
     """
     if torch.compiler.is_compiling():
-        return F.cross_entropy(logits.float(), labels, weights, reduction='none').sum(), weights[labels].sum()
+        return F.cross_entropy(logits.to(wide(logits)), labels, weights, reduction='none').sum(), weights[labels].sum()
     classes, labels = torch.arange(len(weights), device=labels.device), labels.flatten(1)
 
     def each(number, x):
@@ -81,7 +81,8 @@ def kl_per_pixel(student, teacher, temperature=1.0):
 
     factor = temperature ** 2 / (student.shape[0] * student.shape[2] * student.shape[3])
     if torch.compiler.is_compiling():
-        log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=1) for logits in (student, teacher))
+        log_p, log_q = (F.log_softmax(logits.to(wide(logits)) / temperature, dim=1)
+                        for logits in (student, teacher))
         return F.kl_div(log_p, log_q, reduction='sum', log_target=True) * factor
     return SumOverImages.apply(student, each) * factor
 

@@ -12,7 +12,7 @@ A branch file is a dict like a checkpoint:
 import torch
 
 from mdil.datasets.domains import get_domain, index_among, is_declared
-from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, load_network, method_of, named_classes,
+from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, load_network, method_of, are_domains,
                                      names_in, read, read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, misfits, shared_state
 from mdil.models.layouts import CLASSES, check_values
@@ -23,7 +23,7 @@ KIND = 'branch'
 WHAT = 'statistics', 'branch'       # what `put_back` can restore in an old domain
 # Entry of a branch file: (test of its value, what it must be).
 PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
-         'domain': (lambda value: named_classes([value]) and value['classes'] in CLASSES,
+         'domain': (lambda value: are_domains([value]) and value['classes'] in CLASSES,
                     'a domain of {name, classes}'),
          'about': (lambda value: isinstance(value, dict), 'a dict'),
          'base': (lambda value: isinstance(value, str), 'a fingerprint'),

@@ -94,12 +94,12 @@ def not_finite(content):
                 yield f'{part}.{name}'
 
 
-def whole(value):
+def is_count(value):
     """Whether `value` is an int that can be a count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 31
 
 
-def score(value):
+def is_miou(value):
     """Whether `value` is an mIoU: a number (numpy's and tensors too) from 0 to 100, or -inf before any validation."""
     if isinstance(value, torch.Tensor) and value.numel() != 1 or isinstance(value, (bool, str, bytes)):
         return False
@@ -109,11 +109,11 @@ def score(value):
         return False
 
 
-def named_classes(value):
+def are_domains(value):
     """Whether `value` lists a network's domains as {name, classes}, with class_names or without."""
     return isinstance(value, list) and bool(value) and all(
         isinstance(entry, dict) and isinstance(entry.get('name'), str) and entry['name'].isprintable()
-        and whole(entry.get('classes')) and described_classes(entry) for entry in value)
+        and is_count(entry.get('classes')) and described_classes(entry) for entry in value)
 
 
 def described_classes(entry):
@@ -123,7 +123,7 @@ def described_classes(entry):
                and all(map(fits, entry[part])) for part, fits in parts.items() if part in entry)
 
 
-def plain_options(value):
+def are_options(value):
     """Whether `value` is a dict of options: numbers, strings, None, and lists of them."""
     single = (str, int, float, type(None))
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and all(
@@ -131,20 +131,20 @@ def plain_options(value):
         for item in value.values())
 
 
-def sums(value):
+def are_sums(value):
     """Whether `value` is a dict of finite sums."""
     return isinstance(value, dict) and all(isinstance(part, float) and math.isfinite(part) for part in value.values())
 
 
 # Entry of a checkpoint: (test of its value, what it must be).
-KINDS = {'version': (whole, 'a whole number'), 'epoch': (whole, 'a whole number of epochs'),
-         'batch': (whole, 'a whole number of batches'), 'totals': (sums, 'a dict of sums'),
-         'domains': (named_classes, 'a list of {name, classes}'),
+KINDS = {'version': (is_count, 'a whole number'), 'epoch': (is_count, 'a whole number of epochs'),
+         'batch': (is_count, 'a whole number of batches'), 'totals': (are_sums, 'a dict of sums'),
+         'domains': (are_domains, 'a list of {name, classes}'),
          'method': (lambda value: isinstance(value, str) and method_name(value) in METHODS,
                     'one of ' + ', '.join(METHODS)
                     + '; a method of your own is registered first: import its file, see docs/extending.md'),
          'domain_statistics': (are_statistics, 'what models.identify gives of each domain'),
-         'best_acc': (score, 'an mIoU'), 'options': (plain_options, 'a dict of options')}
+         'best_acc': (is_miou, 'an mIoU'), 'options': (are_options, 'a dict of options')}
 # Entries that files of earlier versions lack.
 LATER = {'network': (lambda value: isinstance(value, str) and value.isprintable(), 'the name of a network')}
 
@@ -197,7 +197,7 @@ def check_content(content, path):
     if not 1 <= content['version'] <= VERSION:
         raise UserError(f'{path}: version {content["version"]}, this code reads up to {VERSION}')
     planned = content.get('options', {}).get('num_epochs')
-    if planned is not None and not (whole(planned) and content.get('epoch', 0) <= planned):
+    if planned is not None and not (is_count(planned) and content.get('epoch', 0) <= planned):
         raise UserError(f'{path}: says {content.get("epoch", 0)} epochs are done of {planned}')
 
 
@@ -310,10 +310,10 @@ def start_from_encoder(model, checkpoint, batch_norms):
     """Loads an ImageNet encoder into `model`; returns lines that say what was loaded."""
     loaded, fresh = load_encoder(model, checkpoint.layout, checkpoint.source, batch_norms)
     dropped = len(checkpoint.layout.state) - len(loaded)
-    return report(checkpoint, len(loaded), len(fresh), dropped)
+    return loading_summary(checkpoint, len(loaded), len(fresh), dropped)
 
 
-def report(checkpoint, loaded, fresh, dropped=0):
+def loading_summary(checkpoint, loaded, fresh, dropped=0):
     """Lines that say how many tensors were loaded, and of these renamed; and how many were not loaded, if any."""
     found = checkpoint.layout
     unused = dropped + len(found.ignored)

@@ -109,11 +109,10 @@ def describe(num_classes, adapter, norms):
 
 
 def load(model, found, source):
-    """Loads all the found tensors into a network of that layout; UserError at the first misfit.
+    """Loads the found tensors, which `check_fit` has accepted, into a network; UserError if a value is impossible.
 
-    Only `num_batches_tracked` may be missing, as in files of early torch versions; it then stays 0.
+    Missing `num_batches_tracked`, as in files of early torch versions, stay 0.
     """
-    check_fit(model.state_dict(), found, source)
     check_values(model.state_dict(), found.state, source)
     model.load_state_dict(found.state, strict=False)
 

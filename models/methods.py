@@ -1,4 +1,4 @@
-"""The methods, one row each. No other code asks for a method's name."""
+"""The methods, one row each. Only training.paper, which translates the published scripts, asks for a method's name."""
 from dataclasses import dataclass
 from typing import Optional
 

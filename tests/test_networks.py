@@ -118,7 +118,7 @@ def test_two_steps_of_every_method(network, method, toy, first, tmp_path, capsys
         states.append(learn(toy, tmp_path / '2', '--domains', 'CS', 'IDD', '--state', states[0], '--method', method))
         # A batch norm that is shared and learns on moves the old domain; frozen ones and one's own do not.
         lines = unchanged.read(tmp_path / '2' / unchanged.NAME)['after']['cityscapes']
-        assert ('moved' not in lines) == (row.shared == 'frozen')
+        assert ('changed' not in lines) == (row.shared == 'frozen')
         kept = build_model([20], method, network).view_names(0)[0].values()
         before, after = (checkpoint.read(state)['state_dict'] for state in states)
         assert kept and all(torch.equal(before[name], after[name]) for name in kept)
@@ -366,7 +366,7 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
     """Prediction, export, model card, a branch and back, encoder features, Python."""
     second = learn(toy, tmp_path / '2', '--domains', 'CS', 'IDD', '--state', first, '--method', 'adapters-only')
     # Frozen shared weights leave the first domain as it is, LR-ASPP's batch norms included.
-    assert 'moved' not in unchanged.read(tmp_path / '2' / unchanged.NAME)['after']['cityscapes']
+    assert 'changed' not in unchanged.read(tmp_path / '2' / unchanged.NAME)['after']['cityscapes']
     image = next((toy / 'cityscapes/leftImg8bit/val').rglob('*.png'))
     predict.main(['--state', str(second), '--input', str(image), '--out', str(tmp_path / 'p'), '--device', 'cpu'])
     describe.main([str(second), '--height', '64'])
@@ -387,14 +387,14 @@ def test_other_tools_know_the_file(toy, first, tmp_path, capsys):
 def test_export_of_a_network_and_a_domain_of_ones_own(tmp_path, capsys):
     village = {'name': 'village', 'classes': 3, 'class_names': ['mud', 'hut'], 'colors': [[1, 2, 3], [4, 5, 6]]}
     export.main([str(untrained(tmp_path / 'x', 'tiny', village)), str(tmp_path / 'x.pt2'), '--format', 'torch'])
-    assert '100.00 % of the predictions equal' in capsys.readouterr().out
+    assert '100.00 % of the predictions are equal' in capsys.readouterr().out
     assert Exported(tmp_path / 'x.pt2').about['class_names'] == ['mud', 'hut']
 
 
 def test_openvino_runs_a_network_with_pooled_features(tmp_path, capsys):
     pytest.importorskip('openvino')
     export.main([str(untrained(tmp_path / 'x', 'pooled')), str(tmp_path / 'x.xml'), '--format', 'openvino'])
-    assert '100.00 % of the predictions equal' in capsys.readouterr().out
+    assert '100.00 % of the predictions are equal' in capsys.readouterr().out
 
 
 def test_batch_norms_of_a_kind_of_their_own_are_not_synchronised():

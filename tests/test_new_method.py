@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mdil import train
-from mdil.evaluation import history
+from mdil.evaluation import history, tables
 from mdil.models import checkpoint
 from mdil.models.methods import METHODS
 from mdil.training import records
@@ -38,7 +38,7 @@ def test_its_gradient_holds_the_weights_and_its_name_is_everywhere(toy, first, t
     held = learn(toy, tmp_path / 'held', *step, '--lambdac', 1e6)
     assert 0 < held['ewc'] < 0.9 * free['ewc']
     assert held['loss'] == pytest.approx(held['ce'] + 1e6 * held['ewc'], rel=1e-4)
-    assert f'ewc {held["ewc"]:.4f}' in capsys.readouterr().out
+    assert f'ewc {tables.fine(held["ewc"])}' in capsys.readouterr().out
     shown = {plot.title: plot.lines for plot in history.curves(history.history(tmp_path / 'held'))}
     assert shown['loss term ewc, before its weight']['ewc'][-1] == (2, held['ewc'])
 

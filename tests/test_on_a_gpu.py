@@ -324,6 +324,6 @@ def test_ranks_agree_to_stop_without_waiting_for_the_batch(fake_gpu, events, mon
     interrupt = Interrupt(place)
     interrupt.asked = True
     with fake_gpu:
-        assert not interrupt.stop(place)
+        assert not interrupt.stop()
         interrupt.agreed.values = [1.0]
-        assert interrupt.stop(place) and events.waited == [0]
+        assert interrupt.stop() and events.waited == [0]

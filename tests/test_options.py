@@ -204,6 +204,8 @@ def test_a_step_keeps_the_size_of_the_step_before_unless_one_is_given(tmp_path):
     assert size(f'{later} --height 64') == (64, 128) and size(f'{later} --width 64') == (512, 64)
     assert size(f'--savedir S --domains CS --state {tmp_path}/one') == size(f'{later}.gone') == (512, 1024)
     assert size(README[2].replace('STEP1', f'{tmp_path}/one')) == (512, 1024)       # the published default
+    (tmp_path / 'one').write_bytes(b'damaged')      # reported when it is loaded
+    assert size(later) == (512, 1024)
 
 
 def test_width_follows_height_unless_given():

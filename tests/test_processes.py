@@ -30,7 +30,7 @@ def test_a_signal_is_acknowledged_at_once_and_the_batch_goes_on(number, capfd):
     with resume.Interrupt(MAIN) as interrupt:
         hit(number)
         said = capfd.readouterr().err
-        assert interrupt.stop(MAIN) and said.count('\n') == 1
+        assert interrupt.stop() and said.count('\n') == 1
         assert said.startswith(f'{number.name}: stopping as soon as the run is saved')
         assert ('Ctrl-C again' in said) == (number == signal.SIGINT)
         hit(signal.SIGTERM)

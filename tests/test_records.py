@@ -110,8 +110,8 @@ def test_validations_have_the_metric_that_is_asked_for(monkeypatch, published, e
 
 
 def test_the_best_model_is_that_of_the_highest_mean_over_what_is_learnt(monkeypatch):
-    saved, named = [], [SimpleNamespace(domain=SimpleNamespace(name=name)) for name in ('CS', 'IDD')]
-    run = SimpleNamespace(best=float('-inf'), trained=named, place=SimpleNamespace(main=False), options=SimpleNamespace(num_epochs=9),
+    saved = []
+    run = SimpleNamespace(best=float('-inf'), learnt=['CS', 'IDD'], place=SimpleNamespace(main=False), options=SimpleNamespace(num_epochs=9),
                           schedule=SimpleNamespace(get_last_lr=lambda: [0.1]), end_epoch=dict,
                           save=lambda best: saved.append((best, run.best)))
     for mious in ((10, 50), (40, 30), (20, 50), None, (60, 20)):

@@ -59,10 +59,10 @@ def test_a_cell_has_its_commonest_class_and_pixels_are_drawn_evenly():
     classes = features.cell_classes(label, 4)
     assert classes.tolist() == [[0, 2, 0], [0, 0, 3]]
     classes = np.array([0] * 50 + [1] * 3 + [2] * 20 + [3] * 9)
-    chosen = features.spread(classes, 10, 3, np.random.default_rng(1))
+    chosen = features.sample_per_class(classes, 10, 3, np.random.default_rng(1))
     assert np.bincount(classes[chosen]).tolist() == [10, 3, 10] and sorted(set(chosen)) == chosen.tolist()
-    assert chosen.tolist() == features.spread(classes, 10, 3, np.random.default_rng(1)).tolist()
-    assert chosen.tolist() != features.spread(classes, 10, 3, np.random.default_rng(2)).tolist()
+    assert chosen.tolist() == features.sample_per_class(classes, 10, 3, np.random.default_rng(1)).tolist()
+    assert chosen.tolist() != features.sample_per_class(classes, 10, 3, np.random.default_rng(2)).tolist()
 
 
 def test_features_are_the_encoders_in_eval_mode_row_by_row():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mdil.models import build_model
-from mdil.models.checkpoint import check_known, network_of, read_checkpoint, report, start_from_encoder, stated_size
+from mdil.models.checkpoint import (check_known, loading_summary, network_of, read_checkpoint, start_from_encoder,
+                                     stated_size)
 from mdil.models.multi_domain import batch_norms_of
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.models.weights import IMAGENET, start_from_weights
@@ -55,7 +56,8 @@ def build_networks(options, domains):
     checkpoint = read_checkpoint(options.state) if options.state else None
     settle_network(options, checkpoint)
     if not plan.from_previous:
-        return *first_network(options, domains, counts, checkpoint), {}
+        student, lines = first_network(options, domains, checkpoint)
+        return student, None, lines, {}
     if not checkpoint.layout.num_classes:
         raise UserError(f'{options.state} holds only an encoder; learning {domains[-1].name} after '
                         f'{domains[0].name} needs a checkpoint of the previous step')
@@ -73,7 +75,7 @@ def build_networks(options, domains):
     added = student.add_domain(counts[-1], options.new_statistics, options.new_decoder, source)
     view = student.single(added)
     drawn = view.heads if options.new_decoder == 'fresh' else view.output_layers
-    lines = report(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
+    lines = loading_summary(checkpoint, known, sum(len(view.get_submodule(name).state_dict()) for name in drawn))
     return student, teacher, lines, checkpoint.content.get('domain_statistics', {})
 
 
@@ -96,12 +98,13 @@ def settle_network(options, checkpoint):
     check_network(options)
 
 
-def first_network(options, domains, counts, checkpoint):
-    """(student, None for the teacher, lines about what was loaded) for a step without a previous one.
+def first_network(options, domains, checkpoint):
+    """(student, lines about what was loaded) for a step without a previous one.
 
     checkpoint: that of --state, or None.
     """
-    student, lines = build_model(counts, options.method, options.network), 'random initial weights'
+    student = build_model([domain.num_classes for domain in domains], options.method, options.network)
+    lines = 'random initial weights'
     if options.weights and (options.network != ERFNET or options.weights == IMAGENET):
         lines = start_from_weights(student, options.network, options.weights)
     elif options.weights:
@@ -112,7 +115,7 @@ def first_network(options, domains, counts, checkpoint):
                             f'domain that --method {options.method} learns here: it starts from an encoder, or '
                             'without --state')
         lines = start_from_encoder(student, checkpoint, options.imagenet_bn == 'loaded')
-    return student, None, lines
+    return student, lines
 
 
 def rebuild_networks(options, domains, network):

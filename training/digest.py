@@ -58,7 +58,7 @@ def short_digest(value):
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
-def plain_digests(value):
+def are_digests(value):
     """Whether `value` has the form that `data_digests` returns."""
     return isinstance(value, dict) and all(
         isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in value.values())

@@ -4,6 +4,7 @@
 no other code needs to know it.
 """
 import argparse
+import contextlib
 import importlib.util
 import os
 
@@ -244,9 +245,11 @@ def settle_size(options, published):
     published: whether the paper's options were given, whose default is the published size.
     """
     if options.height is None:
-        later = len(options.domains) > 1 and options.state and os.path.isfile(options.state)
-        known = later and not published and stated_size(read_checkpoint(options.state).content)
-        height, width = PUBLISHED_SIZE if hasattr(options, 'width') else known or PUBLISHED_SIZE
+        known = None
+        if len(options.domains) > 1 and options.state and not published and not hasattr(options, 'width'):
+            with contextlib.suppress(UserError):        # a missing or damaged file is reported when it is loaded
+                known = stated_size(read_checkpoint(options.state).content)
+        height, width = known or PUBLISHED_SIZE
         options.height, options.width = height, getattr(options, 'width', width)
     complete_size(options)
 

@@ -1,6 +1,6 @@
 """The paper's dialect: options of the published scripts, translated to the native ones.
 
-Only training.options uses this module.
+Behind the parsers, no code knows these options.
 """
 from mdil.datasets.domains import canonical, get_domain
 from mdil.utils.errors import UserError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mdil.models import checkpoint, method_name
 from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
-from mdil.training.digest import plain_digests, start_digest
+from mdil.training.digest import are_digests, start_digest
 from mdil.training.options import RECIPES
 from mdil.utils.errors import UserError
 from mdil.utils.fetch import Fetched
@@ -39,7 +39,7 @@ PARTS = {'state_dict': (lambda value: isinstance(value, dict), 'a dict'),
          'scaler': (lambda value: isinstance(value, dict), 'a dict'),
          'random': (lambda value: isinstance(value, dict) and isinstance(value.get('torch'), torch.Tensor)
                     and isinstance(value.get('cuda'), list), 'a dict of random states')}
-LATER = {'digests': (plain_digests, 'a dict of digests'),       # missing from earlier files, as is checkpoint.LATER
+LATER = {'digests': (are_digests, 'a dict of digests'),       # missing from earlier files, as is checkpoint.LATER
          'start': (lambda value: value is None or isinstance(value, str), 'a digest or None')}
 BEFORE_OPTIONS = {**RECIPES['corrected'], 'network': ERFNET}           # what happened before these options existed
 # Settings of an optimiser's groups in every version of torch, except the rate.
@@ -169,7 +169,7 @@ def check_scaler(saved, scaler):
     check_same_form(saved, own, 'scaler')
     for name in own.keys() - {'scale', '_growth_tracker'}:
         check_equal(saved[name], own[name], name)
-    if not (0 < saved['scale'] < math.inf and checkpoint.whole(saved['_growth_tracker'])):
+    if not (0 < saved['scale'] < math.inf and checkpoint.is_count(saved['_growth_tracker'])):
         raise ValueError(f'scaler: {saved["scale"]} is not a scale')
 
 
@@ -259,11 +259,11 @@ class Interrupt:
         finally:
             self.idle = False
 
-    def stop(self, place):
+    def stop(self):
         """Whether to stop now. Several ranks agree, one batch after the signal: a GPU need not finish this one."""
-        if place.world == 1:
+        if self.place.world == 1:
             return self.asked
-        flag = torch.full((), float(self.asked), device=place.device)
+        flag = torch.full((), float(self.asked), device=self.place.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         before, self.agreed = self.agreed, Fetched({'asked': flag})
         return before is not None and before.read()['asked'] > 0

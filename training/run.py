@@ -140,6 +140,11 @@ class Run:
         return [data for data in self.data if data.train is not None]
 
     @property
+    def learnt(self):
+        """Names of the domains that this step trains."""
+        return [data.domain.name for data in self.trained]
+
+    @property
     def loss_names(self):
         """Names of a batch's losses: the loss and its terms."""
         return {'loss', *(term.name for term in self.terms)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mdil.utils.output import lenient_output
 
-# Errors of other libraries, matched by type name or text -> what to do about them. The first match counts.
 RESUME = '--resume continues from the last checkpoint'
 NO_MEMORY = f'the memory of this machine is full; lower --num-workers, --batch-size or --height; {RESUME}'
 NO_GPU_MEMORY = f'the GPU is out of memory; lower --batch-size or --height, or try --precision bf16; {RESUME}'
+# Errors of other libraries, matched by type name or text -> what to do about them. The first match counts.
 ADVICE = {'OutOfMemoryError': NO_GPU_MEMORY, 'CUDA error: out of memory': NO_GPU_MEMORY,
           'shared memory': 'the shared memory (/dev/shm) that loader processes use is too small; enlarge it (docker '
                            f'run --shm-size=8g), or use --num-workers 0; {RESUME}',
