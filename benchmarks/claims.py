@@ -6,6 +6,7 @@ There is a table for each section of the page; the tests compare the two. Each l
 paired by seed. It counts as established if p < 0.01, which is printed in bold. Differences over all domains are in
 Delta_m%, those on single domains and of what is forgotten in points of mIoU.
 """
+import itertools
 import json
 import statistics
 from functools import cache, partial
@@ -36,6 +37,8 @@ TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
 STORED_FILES = 'Stored results'      # title of the table of files
+BEST = 'Best epoch or last'          # title of the table of both
+VALIDATED = 'mdil-shared', 'released-order2', 'fast-fine-tune-order2', 'toy-released'     # files that have both
 
 
 class Scores(NamedTuple):
@@ -146,6 +149,9 @@ def published_loops():
             scores('orders', 'fine-tune', FIRST), scores('orders', 'adapters-only-lr-1e-3-no-dropout', FIRST), name)
         yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
         yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
+    loops, kept = (scores('released-order2', 'released', REVERSE, column) for column in (TRAINED, 'kept'))
+    for name in REVERSE.split()[:2]:
+        yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', points(kept, loops, name)
     for words, order in ORDERS.items():
         before, after = repaired(order)
         for name in order.split()[:-1]:
@@ -250,6 +256,7 @@ def one_rate():
             paper, scores(three, 'released', FIRST), name)
     yield "`mdil` at the paper's rates against `released`, old statistics kept", relative(
         paper, scores(three, 'released', FIRST, 'kept'))
+    yield from reverse_rates(plain)
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
     yield '`multi-task` against plain separate networks', relative(joint(), plain)
@@ -262,6 +269,23 @@ def one_rate():
     yield '`multi-task-adapters` against plain separate networks', relative(joint_adapters, plain)
     yield '`multi-task-adapters` against separate networks', relative(joint_adapters, separate)
     yield '`adapters-only` against `multi-task-adapters`', relative(own, joint_adapters)
+
+
+def reverse_rates(plain):
+    """The paper's method and the published loops in the reverse order; plain: scores of plain separate networks."""
+    file, words = 'released-order2', "`mdil` at the paper's rates, reverse order"
+    mdil, loops = scores(file, 'mdil', REVERSE), scores(file, 'released', REVERSE)
+    yield f'{words}, against plain separate networks', relative(mdil, plain)
+    yield '`released`, reverse order, against plain separate networks', relative(loops, plain)
+    yield from against(f'{words}, against `adapters-only`', mdil,
+                       scores('tuned-alike-order2', 'adapters-only', REVERSE), REVERSE.split())
+    for name in REVERSE.split()[:2]:
+        yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(
+            mdil, copies_of(file, 'mdil', REVERSE), name)
+    for name in REVERSE.split():
+        yield f'{words}, against `released`, {TITLES[name]}', points(mdil, loops, name)
+    yield f'{words}, against `released`, old statistics kept', relative(
+        mdil, scores(file, 'released', REVERSE, 'kept'))
 
 
 def length_and_order():
@@ -345,6 +369,15 @@ SECTIONS = {'Long training': long_training, 'Short training': short_training,
             'What the domain label is worth': labels}
 
 
+def best_lines():
+    """Cells of each domain of the rows in VALIDATED: how far its best validation lies above the last, in points."""
+    for file in VALIDATED:
+        for order, rows in stored(file)['orders'].items():
+            for (row, found), name in itertools.product(rows.items(), order.split()):
+                ends = [figures['validated'][name] for figures in found['seeds'].values()]
+                yield [f'`{row}`', name, spread([end['best'] - end['last'] for end in ends]), str(len(ends)), file]
+
+
 def interval(values):
     """The confidence interval of the mean, from Student's t distribution; '-' for fewer than three values."""
     if len(values) < 3:
@@ -372,7 +405,9 @@ def named(files):
 
 
 def section_table(title):
-    """The Table of a section; the one of the stored files that the sections use is a section, too."""
+    """The Table of a section; those of best epochs and of the stored files that the sections use are sections, too."""
+    if title == BEST:
+        return Table(title, 'best', ['row', 'domain', 'best minus last epoch', 'n', 'stored in'], [list(best_lines())])
     if title == STORED_FILES:
         used = {file for claims in SECTIONS.values() for _, difference in claims() for file in difference.files}
         return Table(title, 'stored', ['file', 'revision', 'torch', 'precision', 'seeds'],
@@ -401,7 +436,7 @@ def main(argv=None):
                     description='Prints every comparison of docs/results.md, computed from the stored results.')
     parser.add_argument('--per-seed', action='store_true', help='the difference of each seed, too')
     options = parser.parse_args(argv)
-    for title in (*SECTIONS, STORED_FILES):
+    for title in (*SECTIONS, BEST, STORED_FILES):
         table = section_table(title)
         print(f'{title}\n\n{tables.markdown(table.header, *table.groups)}\n')
         for words, difference in SECTIONS[title]() if options.per_seed and title in SECTIONS else ():
