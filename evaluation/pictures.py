@@ -311,7 +311,7 @@ def draw_row(row, dataset, number, index, models, place, precision):
         prediction = predict(model, number, image, truth, place, precision)
         shown |= set(prediction.unique().tolist())
         axis.imshow(overlay(pixels, prediction, domain.palette, 0.8))
-        axis.set_xlabel(f'mIoU {image_miou(truth, prediction, domain):.1f}', fontsize=8)
+        axis.set_xlabel(f'mIoU of this image: {image_miou(truth, prediction, domain):.1f}', fontsize=8)
     for axis in row[:-1]:
         axis.set_xticks([])
         axis.set_yticks([])

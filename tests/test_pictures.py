@@ -165,7 +165,7 @@ def test_panels_show_the_prediction_of_each_step(toy, networks, figures):
     for axis, expected in ((rows[1, 0], original), (rows[1, 1], pictures.overlay(original, truth, domain.palette, 0.8)),
                            (rows[1, 2], pictures.overlay(original, guess, domain.palette, 0.8))):
         assert (axis.images[0].get_array() == expected).all()
-    assert rows[1, 2].get_xlabel() == f'mIoU {pictures.image_miou(truth, guess, domain):.1f}'
+    assert rows[1, 2].get_xlabel() == f'mIoU of this image: {pictures.image_miou(truth, guess, domain):.1f}'
     legend = {text.get_text(): patch.get_facecolor()[:3] for text, patch in
               zip(rows[1, 4].get_legend().get_texts(), rows[1, 4].get_legend().get_patches())}
     present = set(truth.unique().tolist()) | set(guess.unique().tolist())
