@@ -97,7 +97,6 @@ def result_options(parser):
 def check_options(options):
     """Completes the size; refuses unwritable files and conflicting options before hours of evaluation."""
     complete_size(options)
-    check_files(options)
     if options.only and len(options.state) > 1:
         raise UserError('--only is for one checkpoint, but --state names several; evaluate them one by one')
     if options.only and options.single_task:
@@ -108,6 +107,7 @@ def check_options(options):
             raise UserError('--resume needs --json FILE, the results of an earlier evaluation')
         if options.save_panels or any(getattr(options, name) for name in FOLDERS.values()):
             raise UserError('--resume evaluates nothing that pictures could show; leave it out, or the --save options')
+    check_files(options)
     paths = [getattr(options, name) for name in FILES if getattr(options, name)]
     if len(set(map(os.path.realpath, paths))) < len(paths):
         raise UserError('two results would be written to the same file: ' + ', '.join(paths))

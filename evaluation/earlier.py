@@ -41,7 +41,7 @@ def check_kept(options, inputs):
             check_new(flag(name), path, False, inputs)
     for name in filter(lambda name: getattr(options, name), FOLDERS.values()):
         folder = Path(getattr(options, name))
-        if any(picture for depth in ('*/*.png', '*/*/*.png') for picture in folder.glob(depth)):
+        if any(folder.glob('*/*.png')) or any(folder.glob('*/*/*.png')):
             raise UserError(f'{flag(name)} {folder} holds pictures; name another folder, or replace them with '
                             '--overwrite')
 
@@ -54,7 +54,7 @@ def resumed(options, inputs):
     for step, state in zip(steps, options.state):
         if isinstance(step, dict) and not is_result_of(step, state):
             raise UserError(f'--json {options.json} holds the results of {step.get("state")}, not of {state}; name '
-                            'another file, or replace it with --overwrite')
+                            'another file, move this one away, or replace it with --overwrite')
     return known
 
 

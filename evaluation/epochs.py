@@ -21,9 +21,11 @@ def training_of(path):
     the domains that the run learns.
     best, last: {'epoch', 'miou'} as validated while training, with the mIoU in percent, averaged over those.
     """
+    if Path(path).name not in FILES:        # of another program, whose records may mean something else
+        return None
     step = read_step(Path(path).parent)
     chosen = records.best_and_last(step.lines, step.learnt)
-    if Path(path).name not in FILES or None in chosen:
+    if None in chosen:
         return None
     epochs = {which: {'epoch': line['epoch'], 'miou': records.mean_miou(line, step.learnt)}
               for which, line in zip(('best', 'last'), chosen)}

@@ -71,7 +71,7 @@ def is_options(value):
     types = {'domains': list, 'method': str, 'lr': (int, float), 'shared_lr': (int, float), 'state': str,
              'savedir': str}
     return are_options(value) and all(isinstance(value[name], kind) for name, kind in types.items()
-                                        if value.get(name) is not None) and all(
+                                      if value.get(name) is not None) and all(
         isinstance(name, str) for name in value.get('domains') or ())
 
 

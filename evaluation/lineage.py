@@ -28,7 +28,7 @@ def was_in(run, folder):
     if written.is_absolute() == folder.is_absolute():
         return written == folder
     whole, part = (folder, written) if folder.is_absolute() else (written, folder)
-    return not whole.exists() and whole.parts[-len(part.parts):] == part.parts
+    return not os.path.exists(whole) and whole.parts[-len(part.parts):] == part.parts
 
 
 def chain(run, runs):

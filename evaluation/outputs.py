@@ -10,8 +10,7 @@ from urllib.parse import quote
 
 from mdil.models.fingerprint import SHOWN
 from mdil.utils.errors import UserError
-from mdil.utils.files import (check_writable, read_object, same_file, temporary_name, write_json,
-                              written_through)
+from mdil.utils.files import check_writable, read_object, same_file, temporary_name, write_json, written_through
 
 # What --save can write for an image, and the suffix of its file.
 ENDINGS = {'labels': '.png', 'color': '.color.png', 'overlay': '.overlay.png', 'confidence': '.confidence.png'}
@@ -75,9 +74,9 @@ def check_folders(options, sources):
     """UserError if a folder for predictions, or the one in which it would be made, cannot be written to."""
     places = ((source, Path(options.out) / source.name) for source in sources)
     for folder in {place if source.is_video else place.parent for source, place in places}:
-        there = next(place for place in (folder, *folder.parents) if os.path.isdir(place))
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f'{there}, a folder for predictions, cannot be written to; choose another --out')
+        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f'{there} is no folder that predictions can be written to; choose another --out')
 
 
 def too_long(path):
@@ -200,7 +199,8 @@ def known_inputs(before):
 
 def check_inputs(options, sources, recorded):
     """Those Sources whose outputs are `recorded`, {output: input}, for another input; UserError unless --overwrite."""
-    taken = [source for source in sources if recorded.get(output_of(source)) not in (None, input_of(source))]
+    taken = [source for source in sources if recorded.get(output_of(source)) not in (None, input_of(source))
+             and predictions_of(options, source)]
     if taken and not options.overwrite:
         output = output_of(taken[0])
         raise UserError(f'--out {options.out}: {output} is there the prediction of {recorded[output]}, not of '

@@ -75,9 +75,9 @@ def is_run(folder):
 
 
 def folders_in(folder):
-    """The paths in `folder`, sorted; UserError if it cannot be listed."""
+    """The paths in `folder`, sorted by name, numbers in it by value; UserError if it cannot be listed."""
     try:
-        return sorted(folder.iterdir())
+        return sorted(folder.iterdir(), key=lambda path: re.sub(r'\d+', lambda digits: digits[0].zfill(9), path.name))
     except OSError as error:
         raise UserError(f'{folder} cannot be read: {error.strerror}; make it readable, or name the runs in '
                         'it') from None

@@ -391,10 +391,10 @@ def test_bad_input_is_refused_before_anything_is_evaluated(monkeypatch, toy, sta
 def test_a_damaged_record_of_the_training_is_told_before_anything_is_evaluated(monkeypatch, toy, states, tmp_path):
     monkeypatch.setattr('mdil.evaluation.evaluation.evaluate', lambda *_, **__: pytest.fail('evaluated'))
     (tmp_path / '2').mkdir()
-    shutil.copy(states[1], tmp_path / '2')
+    shutil.copy(states[1], tmp_path / '2/model_best.pth.tar')
     (tmp_path / '2/metrics.jsonl').write_text('{"epoch": 1, "train": {"loss": 1}, "lr": 1}\n\n')
     with pytest.raises(UserError, match='2/metrics.jsonl: line 1 was not written by a run; move the file away'):
-        run(toy, '--state', states[0], tmp_path / '2' / states[1].name)
+        run(toy, '--state', states[0], tmp_path / '2/model_best.pth.tar')
 
 
 def test_results_are_written_before_the_figure_that_may_fail(monkeypatch, toy, states, tmp_path, capsys):
@@ -643,7 +643,7 @@ def test_results_are_extended_with_their_tables_and_those_of_others_kept(toy, st
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     moved = shutil.copy(states[0], tmp_path / 'moved.pth')
     evaluate(toy, tmp_path, '--state', moved, states[1], *words)
-    with pytest.raises(UserError, match=f'r.json holds the results of {states[1]}, not of {states[2]}; name another file, or replace'):
+    with pytest.raises(UserError, match=f'r.json holds the results of {states[1]}, not of {states[2]}; name another file, move this'):
         evaluate(toy, tmp_path, '--state', states[0], states[2], *words)
     assert before == {file: file.read_bytes() for file in before}
     (tmp_path / 'r.latex').write_text('a chapter')

@@ -15,6 +15,7 @@ from mdil.datasets import get_domain
 from mdil.datasets.pairs import find_split
 from mdil.learning import kept_random
 from mdil.models import checkpoint
+from mdil.utils.files import new_folder
 
 pytestmark = pytest.mark.usefixtures('shallow_module')
 
@@ -68,6 +69,19 @@ def test_a_refused_call_leaves_no_folder_and_the_program_alive(toy, tmp_path):
     with pytest.raises(mdil.UserError):
         mdil.learn('cityscapes', savedir=tmp_path / 'mine/1', data_root=tmp_path / 'nowhere', **TINY)
     assert list((tmp_path / 'mine').iterdir()) == []
+
+
+def test_a_folder_that_another_run_makes_is_left_to_it(tmp_path, monkeypatch):
+    make = os.mkdir
+
+    def late(path, *mode):
+        make(path, *mode)
+        if str(path).endswith('run'):
+            raise FileExistsError
+    monkeypatch.setattr(os, 'mkdir', late)
+    with pytest.raises(mdil.UserError), new_folder('--savedir', tmp_path / 'runs/run'):
+        raise mdil.UserError('refused')
+    assert (tmp_path / 'runs/run').is_dir()
 
 
 def test_a_thread_learns_from_pairs_and_says_how_it_goes(learnt):

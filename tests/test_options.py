@@ -206,6 +206,10 @@ def test_a_step_keeps_the_size_of_the_step_before_unless_one_is_given(tmp_path):
     assert size(README[2].replace('STEP1', f'{tmp_path}/one')) == (512, 1024)       # the published default
     (tmp_path / 'one').write_bytes(b'damaged')      # reported when it is loaded
     assert size(later) == (512, 1024)
+    again = f'{later} --resume --savedir {tmp_path}'
+    assert size(again) == (512, 1024)
+    (tmp_path / 'opts.json').write_text('{"options": {"height": 16, "width": 48}}')     # of a run from before the damage
+    assert size(again) == (16, 48) and size(f'{later} --savedir {tmp_path}') == (512, 1024)
 
 
 def test_width_follows_height_unless_given():

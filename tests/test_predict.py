@@ -440,6 +440,10 @@ def test_no_image_gets_the_prediction_of_another(state, tmp_path, monkeypatch, m
     assert contents(out).keys() == contents(tmp_path / 'fresh').keys()      # no picture of the first image is left
     with pytest.raises(UserError, match='B/img.jpg, not of .*/A/img.png'):
         run(state, out, '--input', first, *given)
+    for path in out.rglob('img*.png'):
+        path.unlink()
+    if '--json' not in more:
+        run(state, out, '--input', first, *given)       # there is no prediction that could pass for its own
 
 
 def test_an_input_is_known_again_by_its_place(state, tmp_path, monkeypatch, capsys):
@@ -508,9 +512,14 @@ def test_an_image_whose_outputs_have_too_long_names_is_left_out(state, photos, t
 def test_a_folder_that_cannot_be_written_to_is_refused_first(state, photos, tmp_path, monkeypatch):
     (tmp_path / 'out/sub').mkdir(parents=True)
     monkeypatch.setattr('mdil.evaluation.outputs.os.access', lambda path, mode: Path(path).name != 'sub')
-    with pytest.raises(UserError, match='out/sub, a folder for predictions, cannot be written to; choose another --out'):
+    with pytest.raises(UserError, match='out/sub is no folder that predictions can be written to; choose another --out'):
         run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
     assert not list((tmp_path / 'out').rglob('*.*'))
+    monkeypatch.undo()
+    (tmp_path / 'out/sub').rmdir()
+    (tmp_path / 'out/sub').write_text('a file')
+    with pytest.raises(UserError, match='out/sub is no folder that predictions can be written to'):
+        run(state, tmp_path / 'out', '--input', photos, '--domain', 'CS')
 
 
 def test_an_input_that_is_no_regular_file_is_refused(tmp_path):

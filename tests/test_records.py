@@ -68,7 +68,7 @@ def test_no_name_of_a_run_leads_out_of_the_tensorboard_folder(tmp_path):
     for name in ('..', '../..', '/..'):
         options = SimpleNamespace(savedir=tmp_path, model_name_suffix=name)
         with contextlib.suppress(UserError):
-            Scalars(options)
+            Scalars(options).writer.close()
     assert [path.name for path in tmp_path.iterdir()] in ([], ['tensorboard'])
 
 
@@ -161,6 +161,8 @@ def test_nothing_is_said_of_a_checkpoint_without_records(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(json.dumps(line_of(1, CS=1.0)) + '\n')
     (tmp_path / 'opts.json').write_text(json.dumps({'options': {'domains': ['CS'], 'method': 'mdil'}}))
     assert epochs.training_of(tmp_path / 'model_best.pth.tar')['best'] == {'epoch': 1, 'miou': 1.0}
+    assert epochs.training_of(tmp_path / 'copy.pth.tar') is None
+    (tmp_path / 'opts.json').write_text('[1]')      # of another program
     assert epochs.training_of(tmp_path / 'copy.pth.tar') is None
 
 

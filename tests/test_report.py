@@ -193,6 +193,12 @@ def test_an_out_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
         made(tmp_path, '--out', tmp_path / 'model_best.pth.tar')
 
 
+def test_steps_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ('step10-a', 'step2-b', 'step1-c'):
+        write_run(tmp_path / name, ['IDD'], [])
+    assert [step.folder.name for step in report.find_steps(tmp_path)] == ['step1-c', 'step2-b', 'step10-a']
+
+
 def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
     """As root too, whom no permission stops."""
     def denied(path):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.training.schedules import SCHEDULES
 from mdil.utils.errors import UserError
+from mdil.utils.files import read_object
 from mdil.utils.parallel import pick_device, tell
 from mdil.utils.parser import (PUBLISHED_SIZE, Parser, complete_size, data_options, data_paths, flag, machine_options,
                                natural, positive, rate, seed_number, size_options)
@@ -226,7 +228,8 @@ def parse_train(argv=None):
     complete_fast(options)
     check_graphs(options)
     settings = recipe_settings(options.recipe, options.domains, options.method)
-    if options.temperature is not None and (options.distillation or settings['distillation']) != 'kl':
+    published_term = (options.distillation or settings['distillation']) != 'kl'
+    if options.temperature is not None and published_term and not options.resume:       # earlier runs may have it
         raise UserError('--temperature is for --distillation kl, the published term has none; leave it out, or add '
                         '--distillation kl')
     for name, value in settings.items():
@@ -245,13 +248,18 @@ def settle_size(options, published):
     published: whether the paper's options were given, whose default is the published size.
     """
     if options.height is None:
-        known = None
-        if len(options.domains) > 1 and options.state and not published and not hasattr(options, 'width'):
-            with contextlib.suppress(UserError):        # a missing or damaged file is reported when it is loaded
-                known = stated_size(read_checkpoint(options.state).content)
-        height, width = known or PUBLISHED_SIZE
+        inherits = len(options.domains) > 1 and options.state and not published and not hasattr(options, 'width')
+        height, width = inherits and known_size(options) or PUBLISHED_SIZE
         options.height, options.width = height, getattr(options, 'width', width)
     complete_size(options)
+
+
+def known_size(options):
+    """The (height, width) of the run to resume, or else of the checkpoint in --state; None if neither states it."""
+    size = stated_size(read_object(Path(options.savedir) / 'opts.json')) if options.resume else None
+    with contextlib.suppress(UserError):        # a missing or damaged --state is reported when it is loaded
+        size = size or stated_size(read_checkpoint(options.state).content)
+    return size
 
 
 def check_declared(options):

@@ -134,16 +134,16 @@ def write_text(path, text):
 
 
 def without_nan(value):
-    """The value with None in place of every NaN, which JSON does not have."""
+    """The value with None in place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, value):
-    """Writes `value` as indented JSON, atomically; NaN as null."""
+    """Writes `value` as indented JSON, atomically; NaN and infinities as null."""
     write_text(path, json.dumps(without_nan(value), indent=2) + '\n')
 
 
@@ -192,7 +192,12 @@ def new_folder(option, path, leftovers=()):
 
     leftovers: names of files that count as nothing.
     """
-    made = [place for place in (Path(path), *Path(path).parents) if not os.path.lexists(place)]
+    made = []
+    with contextlib.suppress(OSError):      # reported below
+        for place in (*reversed(Path(path).parents), Path(path)):
+            if not os.path.lexists(place):
+                os.mkdir(place)         # fails if another run makes it first, which is then that run's
+                made.insert(0, place)
     check_writable(option, path, folder=True)
     try:
         yield Path(path)

@@ -60,8 +60,9 @@ class Parser(argparse.ArgumentParser):
     def similar(self, message):
         """The option that an unknown one was perhaps meant to be, as a question; '' if there is none."""
         unknown = re.findall(r'--[\w-]+', message) if message.startswith('unrecognized') else []
-        near = [difflib.get_close_matches(word, self._option_string_actions, 1, 0.8) for word in unknown]
-        return f'did you mean {near[0][0]}?' if near and near[0] else ''
+        near = [name for word in unknown
+                for name in difflib.get_close_matches(word, self._option_string_actions, 1, 0.8)]
+        return f'did you mean {near[0]}?' if near else ''
 
 
 def home_in(text):
