@@ -33,12 +33,16 @@ ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dro
 PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
          '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
          '`mdil` at 1e-3, shared 5e-4, lambda 10': ('mdil-rates', f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10')}
+# Those of them in the reverse order: their stored files.
+REVERSED = {"`mdil` at the paper's rates": 'released-order2',
+            '`mdil` at 1e-3, shared 5e-5, lambda 1': 'mdil-shared-order2'}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
-VALIDATED = 'mdil-shared', 'released-order2', 'fast-fine-tune-order2', 'toy-released'     # files that have both
+VALIDATED = ('mdil-shared', 'mdil-shared-order2', 'released-order2', 'fast-fine-tune-order2',
+             'toy-released')         # files that have both
 
 
 class Scores(NamedTuple):
@@ -273,19 +277,22 @@ def one_rate():
 
 def reverse_rates(plain):
     """The paper's method and the published loops in the reverse order; plain: scores of plain separate networks."""
-    file, words = 'released-order2', "`mdil` at the paper's rates, reverse order"
-    mdil, loops = scores(file, 'mdil', REVERSE), scores(file, 'released', REVERSE)
-    yield f'{words}, against plain separate networks', relative(mdil, plain)
+    own = scores('tuned-alike-order2', 'adapters-only', REVERSE)
+    for words, file in REVERSED.items():
+        row = PAPER[words][1]
+        found = scores(file, row, REVERSE)
+        yield f'{words}, reverse order, against plain separate networks', relative(found, plain)
+        yield from against(f'{words}, reverse order, against `adapters-only`', found, own, REVERSE.split())
+        for name in REVERSE.split()[:2]:
+            yield f'{words}, reverse order, after step 3 minus when learnt, {TITLES[name]}', points(
+                found, copies_of(file, row, REVERSE), name)
+    mdil, loops, kept = (scores('released-order2', row, REVERSE, column) for row, column in (
+        ('mdil', TRAINED), ('released', TRAINED), ('released', 'kept')))
     yield '`released`, reverse order, against plain separate networks', relative(loops, plain)
-    yield from against(f'{words}, against `adapters-only`', mdil,
-                       scores('tuned-alike-order2', 'adapters-only', REVERSE), REVERSE.split())
-    for name in REVERSE.split()[:2]:
-        yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(
-            mdil, copies_of(file, 'mdil', REVERSE), name)
     for name in REVERSE.split():
-        yield f'{words}, against `released`, {TITLES[name]}', points(mdil, loops, name)
-    yield f'{words}, against `released`, old statistics kept', relative(
-        mdil, scores(file, 'released', REVERSE, 'kept'))
+        yield f"`mdil` at the paper's rates, reverse order, against `released`, {TITLES[name]}", points(
+            mdil, loops, name)
+    yield "`mdil` at the paper's rates, reverse order, against `released`, old statistics kept", relative(mdil, kept)
 
 
 def length_and_order():
