@@ -250,7 +250,7 @@ def run(options, place):
         results['auto'] = evaluate_auto(evaluator, identifier, networks[-1], known[-1])
     protocol = {name: getattr(options, name) for name in PROTOCOL}
     return (without_nan({**results, 'protocol': protocol, 'options': given,
-                                'versions': records.environment(place.device)}),
+                         'versions': records.environment(place.device)}),
             partial(draw_panels, options, networks, known, datasets, chosen, place))
 
 

@@ -33,9 +33,9 @@ ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dro
 PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
          '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
          '`mdil` at 1e-3, shared 5e-4, lambda 10': ('mdil-rates', f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10')}
-# Those of them in the reverse order: their stored files.
-REVERSED = {"`mdil` at the paper's rates": 'released-order2',
-            '`mdil` at 1e-3, shared 5e-5, lambda 1': 'mdil-shared-order2'}
+# The first two in the reverse order.
+REVERSED = {words: (file, row) for (words, (_, row)), file in
+            zip(PAPER.items(), ('released-order2', 'mdil-shared-order2'))}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
@@ -137,8 +137,8 @@ def published_loops():
     """What the published loops and fine-tuning lose after three steps, and what statistics give back."""
     two, file, tuned = 'released-two-steps', 'tuned-alike', f'fine-tune {ALIKE}'
 
-    def recovered(row, column, *domains, step=-1):
-        return points(scores(file, row, FIRST, column, step), scores(file, row, FIRST, step=step), *domains)
+    def recovered(row, column, *domains, step=-1, file=file, order=FIRST):
+        return points(scores(file, row, order, column, step), scores(file, row, order, step=step), *domains)
     yield 'published loops, old statistics restored after two steps, Cityscapes', recovered(
         'released', 'kept', 'cityscapes', step=1)
     yield 'published loops, old statistics restored after two steps, Cityscapes, earlier runs', points(
@@ -153,21 +153,21 @@ def published_loops():
             scores('orders', 'fine-tune', FIRST), scores('orders', 'adapters-only-lr-1e-3-no-dropout', FIRST), name)
         yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
         yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
-    loops, kept = (scores('released-order2', 'released', REVERSE, column) for column in (TRAINED, 'kept'))
     for name in REVERSE.split()[:2]:
-        yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', points(kept, loops, name)
+        yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', recovered(
+            'released', 'kept', name, file='released-order2', order=REVERSE)
     for words, order in ORDERS.items():
         before, after = repaired(order)
         for name in order.split()[:-1]:
             yield f'published loops, 720 images a step, old statistics restored, {words}, {TITLES[name]}', points(
                 after, before, name)
-    loops, kept, corrected = (scores('toy-released', row, column=column) for row, column in (
-        ('released', TRAINED), ('released', 'kept'), ('mdil', TRAINED)))
-    yield 'toy roads, published loops, old statistics restored, Cityscapes', points(kept, loops, 'cityscapes')
-    yield 'toy roads, published loops, statistics estimated anew, Cityscapes', points(
-        scores('toy-released', 'released', column='estimated'), loops, 'cityscapes')
-    yield from ((f'toy roads, `mdil` against `released`, {name}', points(corrected, loops, domain))
-                for name, domain in (('Cityscapes', 'cityscapes'), ('BDD', 'BDD')))
+    toy = 'toy-released'
+    for words, column in (('old statistics restored', 'kept'), ('statistics estimated anew', 'estimated')):
+        yield f'toy roads, published loops, {words}, Cityscapes', recovered('released', column, 'cityscapes', file=toy,
+                                                                          order=None)
+    for name, domain in (('Cityscapes', 'cityscapes'), ('BDD', 'BDD')):
+        yield f'toy roads, `mdil` against `released`, {name}', points(scores(toy, 'mdil'), scores(toy, 'released'),
+                                                                      domain)
 
 
 def against(words, one, other, names):
@@ -247,20 +247,11 @@ def one_rate():
     yield '`released` against plain separate networks', relative(scores(three, 'released', FIRST), plain)
     yield '`released`, old statistics kept, against plain separate networks', relative(
         scores(three, 'released', FIRST, 'kept'), plain)
-    for words, (file, row) in PAPER.items():
-        found = scores(file, row, FIRST)
-        yield f'{words} against plain separate networks', relative(found, plain)
-        yield from against(f'{words} against `adapters-only`', found, own, FIRST.split())
-        for name in FIRST.split()[:2]:
-            yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(
-                found, copies_of(file, row, FIRST), name)
-    paper = scores('mdil-rates', 'mdil', FIRST)
-    for name in FIRST.split():
-        yield f"`mdil` at the paper's rates against `released`, {TITLES[name]}", points(
-            paper, scores(three, 'released', FIRST), name)
-    yield "`mdil` at the paper's rates against `released`, old statistics kept", relative(
-        paper, scores(three, 'released', FIRST, 'kept'))
-    yield from reverse_rates(plain)
+    yield from corrected_loops(FIRST, PAPER, plain, own, three)
+    yield '`released`, reverse order, against plain separate networks', relative(
+        scores('released-order2', 'released', REVERSE), plain)
+    yield from corrected_loops(REVERSE, REVERSED, plain, scores('tuned-alike-order2', 'adapters-only', REVERSE),
+                               'released-order2')
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
     yield '`multi-task` against plain separate networks', relative(joint(), plain)
@@ -275,24 +266,25 @@ def one_rate():
     yield '`adapters-only` against `multi-task-adapters`', relative(own, joint_adapters)
 
 
-def reverse_rates(plain):
-    """The paper's method and the published loops in the reverse order; plain: scores of plain separate networks."""
-    own = scores('tuned-alike-order2', 'adapters-only', REVERSE)
-    for words, file in REVERSED.items():
-        row = PAPER[words][1]
-        found = scores(file, row, REVERSE)
-        yield f'{words}, reverse order, against plain separate networks', relative(found, plain)
-        yield from against(f'{words}, reverse order, against `adapters-only`', found, own, REVERSE.split())
-        for name in REVERSE.split()[:2]:
-            yield f'{words}, reverse order, after step 3 minus when learnt, {TITLES[name]}', points(
-                found, copies_of(file, row, REVERSE), name)
-    mdil, loops, kept = (scores('released-order2', row, REVERSE, column) for row, column in (
-        ('mdil', TRAINED), ('released', TRAINED), ('released', 'kept')))
-    yield '`released`, reverse order, against plain separate networks', relative(loops, plain)
-    for name in REVERSE.split():
-        yield f"`mdil` at the paper's rates, reverse order, against `released`, {TITLES[name]}", points(
-            mdil, loops, name)
-    yield "`mdil` at the paper's rates, reverse order, against `released`, old statistics kept", relative(mdil, kept)
+def corrected_loops(order, rows, plain, own, published):
+    """Claims about the paper's method in an order: its rows {words: (stored file, row)}, at its own rates first.
+
+    plain, own: scores of plain separate networks and of adapters-only; published: stored file of the published loops.
+    """
+    where = '' if order == FIRST else ', reverse order,'
+    for words, (file, row) in rows.items():
+        found = scores(file, row, order)
+        yield f'{words}{where} against plain separate networks', relative(found, plain)
+        yield from against(f'{words}{where} against `adapters-only`', found, own, order.split())
+        for name in order.split()[:2]:
+            yield f'{words}{where or ","} after step 3 minus when learnt, {TITLES[name]}', points(
+                found, copies_of(file, row, order), name)
+    words, (file, row) = next(iter(rows.items()))
+    for name in order.split():
+        yield f'{words}{where} against `released`, {TITLES[name]}', points(
+            scores(file, row, order), scores(published, 'released', order), name)
+    yield f'{words}{where} against `released`, old statistics kept', relative(
+        scores(file, row, order), scores(published, 'released', order, 'kept'))
 
 
 def length_and_order():

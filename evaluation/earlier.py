@@ -22,28 +22,22 @@ OTHERS = {'state', 'device', 'num_workers', 'cuda_graphs', 'resume', 'overwrite'
 def check_files(options):
     """UserError if a file or folder to write cannot be written, or would replace what --overwrite does not give up."""
     inputs = *options.state, *options.single_task
-    if not options.overwrite:
-        check_kept(options, inputs)
+    known = resumed(options, inputs) if options.resume and options.json and not options.overwrite else {}
     for name in (*FILES, *FOLDERS.values()):
         path = getattr(options, name)
         if path and Path(path).name in WRITTEN:
             raise UserError(f'{flag(name)} {path} is the name of a file that runs write; choose another name')
-        if path:
-            check_writable(flag(name), path, name in FOLDERS.values(), inputs)
+        if path and name in FILES:
+            check_new(flag(name), path, options.overwrite or bool(known) and belongs(name, path, known), inputs)
+        elif path:
+            check_folder(flag(name), Path(path), options.overwrite, inputs)
 
 
-def check_kept(options, inputs):
-    """UserError if a file to write exists, or a folder has pictures; with --resume, results may be replaced."""
-    known = resumed(options, inputs) if options.resume and options.json else {}
-    for name in FILES:
-        path = getattr(options, name)
-        if path and not (known and belongs(name, path, known)):
-            check_new(flag(name), path, False, inputs)
-    for name in filter(lambda name: getattr(options, name), FOLDERS.values()):
-        folder = Path(getattr(options, name))
-        if any(folder.glob('*/*.png')) or any(folder.glob('*/*/*.png')):
-            raise UserError(f'{flag(name)} {folder} holds pictures; name another folder, or replace them with '
-                            '--overwrite')
+def check_folder(option, folder, overwrite, inputs):
+    """UserError if a folder for pictures cannot be written to, or holds some, unless `overwrite`."""
+    check_writable(option, folder, folder=True, inputs=inputs)
+    if not overwrite and (any(folder.glob('*/*.png')) or any(folder.glob('*/*/*.png'))):
+        raise UserError(f'{option} {folder} holds pictures; name another folder, or replace them with --overwrite')
 
 
 def resumed(options, inputs):

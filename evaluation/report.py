@@ -276,10 +276,12 @@ def other_starts(steps):
                    for number, step, before in found if before is not None and before is not steps[number - 2])
 
 
-def chosen(folders):
-    """(steps, notes) of the sequence in `folders`: its StepRecords, and sentences on runs that are left out."""
+def chosen(folders, results):
+    """(steps, notes) of the sequence in `folders`: its StepRecords, and sentences on runs that are left out.
+
+    results: the Results of some of the runs, or None.
+    """
     runs = {os.path.realpath(run.folder): run for folder in folders for run in find_steps(folder)}
-    results = read_results(home(folders))
     steps = sequence(list(runs.values()), results.folders if results else ())
     others = [str(run.folder) for run in runs.values() if run not in steps]
     return steps, [f'Left out, because not part of this sequence: {", ".join(others)}.'] if others else []
@@ -290,9 +292,9 @@ def home(folders):
     return Path(folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders)))
 
 
-def results_of(folder, steps):
-    """(Results in `folder` or None, notes): None, and a sentence, if they are of a run there that is not shown."""
-    results, shown = read_results(folder), {step.folder.name for step in steps}
+def results_of(results, folder, steps):
+    """(the Results in `folder` or None, notes): None, and a sentence, if they are of a run there that is not shown."""
+    shown = {step.folder.name for step in steps}
     strange = sorted(name for name in results.folders - shown - {''} if is_run(folder / name)) if results else ()
     if strange:
         return None, [f'Left out, because of other runs ({", ".join(strange)}): {folder / "results.json"}.']
@@ -301,8 +303,10 @@ def results_of(folder, steps):
 
 def page(folders, options, place):
     """(HTML document about the sequence in `folders`, notes: sentences on what it leaves out)."""
-    folder, (steps, notes) = home(folders), chosen(folders)
-    results, more = results_of(folder, steps)
+    folder = home(folders)
+    results = read_results(folder)
+    steps, notes = chosen(folders, results)
+    results, more = results_of(results, folder, steps)
     notes += more
     learnt = dict.fromkeys(name for step in steps for name in step.learnt)
     return TEMPLATES.get_template('report.html').render(

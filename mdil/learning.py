@@ -19,8 +19,8 @@ from mdil.models import get_method
 from mdil.models.checkpoint import read_checkpoint
 from mdil.train import learn_step
 from mdil.training.options import parse_train
-from mdil.training.resume import LOCK
 from mdil.training.records import best_and_last, mean_miou, read_metrics
+from mdil.training.resume import LOCK
 from mdil.training.run import BEST, LATEST, WRITTEN, check_kept, results_in
 from mdil.utils.errors import UserError
 from mdil.utils.files import new_folder, write_atomically

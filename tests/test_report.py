@@ -220,7 +220,7 @@ def runs_of(folder, **options):
 
 def shown(folder):
     """Names of the folders of the sequence in `folder`."""
-    return [step.folder.name for step in report.chosen([folder])[0]]
+    return [step.folder.name for step in report.chosen([folder], report.read_results(folder))[0]]
 
 
 def test_a_run_of_another_sequence_is_left_out_and_named(tmp_path, no_curves, capsys):
