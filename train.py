@@ -41,7 +41,7 @@ def train_batch(run, images, labels, domain):
     domain, plus the distances to the teacher in the branches of the old domains. Takes one
     optimiser step on the loss, or one on each term. images (B, 3, H, W) uint8 and labels
     (B, H, W) uint8 are on the device; nothing here waits for it. Fused optimisers skip a step if the loss
-    so far is not finite.
+    so far is not finite. domain: None for a mixed batch.
     """
     values = {term.name: 0.0 for term in run.terms}
     for parts in optimizer_steps(run):
@@ -64,10 +64,13 @@ def train_batch(run, images, labels, domain):
 
 
 def batches(run):
-    """(DomainData, batch) for the rest of the epoch, taking the trained domains in turn."""
-    rounds = zip(*(data.train for data in run.trained))
-    in_turn = itertools.chain.from_iterable(zip(run.trained, batch_of_each) for batch_of_each in rounds)
-    return itertools.islice(in_turn, run.batch % len(run.trained), None)
+    """The rest of the epoch: for each batch its parts, [(DomainData, what its loader yields), ...].
+
+    A batch has one part, the trained domains taking turns, or in mixed batches one of every domain.
+    """
+    rounds = ([*zip(run.trained, of_each)] for of_each in zip(*(data.train for data in run.trained)))
+    found = rounds if run.plan.mixed else ([part] for parts in rounds for part in parts)
+    return itertools.islice(found, run.batch % run.plan.turns, None)
 
 
 def train_epoch(run, interrupt):
@@ -78,12 +81,12 @@ def train_epoch(run, interrupt):
     run.start_epoch()
     step = graphed(partial(train_batch, run), run.place)
     images_seen, start = 0, time.perf_counter()
-    bar = tqdm(total=len(run.trained) * len(run.trained[0].train), initial=run.batch, unit='batch', leave=False,
+    bar = tqdm(total=run.batches, initial=run.batch, unit='batch', leave=False,
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
     with bar:
-        for data, batch in batches(run):
-            images, labels = domain_data.on_device(data, batch, run.options.seed, run.epoch + 1, run.place)
-            losses = step(images, labels, data.index)
+        for parts in batches(run):
+            images, labels = domain_data.joined(parts, run.options.seed, run.epoch + 1, run.place)
+            losses = step(images, labels, None if run.plan.mixed else parts[0][0].index)
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
@@ -91,7 +94,7 @@ def train_epoch(run, interrupt):
                 shown = ', '.join(f'{name} {tables.number(value, 3)}' for name, value in run.last.losses.read().items())
                 best = tables.number(run.best if run.epoch else None)
                 bar.set_postfix_str(f'{shown}, best mIoU {best}, {rate:.1f} images/s')
-            run.add(losses, data, batch)
+            run.add(losses, parts)
             if interrupt.stop():
                 save_and_stop(run, f'after batch {run.batch}')
             run.save_when_due()

@@ -52,6 +52,7 @@ class LossTerm(nn.Module):
         step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
         images: (B, 3, H, W) floats in [0, 1].
         labels: (B, H, W) uint8 class indices of the domain with index `domain`.
+        domain: None in a mixed batch, whose first B/n images are of the first of n domains, and so on.
         part: one of those that `parts` returns.
 
         The code must not wait for the device (no `.item()`, no `if tensor`).
@@ -65,6 +66,22 @@ class CrossEntropy(LossTerm):
 
     def forward(self, step, images, labels, domain, part):
         return cross_entropy_parts(step.student(images, domain), labels.long(), step.class_weights(domain))
+
+
+class MixedCrossEntropy(LossTerm):
+    """Weighted cross-entropy of a mixed batch: each image has the classes and weights of its domain."""
+    name = 'ce'
+
+    def setup(self, run):
+        view = run.student.mixed()
+        self.logits = lambda images: view(images)       # not a module of this one: its modules are the student's
+
+    def forward(self, step, images, labels, domain, part):
+        counts = step.student.num_classes
+        parts = zip(self.logits(images).chunk(len(counts)), labels.long().chunk(len(counts)), counts)
+        totals, masses = zip(*(cross_entropy_parts(logits[:, :count], truth, step.class_weights(index))
+                               for index, (logits, truth, count) in enumerate(parts)))
+        return sum(totals), sum(masses)
 
 
 class Distillation(LossTerm):

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from mdil.losses.terms import CrossEntropy, Distillation
+from mdil.losses.terms import CrossEntropy, Distillation, MixedCrossEntropy
 from mdil.models.multi_domain import MultiDomainNet, redraw
 from mdil.models.networks import DEFAULT as ERFNET, build_network
 
@@ -20,6 +20,8 @@ class Method:
     lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
     dropout: whether the student uses dropout, in the layers that train, after the first domain.
     joint: whether all domains are learnt at once instead of one after another.
+    mixed: whether each batch of a joint method has images of all domains, and not of one domain in turn; needs
+        a term for such batches, as MixedCrossEntropy.
     one_domain: whether the network knows one domain only.
     uses: options of train.py that only some methods use and this one does; training.options refuses the
         others.
@@ -32,6 +34,7 @@ class Method:
     lr: float = 5e-4
     dropout: bool = True
     joint: bool = False
+    mixed: bool = False
     one_domain: bool = False
     uses: tuple = ()
 
@@ -74,6 +77,8 @@ METHODS = {
                          uses=JOINT),
     'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
                                    domain_bn=True, joint=True, shared='divided', uses=JOINT),
+    'multi-task-mixed': Method('multi-task with images of all domains in every batch', joint=True, mixed=True,
+                               terms=(MixedCrossEntropy,), uses=JOINT),
     'multi-task-adapters': Method("multi-task with the paper's network: adapters, batch norms and a decoder per domain",
                                   adapter='parallel', domain_bn=True, joint=True, shared='divided', uses=JOINT),
     'single-task': Method('a plain network for one domain', one_domain=True, uses=('no_dropout',)),

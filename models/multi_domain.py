@@ -14,7 +14,9 @@ declares those that train.py knows.
 import copy
 from collections import OrderedDict
 
+import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -80,6 +82,18 @@ class MultiDomainNet(nn.Module):
         if not 0 <= domain < len(self.views):
             raise IndexError(f'domain {domain} asked of a network that knows {len(self.views)}')
         return self.views[domain]
+
+    def mixed(self):
+        """A view of all n domains, for batches of B/n images of each, in the order of the domains.
+
+        It returns logits (B, most classes of any domain, H, W), 0 beyond the classes of an image's domain.
+        Its modules are those of the other views; a domain's own see its part of the batch alone.
+        """
+        owns = [divide(view, self.domain_bn)[0] for view in self.views]
+        # deepcopy takes what is in the memo as already copied.
+        memo = {id(module): module for module in self.shared()}
+        memo.update((id(module), EachItsPart([own[name] for own in owns])) for name, module in owns[0].items())
+        return copy.deepcopy(self.views[0], memo)
 
     @property
     def num_classes(self):
@@ -202,6 +216,32 @@ class MultiDomainNet(nn.Module):
         surplus = state_dict.keys() - set(names.values())
         views = {key: state_dict[name] for key, name in names.items() if name in state_dict}
         return super().load_state_dict({**views, **{name: state_dict[name] for name in surplus}}, strict, assign)
+
+
+class EachItsPart(nn.Module):
+    """Hands the first of n modules the first n-th of a batch, and so on, and joins what they return.
+
+    The input may be a tensor, or lists and dicts of tensors; the output is one tensor, of the most channels of any
+    module's.
+    """
+
+    def __init__(self, modules):
+        super().__init__()
+        self.each = nn.ModuleList(modules)
+
+    def forward(self, batch):
+        found = [module(part_of(batch, number, len(self.each))) for number, module in enumerate(self.each)]
+        most = max(part.shape[1] for part in found)
+        return torch.cat([pad(part, (0, 0, 0, 0, 0, most - part.shape[1])) for part in found])
+
+
+def part_of(batch, number, count):
+    """Part `number` of `count` of a tensor (B, ...), or of the tensors in lists and dicts."""
+    if isinstance(batch, dict):
+        return {name: part_of(value, number, count) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [part_of(value, number, count) for value in batch]
+    return batch.chunk(count)[number]
 
 
 def output_layer_like(layer, num_classes):

@@ -64,13 +64,14 @@ def losses_of(method, seed, roads, folder, *arguments):
     run = Run(options, CPU)
     run.step_loss.double()
     run.start_epoch()
-    return [loss_of(run, data, batch) for data, batch in list(train.batches(run))[:5]]
+    return [loss_of(run, parts) for parts in list(train.batches(run))[:5]]
 
 
-def loss_of(run, data, batch):
+def loss_of(run, parts):
     """The loss of a batch, from which the run learns."""
-    images, labels = domain_data.on_device(data, batch, run.options.seed, 1, run.place)
-    return train.train_batch(run, images.double() / 255, labels, data.index)['loss'].item()
+    images, labels = domain_data.joined(parts, run.options.seed, 1, run.place)
+    domain = None if run.plan.mixed else parts[0][0].index
+    return train.train_batch(run, images.double() / 255, labels, domain)['loss'].item()
 
 
 def deviation(losses, golden):

@@ -47,13 +47,16 @@ def run_on(device, method, *arguments, graphs=False):
     building.freeze(student, options)
     terms = building.build_terms(options)
     step_loss = building.build_step_loss(student, teacher, [torch.ones(count) for count in counts], terms, options, place)
-    return SimpleNamespace(options=options, place=place, student=student, teacher=teacher, terms=terms,
-                           step_loss=step_loss.train(), domain=len(names) - 1)
+    run = SimpleNamespace(options=options, place=place, plan=plan_step(options), student=student, teacher=teacher, terms=terms,
+                          step_loss=step_loss.train(), domain=None if row.mixed else len(names) - 1)
+    for term in terms:
+        term.setup(run)
+    return run
 
 
 def batch_on(device):
-    return (torch.zeros(2, 3, 32, 64, dtype=torch.uint8, device=device),
-            torch.zeros(2, 32, 64, dtype=torch.uint8, device=device))
+    return (torch.zeros(3, 3, 32, 64, dtype=torch.uint8, device=device),
+            torch.zeros(3, 32, 64, dtype=torch.uint8, device=device))
 
 
 @pytest.mark.parametrize('arguments', [(), ('--recipe', 'released')], ids=['corrected', 'released'])
@@ -120,7 +123,7 @@ def test_the_optimiser_goes_on_from_a_state_that_was_saved(fake_gpu):
 def test_augmentation_and_answers_are_on_the_device(precision, fake_gpu):
     model, place = build_model([20]).eval(), Place(torch.device('cuda'))
     with fake_gpu:
-        images, labels = augment_batch(*batch_on('cuda'), [draw(0, 1, sample) for sample in range(2)], 19)
+        images, labels = augment_batch(*batch_on('cuda'), [draw(0, 1, sample) for sample in range(3)], 19)
         with torch.inference_mode():
             logits = logits_of(to_fake_gpu(model), 0, images, place, precision)
         assert {tensor.device.type for tensor in (labels, logits, logits.argmax(1))} == {'cuda'}
@@ -290,7 +293,7 @@ def test_the_check_of_a_batch_does_not_wait_for_the_next_one(fake_gpu, events, m
     data = SimpleNamespace(train=SimpleNamespace(dataset=SimpleNamespace(pairs=())))
     with fake_gpu:
         for _ in range(3):
-            Run.add(run, {'loss': torch.zeros((), device='cuda'), 'ce': torch.zeros(())}, data, (None, None, None))
+            Run.add(run, {'loss': torch.zeros((), device='cuda'), 'ce': torch.zeros(())}, [(data, (None, None, None))])
             run.last.losses.values = [1.0, 2.0]     # what a GPU would have copied
     assert events.waited == [0, 1] and run.last.losses.read() == {'loss': 1.0, 'ce': 2.0} and events.waited[-1] == 2
 
@@ -310,7 +313,7 @@ def test_an_epoch_waits_for_nothing_but_the_copies_of_its_losses(monkeypatch):
     monkeypatch.setattr('mdil.training.run.Fetched', Copies)
     monkeypatch.setattr(train, 'tqdm', lambda **options: tqdm(**{**options, 'disable': False}))
     parts, run = run_on('meta', 'mdil', '--num-epochs', '1'), Run.__new__(Run)
-    data = SimpleNamespace(index=2, domain=SimpleNamespace(void=11), train=Loader([(*batch_on('cpu'), torch.arange(2))] * 3))
+    data = SimpleNamespace(index=2, domain=SimpleNamespace(void=11), train=Loader([(*batch_on('cpu'), torch.arange(3))] * 3))
     stepped = SimpleNamespace(defaults={'fused': True}, zero_grad=lambda set_to_none: None, step=lambda: None)
     vars(run).update(vars(parts), data=[data], optimizer=stepped, scaler=torch.amp.GradScaler('cuda', enabled=False),
                      epoch=0, batch=0, totals={}, best=0.0, last=None)

@@ -35,7 +35,9 @@ def test_data_parallel_is_left_to_steps_that_use_every_weight(two_gpus, way, cap
     task = nn.Linear(2, 2)
     assert isinstance(parallel.wrap(task, two_gpus, way), nn.DataParallel) and not capsys.readouterr().err
     assert parallel.wrap(task, two_gpus, way, unused=True) is task
-    assert 'torchrun' in capsys.readouterr().err
+    assert 'would move weights that a batch does not use; to use all: torchrun' in capsys.readouterr().err
+    assert parallel.wrap(task, two_gpus, way, mixed=True) is task
+    assert 'would split a mixed batch by domain; to use all: torchrun' in capsys.readouterr().err
 
 
 def test_each_gpu_keeps_its_thread_in_data_parallel(two_gpus, monkeypatch):
@@ -227,7 +229,7 @@ def test_ranks_go_on_with_numbers_of_their_own():
 
 def seed_of(epoch, rank, seed=1):
     """What dropout is seeded by in the epoch after `epoch` finished ones."""
-    Run.start_epoch(SimpleNamespace(trained=[], batch=0, epoch=epoch, options=SimpleNamespace(seed=seed),
+    Run.start_epoch(SimpleNamespace(trained=[], batch=0, plan=None, epoch=epoch, options=SimpleNamespace(seed=seed),
                                     place=Place(torch.device('cpu'), rank, 2), step_loss=nn.Identity()))
     return torch.initial_seed()
 

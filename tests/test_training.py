@@ -170,7 +170,7 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     data = domain_data.build_data(options, Place(torch.device('cpu')))
     data[0].train.dataset.pairs = data[0].train.dataset.pairs[:3]
     data[0].train.batch_sampler.count = 3
-    seen = list(train.batches(SimpleNamespace(trained=data, batch=0)))
+    seen = [part for part, in train.batches(SimpleNamespace(trained=data, batch=0, plan=plan_step(options)))]
     assert [one.index for one, _ in seen] == [0, 1] * 3
     sizes = [3, 8]
     indices = [sorted(number % sizes[n] for one, batch in seen if one.index == n for number in batch[2].tolist())
@@ -188,12 +188,83 @@ def test_joint_training_with_domain_batch_norms_moves_those_of_the_batchs_domain
     assert len(student.shared_parameters()) and student.views[0].encoder.initial_block.conv is student.views[1].encoder.initial_block.conv
 
 
+MIXED = '--domains CS IDD --method multi-task-mixed --savedir x --device cpu --height 32 --class-weights none --num-workers 0'.split()
+
+
+def test_mixed_batches_have_as_many_images_of_every_domain(toy):
+    """8 of the larger domain, 3 of the smaller, which starts over; the shared weights learn at the full rate."""
+    options = parse_train([*MIXED, '--data-root', str(toy), '--batch-size', '4'])
+    assert options.shared_lr == options.lr
+    place = Place(torch.device('cpu'))
+    data = domain_data.build_data(options, place)
+    data[0].train.dataset.pairs = data[0].train.dataset.pairs[:3]
+    data[0].train.batch_sampler.count = 3
+    seen = list(train.batches(SimpleNamespace(trained=data, batch=0, plan=plan_step(options))))
+    assert [[entry.index for entry, _ in parts] for parts in seen] == [[0, 1]] * 4
+    numbers = [[number % size for parts in seen for number in parts[index][1][2].tolist()] for index, size in enumerate((3, 8))]
+    assert sorted(numbers[1]) == list(range(8)) and len(numbers[0]) == 8 and set(numbers[0]) == {0, 1, 2}
+    images, labels = domain_data.joined(seen[0], 0, 1, place)
+    assert images.shape == (4, 3, 32, 64) and torch.equal(images[2:], seen[0][1][1][0])
+    assert labels[:2].max() <= 19 and torch.equal(labels[2:], seen[0][1][1][1])
+
+
+@pytest.mark.parametrize('given, world, message', [
+    ('5', 1, 'does not divide among 2 domains; use 4 or 6'), ('2', 2, 'does not divide among 2 processes times 2 domains; use 4$')])
+def test_mixed_batches_divide_among_processes_and_domains(given, world, message):
+    with pytest.raises(UserError, match=message):
+        domain_data.check_batch_size(parse_train([*MIXED, '--batch-size', given]), Place(torch.device('cpu'), 0, world))
+
+
+@pytest.mark.parametrize('method', ['multi-task-mixed', 'multi-task-adapters'])
+def test_a_mixed_view_is_the_view_of_each_images_domain(method):
+    """Also with batch norms and adapters of each domain's own."""
+    torch.manual_seed(0)
+    model = build_model([20, 27, 12], method).eval().double()
+    images = torch.rand(6, 3, 32, 64, dtype=torch.double)
+    view = model.mixed()
+    assert {id(tensor) for tensor in view.parameters()} == {id(tensor) for tensor in model.parameters()}
+    found = view(images)
+    assert found.shape == (6, 27, 32, 64)
+    for domain, count in enumerate(model.num_classes):
+        part = slice(2 * domain, 2 * domain + 2)
+        torch.testing.assert_close(found[part, :count], model(images[part], domain))
+        assert not found[part, count:].any()
+
+
+def test_a_mixed_batch_is_normalised_as_a_whole_and_judged_by_domain():
+    """Cross-entropy over all pixels, each with its domain's classes and weights; --no-dropout holds in the mixed view, too."""
+    options = parse_train([*MIXED, '--batch-size', '4', '--no-dropout'])
+    torch.manual_seed(0)
+    student = build_model([20, 27], options.method)
+    building.freeze(student, options)
+    weights, place = [torch.rand(20), torch.rand(27)], Place(torch.device('cpu'))
+    run = SimpleNamespace(options=options, student=student, terms=building.build_terms(options))
+    loss = building.build_step_loss(student, None, weights, run.terms, options, place).double()
+    run.terms[0].setup(run)
+    images, labels = torch.rand(4, 3, 32, 64).double(), torch.randint(20, (4, 32, 64), dtype=torch.uint8)
+    convolution = student.views[0].encoder.initial_block
+    seen = []
+    convolution.bn.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    total, mass = loss.train()(images, labels, None)[0]
+    assert [len(batch) for batch in seen] == [4]
+    torch.testing.assert_close(convolution.bn.running_mean, 0.1 * seen[0].mean((0, 2, 3)))
+    again = loss(images, labels, None)[0, 0]
+    assert torch.equal(total, again)
+    weights = [loss.class_weights(index) for index in (0, 1)]
+    mixed = student.mixed()(images)
+    want = sum(torch.nn.functional.cross_entropy(mixed[2 * index:2 * index + 2, :len(weight)], labels[2 * index:2 * index + 2].long(),
+                                                 weight, reduction='sum') for index, weight in enumerate(weights))
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(mass, weights[0][labels[:2].long()].sum() + weights[1][labels[2:].long()].sum())
+
+
 def test_multi_task_rounds_are_the_published_number():
     """2,975, 7,000 and 6,993 training images in batches of 6: 496 rounds, of which Cityscapes' last has 5 images."""
     counts = 2975, 7000, 6993
-    of = lambda rounds: [domain_data.epoch_samples(SimpleNamespace(rounds=rounds, batch_size=6), count, counts)
-                         for count in counts]
+    of = lambda rounds, method='multi-task': [domain_data.epoch_samples(SimpleNamespace(
+        rounds=rounds, batch_size=6, method=method, domains='CS BDD IDD'.split(), shared_lr=None), count, counts) for count in counts]
     assert of('smallest') == [2975, 2976, 2976] and of('largest') == [7000] * 3
+    assert of('smallest', 'multi-task-mixed') == [2975] * 3 and of('largest', 'multi-task-mixed') == [7000] * 3
 
 
 def test_optimiser_and_schedule_are_the_published_ones():

@@ -225,9 +225,9 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
                     precision=options.precision, compiled=options.compile)
     loss.to(place.device, memory_format=memory_format(place.device, options.precision))
     # A batch of one domain, or a step on one term, leaves other weights without a gradient.
-    unused = (has_idle_weights(student, options) or len(plan_step(options).trained) > 1
-              or options.steps_per_batch > 1 and len(terms) > 1)
-    wrapped = wrap(loss, place, options.parallel, unused)
+    plan = plan_step(options)
+    unused = has_idle_weights(student, options) or plan.turns > 1 or options.steps_per_batch > 1 and len(terms) > 1
+    wrapped = wrap(loss, place, options.parallel, unused, plan.mixed)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not work with DataParallel; use torchrun --nproc_per_node N train.py ...')
     if place.graphs and isinstance(wrapped, nn.DataParallel):

@@ -97,10 +97,12 @@ def epoch_samples(options, size, sizes):
     """Images per epoch from a training set of `size` images, one of several sets of `sizes` that take turns.
 
     With `--rounds largest`, smaller sets start over, so that every image is seen. With `smallest`, every
-    set gives as many batches as the smallest one has.
+    set gives as many batches as the smallest one has, in mixed batches as many images.
     """
     if options.rounds == 'largest':
         return max(sizes)
+    if plan_step(options).mixed:
+        return min(sizes)
     rounds = -(-min(sizes) // options.batch_size)
     return min(size, rounds * options.batch_size)
 
@@ -113,6 +115,12 @@ def dataset(options, domain, split):
     if options.skip_bad_files:
         leave_out_bad_files(data, max(1, options.num_workers))
     return cached(data, options.cache) if options.cache else data
+
+
+def joined(parts, seed, epoch, place):
+    """What `on_device` returns for a batch of one or more parts, [(DomainData, what its loader yields), ...]."""
+    images, labels = zip(*(on_device(data, batch, seed, epoch, place) for data, batch in parts))
+    return (images[0], labels[0]) if len(parts) == 1 else (torch.cat(images), torch.cat(labels))
 
 
 def on_device(data, batch, seed, epoch, place):
@@ -141,18 +149,22 @@ def leave_out_bad_files(data, workers):
 
 
 def check_batch_size(options, place):
-    """UserError if --batch-size does not divide among the processes."""
-    if options.batch_size % place.world:
-        fewer = options.batch_size // place.world * place.world
-        raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes; use '
-                        + (f'{fewer} or ' if fewer else '') + f'{fewer + place.world}')
+    """UserError if --batch-size does not divide among the processes and, in mixed batches, the domains."""
+    sharing = plan_step(options).sharing
+    shares = place.world * sharing
+    if options.batch_size % shares:
+        fewer = options.batch_size // shares * shares
+        factors = {'processes': place.world, 'domains': sharing}
+        among = ' times '.join(f'{count} {name}' for name, count in factors.items() if count > 1)
+        raise UserError(f'--batch-size {options.batch_size} does not divide among {among}; use '
+                        + (f'{fewer} or ' if fewer else '') + f'{fewer + shares}')
 
 
 def train_loader(options, place, data, sizes):
     """Loader over the training set `data`, one of several sets of `sizes` images."""
     samples = epoch_samples(options, len(data), sizes)
-    batches = TrainBatches(len(data), options.batch_size, options.seed, samples, options.limit_batches,
-                           place.rank, place.world)
+    size = options.batch_size // plan_step(options).sharing
+    batches = TrainBatches(len(data), size, options.seed, samples, options.limit_batches, place.rank, place.world)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
 
 

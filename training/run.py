@@ -13,6 +13,7 @@ from mdil.models import checkpoint, unchanged
 from mdil.models.layouts import faults
 from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import building, digest, domain_data, resume
+from mdil.training.plan import plan_step
 from mdil.utils.errors import UserError, brief
 from mdil.utils.fetch import Fetched
 from mdil.utils.files import remove_leftovers, same_file
@@ -62,15 +63,14 @@ def seed_dropout(*numbers):
 
 
 class Batch(NamedTuple):
-    """A batch that was trained on: its losses, the pairs of its data set, and its sample numbers."""
+    """A batch that was trained on: its losses, and (pairs of a data set, sample numbers) of each of its parts."""
     losses: Fetched
-    pairs: tuple
-    samples: torch.Tensor
+    parts: list
 
     @property
     def files(self):
         """Paths of its images."""
-        return [str(self.pairs[sample % len(self.pairs)].image) for sample in self.samples.tolist()]
+        return [str(pairs[sample % len(pairs)].image) for pairs, samples in self.parts for sample in samples.tolist()]
 
 
 class Run:
@@ -87,7 +87,7 @@ class Run:
     def __init__(self, options, place, saved=None):
         building.seed_everything(options.seed, options.deterministic)
         building.set_tf32(options.recipe != 'released')
-        self.options, self.place = options, place
+        self.options, self.place, self.plan = options, place, plan_step(options)
         resume.check_places(self.folder, WRITTEN)
         if place.main:
             remove_leftovers(self.folder, WRITTEN)
@@ -140,6 +140,11 @@ class Run:
         return [data for data in self.data if data.train is not None]
 
     @property
+    def batches(self):
+        """Number of batches in an epoch."""
+        return self.plan.turns * len(self.trained[0].train)
+
+    @property
     def learnt(self):
         """Names of the domains that this step trains."""
         return [data.domain.name for data in self.trained]
@@ -153,19 +158,20 @@ class Run:
         """Sets sample order, augmentation and dropout for the epoch after the finished ones."""
         for data in self.trained:
             sampler = data.train.batch_sampler
-            sampler.epoch, sampler.start = self.epoch + 1, self.batch // len(self.trained)
+            sampler.epoch, sampler.start = self.epoch + 1, self.batch // self.plan.turns
         if self.batch == 0:
             self.totals = {}
             seed_dropout(self.options.seed, self.epoch + 1, self.place.rank)
         self.step_loss.train()
 
-    def add(self, losses, data, batch):
-        """Counts a batch of `data` with the losses from `train_batch`; checks the one before, which is done by now."""
+    def add(self, losses, parts):
+        """Counts a batch with the losses from `train_batch`; checks the one before, which is done by now."""
         device = self.place.device
         losses = {name: value.to(device, wide_type(device)) for name, value in losses.items()}
         self.check_last()
         self.totals = {name: self.totals.get(name, 0) + value for name, value in losses.items()}
-        self.batch, self.last = self.batch + 1, Batch(Fetched(losses), data.train.dataset.pairs, batch[2])
+        images = [(data.train.dataset.pairs, samples) for data, (*_, samples) in parts]
+        self.batch, self.last = self.batch + 1, Batch(Fetched(losses), images)
 
     def check_last(self):
         """Waits for the last batch; UserError that names its files if its loss is not finite."""
@@ -235,7 +241,7 @@ class Run:
     def check_fit(self, state):
         """ValueError unless every part of `state` has the form of this run's own and valid values."""
         # fp16 skips the step of a batch whose scaled gradients overflow.
-        stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= len(self.trained))
+        stepped = not self.scaler.is_enabled() and (state['epoch'] > 0 or state['batch'] >= self.plan.turns)
         complete = stepped and not building.has_idle_weights(self.student, self.options)
         resume.check_optimizer(state['optimizer'], self.optimizer, complete)
         resume.check_scaler(state['scaler'], self.scaler)
@@ -247,9 +253,8 @@ class Run:
         lacking = self.loss_names - state['totals'].keys()
         if state['batch'] and lacking:
             raise ValueError(f'it has no sum of the loss term {min(lacking)}')
-        batches = len(self.trained) * len(self.trained[0].train)
-        if state['batch'] > batches:
-            raise ValueError(f'batch {state["batch"]} of {batches} in an epoch')
+        if state['batch'] > self.batches:
+            raise ValueError(f'batch {state["batch"]} of {self.batches} in an epoch')
 
     def save(self, best=False):
         """Writes the checkpoint and keeps the previous one; with `best`, also writes the best model."""

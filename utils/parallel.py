@@ -243,11 +243,12 @@ class DataParallel(nn.DataParallel):
         return [done.result() for done in waiting]
 
 
-def wrap(task, place, parallel, unused=False):
+def wrap(task, place, parallel, unused=False, mixed=False):
     """Wraps the task for several devices: DDP under torchrun, DataParallel on several GPUs, else unchanged.
 
     unused: whether some batches leave trainable parameters without a gradient. DataParallel would
     give them a gradient of zeros, and Adam would still move them, so one GPU is used instead.
+    mixed: whether the domains share each batch. DataParallel would give a GPU images of some of them.
     """
     if dist.is_initialized() and place.world > 1:
         devices = [place.device] if place.device.type == 'cuda' else None
@@ -259,10 +260,11 @@ def wrap(task, place, parallel, unused=False):
     several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
     if not several or parallel not in ('auto', 'dp'):
         return task
-    if not unused:
+    if not (unused or mixed):
         return DataParallel(task)
-    print('using one GPU, because DataParallel would move weights that a batch does not use; to use all: '
-          'torchrun --nproc_per_node N train.py ...', file=sys.stderr)
+    reason = 'split a mixed batch by domain' if mixed else 'move weights that a batch does not use'
+    print(f'using one GPU, because DataParallel would {reason}; to use all: torchrun --nproc_per_node N train.py ...',
+          file=sys.stderr)
     return task
 
 
