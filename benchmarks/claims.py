@@ -156,6 +156,12 @@ def published_loops():
     for name in REVERSE.split()[:2]:
         yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', recovered(
             'released', 'kept', name, file='released-order2', order=REVERSE)
+    for where, order, source in (('', FIRST, file), (', reverse order', REVERSE, 'released-order2')):
+        for words, column in (('', TRAINED), (', old statistics restored', 'kept')):
+            yield from changed(f'published loops{words}{where}', scores(source, 'released', order, column),
+                               copies_of(source, 'released', order), order)
+        yield from changed(f'fine-tuning at 5e-4{where}', scores('orders', 'fine-tune', order),
+                           copies_of('orders', 'fine-tune', order), order)
     for words, order in ORDERS.items():
         before, after = repaired(order)
         for name in order.split()[:-1]:
@@ -177,6 +183,12 @@ def against(words, one, other, names):
         yield f'{words}, {TITLES[name]}', points(one, other, name)
 
 
+def changed(words, found, learnt, order):
+    """Claims about how far the old domains are after step 3 from what they were when learnt."""
+    for name in order.split()[:2]:
+        yield f'{words}, after step 3 minus when learnt, {TITLES[name]}', points(found, learnt, name)
+
+
 def fine_tuning(file, plain, separate, own, order=FIRST):
     """Claims about fine-tuning in a stored file and its copies.
 
@@ -184,6 +196,7 @@ def fine_tuning(file, plain, separate, own, order=FIRST):
     """
     copies, tuned, names = copies_of(file, TUNED, order), scores(file, TUNED, order), order.split()
     where = '' if order == FIRST else ', reverse order'
+    yield from changed(f'fine-tuning{where}', tuned, copies, order)
     yield f'fine-tuning against separate networks{where}', relative(tuned, separate)
     yield f'fine-tuned copies against separate networks{where}', relative(copies, separate)
     yield from against(f'fine-tuned copies against plain separate networks{where}', copies, plain, names[1:])
@@ -271,19 +284,17 @@ def corrected_loops(order, rows, plain, own, published):
 
     plain, own: scores of plain separate networks and of adapters-only; published: stored file of the published loops.
     """
-    where = '' if order == FIRST else ', reverse order,'
+    where = '' if order == FIRST else ', reverse order'
     for words, (file, row) in rows.items():
         found = scores(file, row, order)
-        yield f'{words}{where} against plain separate networks', relative(found, plain)
-        yield from against(f'{words}{where} against `adapters-only`', found, own, order.split())
-        for name in order.split()[:2]:
-            yield f'{words}{where or ","} after step 3 minus when learnt, {TITLES[name]}', points(
-                found, copies_of(file, row, order), name)
+        yield f'{words}{where}, against plain separate networks', relative(found, plain)
+        yield from against(f'{words}{where}, against `adapters-only`', found, own, order.split())
+        yield from changed(f'{words}{where}', found, copies_of(file, row, order), order)
     words, (file, row) = next(iter(rows.items()))
     for name in order.split():
-        yield f'{words}{where} against `released`, {TITLES[name]}', points(
+        yield f'{words}{where}, against `released`, {TITLES[name]}', points(
             scores(file, row, order), scores(published, 'released', order), name)
-    yield f'{words}{where} against `released`, old statistics kept', relative(
+    yield f'{words}{where}, against `released`, old statistics kept', relative(
         scores(file, row, order), scores(published, 'released', order, 'kept'))
 
 
