@@ -35,13 +35,13 @@ from mdil.utils.parallel import agreed, broadcast_buffers, reduced, session, sha
 
 
 def train_batch(run, images, labels, domain):
-    """Trains on one batch of domain number `domain`; returns {'loss' and each term's name: value}, 0-d tensors.
+    """Trains on a batch of domain number `domain` (None: mixed); returns {'loss' and each term's name: value}, 0-d.
 
     loss = sum of weight * term, by default ce + lambda * kd: the cross-entropy of the new
     domain, plus the distances to the teacher in the branches of the old domains. Takes one
     optimiser step on the loss, or one on each term. images (B, 3, H, W) uint8 and labels
     (B, H, W) uint8 are on the device; nothing here waits for it. Fused optimisers skip a step if the loss
-    so far is not finite. domain: None for a mixed batch.
+    so far is not finite.
     """
     values = {term.name: 0.0 for term in run.terms}
     for parts in optimizer_steps(run):
@@ -85,8 +85,8 @@ def train_epoch(run, interrupt):
                desc=f'epoch {run.epoch + 1}/{run.options.num_epochs}', disable=None if run.place.main else True)
     with bar:
         for parts in batches(run):
-            images, labels = domain_data.joined(parts, run.options.seed, run.epoch + 1, run.place)
-            losses = step(images, labels, None if run.plan.mixed else parts[0][0].index)
+            images, labels, domain = domain_data.joined(parts, run.options.seed, run.epoch + 1, run.place)
+            losses = step(images, labels, domain)
             images_seen += len(images) * run.place.world
             rate = images_seen / (time.perf_counter() - start)
             bar.update()
@@ -199,7 +199,7 @@ def begin(options, place, saved):
     name = f', {options.model_name_suffix}' if options.model_name_suffix else ''
     print(f'learning {", ".join(run.learnt)} ({options.method}, {options.network}{name}) at '
           f'{options.width}x{options.height} on {place.device}: {run.loaded}')
-    shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn)
+    shared = sharing(run.step_loss, place, options.batch_size, options.sync_bn, run.plan.domains_per_batch)
     if shared:
         print(shared)
     for data in run.trained:

@@ -33,16 +33,16 @@ ALIKE = '--lr 1e-3 --no-dropout'        # of "Short training at 1e-3 without dro
 PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
          '`mdil` at 1e-3, shared 5e-5, lambda 1': ('mdil-shared', f'mdil {ALIKE} --shared-lr 5e-5 --lambdac 1'),
          '`mdil` at 1e-3, shared 5e-4, lambda 10': ('mdil-rates', f'mdil {ALIKE} --shared-lr 5e-4 --lambdac 10')}
-# The first two in the reverse order.
+# The same in the reverse order.
 REVERSED = {words: (file, row) for (words, (_, row)), file in
-            zip(PAPER.items(), ('released-order2', 'mdil-shared-order2'))}
+            zip(PAPER.items(), ('released-order2', 'mdil-shared-order2', 'mdil-rates-order2'))}
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
-VALIDATED = ('mdil-shared', 'mdil-shared-order2', 'released-order2', 'fast-fine-tune-order2',
-             'toy-released')         # files that have both
+VALIDATED = ('joint-mixed', 'mdil-shared', 'mdil-shared-order2', 'mdil-rates-order2', 'released-order2',
+             'fast-fine-tune-order2', 'toy-released')         # files that have both
 
 
 class Scores(NamedTuple):
@@ -273,6 +273,13 @@ def one_rate():
     yield '`multi-task`, statistics estimated per domain, against as trained', relative(joint('estimated'), joint())
     yield '`multi-task-domain-bn` against plain separate networks', relative(
         scores(three, f'multi-task-domain-bn {ALIKE}', FIRST), plain)
+    mixed = scores('joint-mixed', f'multi-task-mixed {ALIKE}')
+    yield '`multi-task-mixed` against `multi-task`', relative(mixed, joint())
+    yield '`multi-task-mixed` against `multi-task`, statistics estimated per domain', relative(
+        mixed, joint('estimated'))
+    yield '`multi-task-mixed` against plain separate networks', relative(mixed, plain)
+    yield '`multi-task-mixed` against separate networks', relative(mixed, separate)
+    yield from against('`adapters-only` against `multi-task-mixed`', own, mixed, FIRST.split())
     joint_adapters = scores(three, f'multi-task-adapters {ALIKE}', FIRST)
     yield '`multi-task-adapters` against plain separate networks', relative(joint_adapters, plain)
     yield '`multi-task-adapters` against separate networks', relative(joint_adapters, separate)

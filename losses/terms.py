@@ -16,11 +16,13 @@ class LossTerm(nn.Module):
     weight: its factor in the loss.
     needs_teacher: whether it uses the frozen model of the previous step. Steps without a previous one leave
         it out.
+    mixed: whether it is for batches of images of all domains; then all terms of its method must be.
 
     `setup` may register buffers. They are not saved, because a resumed run calls `setup` again.
     """
     name = None
     needs_teacher = False
+    mixed = False
 
     def __init__(self, options):
         """options: the complete options of train.py."""
@@ -52,7 +54,7 @@ class LossTerm(nn.Module):
         step: the StepLoss, which has `student`, `teacher` (or None) and `class_weights(domain)`.
         images: (B, 3, H, W) floats in [0, 1].
         labels: (B, H, W) uint8 class indices of the domain with index `domain`.
-        domain: None in a mixed batch, whose first B/n images are of the first of n domains, and so on.
+        domain: None if the term is `mixed`: the first B/n images are of the first of n domains, and so on.
         part: one of those that `parts` returns.
 
         The code must not wait for the device (no `.item()`, no `if tensor`).
@@ -70,17 +72,16 @@ class CrossEntropy(LossTerm):
 
 class MixedCrossEntropy(LossTerm):
     """Weighted cross-entropy of a mixed batch: each image has the classes and weights of its domain."""
-    name = 'ce'
+    name, mixed = 'ce', True
 
     def setup(self, run):
-        view = run.student.mixed()
-        self.logits = lambda images: view(images)       # not a module of this one: its modules are the student's
+        self.logits = run.student.mixed().forward       # a method: a module would count as one of the term's own
 
     def forward(self, step, images, labels, domain, part):
         counts = step.student.num_classes
-        parts = zip(self.logits(images).chunk(len(counts)), labels.long().chunk(len(counts)), counts)
+        by_domain = (tensor.unflatten(0, (len(counts), -1)) for tensor in (self.logits(images), labels.long()))
         totals, masses = zip(*(cross_entropy_parts(logits[:, :count], truth, step.class_weights(index))
-                               for index, (logits, truth, count) in enumerate(parts)))
+                               for index, (logits, truth, count) in enumerate(zip(*by_domain, counts))))
         return sum(totals), sum(masses)
 
 

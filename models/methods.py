@@ -20,8 +20,6 @@ class Method:
     lr: learning rate after the first domain, of new branches and of shared weights that learn in full.
     dropout: whether the student uses dropout, in the layers that train, after the first domain.
     joint: whether all domains are learnt at once instead of one after another.
-    mixed: whether each batch of a joint method has images of all domains, and not of one domain in turn; needs
-        a term for such batches, as MixedCrossEntropy.
     one_domain: whether the network knows one domain only.
     uses: options of train.py that only some methods use and this one does; training.options refuses the
         others.
@@ -34,9 +32,17 @@ class Method:
     lr: float = 5e-4
     dropout: bool = True
     joint: bool = False
-    mixed: bool = False
     one_domain: bool = False
     uses: tuple = ()
+
+    def __post_init__(self):
+        if self.mixed and not (self.joint and all(term.mixed for term in self.terms)):
+            raise ValueError('terms for mixed batches go together, in a joint method')
+
+    @property
+    def mixed(self):
+        """Whether each batch has images of all domains, and not of one domain in turn."""
+        return any(term.mixed for term in self.terms)
 
     @property
     def plain(self):
@@ -77,7 +83,7 @@ METHODS = {
                          uses=JOINT),
     'multi-task-domain-bn': Method('multi-task with batch norms per domain, as its batches are of one domain each',
                                    domain_bn=True, joint=True, shared='divided', uses=JOINT),
-    'multi-task-mixed': Method('multi-task with images of all domains in every batch', joint=True, mixed=True,
+    'multi-task-mixed': Method('multi-task with images of all domains in every batch', joint=True,
                                terms=(MixedCrossEntropy,), uses=JOINT),
     'multi-task-adapters': Method("multi-task with the paper's network: adapters, batch norms and a decoder per domain",
                                   adapter='parallel', domain_bn=True, joint=True, shared='divided', uses=JOINT),

@@ -33,17 +33,17 @@ def divide(network, domain_bn):
     contains a domain's modules also holds tensors of its own: these could not be shared.
     """
     kinds = (_BatchNorm, _DropoutNd) if domain_bn else ()
-    own, mixed = {}, {''}
+    own, containers = {}, {''}
     for name, module in network.named_modules():
         ancestors = [name[:place] for place, letter in enumerate(name) if letter == '.']
         if own.keys() & set(ancestors):
             continue
         if name in network.heads or getattr(module, 'per_domain', False) or isinstance(module, kinds):
             own[name] = module
-            mixed.update(ancestors)
+            containers.update(ancestors)
     shared = {name: module for name, module in network.named_modules()
-              if name not in mixed and name not in own and name.rpartition('.')[0] in mixed}
-    for name in sorted(mixed):
+              if name not in containers and name not in own and name.rpartition('.')[0] in containers}
+    for name in sorted(containers):
         module = network.get_submodule(name)
         for tensor, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             raise ValueError(f'{tensor} lies directly in {name or "the network"}, among modules of a domain; '
@@ -87,12 +87,13 @@ class MultiDomainNet(nn.Module):
         """A view of all n domains, for batches of B/n images of each, in the order of the domains.
 
         It returns logits (B, most classes of any domain, H, W), 0 beyond the classes of an image's domain.
-        Its modules are those of the other views; a domain's own see its part of the batch alone.
+        Its modules are those of the other views; a domain's own see its part of the batch alone. RuntimeError
+        if n does not divide B.
         """
         owns = [divide(view, self.domain_bn)[0] for view in self.views]
         # deepcopy takes what is in the memo as already copied.
         memo = {id(module): module for module in self.shared()}
-        memo.update((id(module), EachItsPart([own[name] for own in owns])) for name, module in owns[0].items())
+        memo.update((id(module), PartByPart([own[name] for own in owns])) for name, module in owns[0].items())
         return copy.deepcopy(self.views[0], memo)
 
     @property
@@ -218,21 +219,22 @@ class MultiDomainNet(nn.Module):
         return super().load_state_dict({**views, **{name: state_dict[name] for name in surplus}}, strict, assign)
 
 
-class EachItsPart(nn.Module):
+class PartByPart(nn.Module):
     """Hands the first of n modules the first n-th of a batch, and so on, and joins what they return.
 
-    The input may be a tensor, or lists and dicts of tensors; the output is one tensor, of the most channels of any
-    module's.
+    Arguments may be tensors, or lists and dicts of tensors. The output is one tensor (B, C, ...), with the most
+    channels C of any module's, 0 where a module has fewer.
     """
 
     def __init__(self, modules):
         super().__init__()
         self.each = nn.ModuleList(modules)
 
-    def forward(self, batch):
-        found = [module(part_of(batch, number, len(self.each))) for number, module in enumerate(self.each)]
+    def forward(self, *batch):
+        found = [module(*part_of(batch, number, len(self.each))) for number, module in enumerate(self.each)]
         most = max(part.shape[1] for part in found)
-        return torch.cat([pad(part, (0, 0, 0, 0, 0, most - part.shape[1])) for part in found])
+        return torch.cat([part if part.shape[1] == most else pad(part, (0, 0, 0, 0, 0, most - part.shape[1]))
+                          for part in found])
 
 
 def part_of(batch, number, count):
@@ -241,7 +243,7 @@ def part_of(batch, number, count):
         return {name: part_of(value, number, count) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         return [part_of(value, number, count) for value in batch]
-    return batch.chunk(count)[number]
+    return batch.unflatten(0, (count, -1))[number] if isinstance(batch, torch.Tensor) else batch
 
 
 def output_layer_like(layer, num_classes):

@@ -160,7 +160,9 @@ def learn_until(monkeypatch, toy, folder, batches, arguments):
 
 @pytest.mark.usefixtures('shallow')
 @pytest.mark.parametrize('method, stops', [('mdil', [(0, 1), (2, 1), (2, 1)]), ('multi-task', [(0, 3)]), ('lwf', [(0, 2)]),
-                                           *((name, [(0, 1)]) for name in METHODS if name not in ('mdil', 'multi-task', 'lwf'))])
+                                           ('multi-task-mixed', [(0, 1), (2, 2)]),
+                                           *((name, [(0, 1)]) for name in METHODS
+                                             if name not in ('mdil', 'multi-task', 'multi-task-mixed', 'lwf'))])
 def test_interrupted_equals_straight(monkeypatch, toy, tmp_path, method, stops):
     """Within the first epoch, between the epochs (2 batches each, 4 of multi-task), within the second.
 

@@ -69,8 +69,7 @@ def losses_of(method, seed, roads, folder, *arguments):
 
 def loss_of(run, parts):
     """The loss of a batch, from which the run learns."""
-    images, labels = domain_data.joined(parts, run.options.seed, 1, run.place)
-    domain = None if run.plan.mixed else parts[0][0].index
+    images, labels, domain = domain_data.joined(parts, run.options.seed, 1, run.place)
     return train.train_batch(run, images.double() / 255, labels, domain)['loss'].item()
 
 

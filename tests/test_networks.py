@@ -250,7 +250,7 @@ def test_unknown_networks_and_those_without_batch_norms_are_refused(monkeypatch)
 def test_a_last_batch_of_one_image_is_refused_where_a_batch_norm_follows_pooling(toy, tmp_path):
     """8 images in batches of 7; LR-ASPP has no such batch norm."""
     step = '--domains', 'CS', '--batch-size', '7', '--limit-batches', '9'
-    with pytest.raises(UserError, match='one image of 64x64 .* of deeplabv3_mobilenet_v3_large one value; choose a --batch-size'):
+    with pytest.raises(UserError, match='one image at 64x64 .* of deeplabv3_mobilenet_v3_large one value; choose a --batch-size'):
         learn(toy, tmp_path / 'x', *step, '--network', 'deeplabv3_mobilenet_v3_large')
     learn(toy, tmp_path / 'y', *step, '--network', LRASPP)
 

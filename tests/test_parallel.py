@@ -12,6 +12,7 @@ from torch import nn
 
 from mdil import train
 from mdil.benchmarks import speed
+from mdil.models import build_model
 from mdil.models.erfnet import Downsampler
 from mdil.training import building
 from mdil.training.options import parse_train
@@ -34,10 +35,19 @@ def two_gpus(monkeypatch):
 def test_data_parallel_is_left_to_steps_that_use_every_weight(two_gpus, way, capsys):
     task = nn.Linear(2, 2)
     assert isinstance(parallel.wrap(task, two_gpus, way), nn.DataParallel) and not capsys.readouterr().err
-    assert parallel.wrap(task, two_gpus, way, unused=True) is task
-    assert 'would move weights that a batch does not use; to use all: torchrun' in capsys.readouterr().err
-    assert parallel.wrap(task, two_gpus, way, mixed=True) is task
-    assert 'would split a mixed batch by domain; to use all: torchrun' in capsys.readouterr().err
+    assert parallel.wrap(task, two_gpus, way, against='err') is task
+    assert 'because DataParallel would err; to use all: torchrun' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('method, domains, reason', [
+    ('multi-task-mixed', 'CS BDD', 'split a mixed batch by domain'), ('multi-task-mixed', 'CS', ''),
+    ('multi-task', 'CS BDD', 'move weights that a batch does not use'), ('multi-task', 'CS', '')])
+def test_joint_training_of_several_domains_uses_one_gpu_without_torchrun(method, domains, reason, monkeypatch):
+    options, asked = parse_train(['--savedir', 'x', '--method', method, '--domains', *domains.split()]), []
+    monkeypatch.setattr(building, 'wrap', lambda task, place, ways, unused, against: asked.append((unused, against)))
+    student = build_model([20] * len(options.domains), method)
+    building.build_step_loss(student, None, [torch.ones(20)] * len(options.domains), [], options, Place(torch.device('cpu')))
+    assert asked == [(method == 'multi-task' and bool(reason), reason)]
 
 
 def test_each_gpu_keeps_its_thread_in_data_parallel(two_gpus, monkeypatch):

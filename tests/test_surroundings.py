@@ -141,7 +141,7 @@ def test_the_names_of_what_is_not_finite():
 def test_one_image_of_one_value_more_than_fits_is_refused(toy):
     options = parse_train(['--domains', 'CS', '--savedir', 'S', '--data-root', str(toy), '--height', '8', '--width', '8',
                            '--num-workers', '0', '--batch-size', '7', '--class-weights', 'none'])
-    with pytest.raises(UserError, match='last batch .* one image of 8x8.* enlarge --height'):
+    with pytest.raises(UserError, match='last batch .* one image at 8x8.* enlarge --height'):
         Run(options, Place(CPU))
     options.batch_size = 6
     Run(options, Place(CPU))

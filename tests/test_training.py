@@ -1,4 +1,5 @@
 """One training step of every method: what must move moves, what is frozen stays to the last bit."""
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -7,11 +8,15 @@ import torch
 
 from mdil import train
 from mdil.datasets import get_domain
+from mdil.losses.terms import CrossEntropy, MixedCrossEntropy
 from mdil.models import METHODS, build_model
-from mdil.models.multi_domain import batch_norms_of
+from mdil.models.methods import Method
+from mdil.models.multi_domain import PartByPart, batch_norms_of
+from mdil.models.networks import DEFAULT as ERFNET
 from mdil.training import building, domain_data
 from mdil.training.options import parse_train
 from mdil.training.plan import plan_step
+from mdil.training.run import Run
 from mdil.training.schedules import one_cycle
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
@@ -203,23 +208,75 @@ def test_mixed_batches_have_as_many_images_of_every_domain(toy):
     assert [[entry.index for entry, _ in parts] for parts in seen] == [[0, 1]] * 4
     numbers = [[number % size for parts in seen for number in parts[index][1][2].tolist()] for index, size in enumerate((3, 8))]
     assert sorted(numbers[1]) == list(range(8)) and len(numbers[0]) == 8 and set(numbers[0]) == {0, 1, 2}
-    images, labels = domain_data.joined(seen[0], 0, 1, place)
-    assert images.shape == (4, 3, 32, 64) and torch.equal(images[2:], seen[0][1][1][0])
-    assert labels[:2].max() <= 19 and torch.equal(labels[2:], seen[0][1][1][1])
+    images, labels, domain = domain_data.joined(seen[0], 0, 1, place)
+    (_, (first, of_first, _)), (_, (second, of_second, _)) = seen[0]
+    assert torch.equal(images, torch.cat([first, second])) and torch.equal(labels, torch.cat([of_first, of_second]))
+    assert domain is None and domain_data.joined(seen[0][:1], 0, 1, place)[2] == 0
+    run = Run.__new__(Run)
+    run.data, run.plan, run.place, run.batch, run.totals, run.last, run.epoch = data, plan_step(options), place, 0, {}, None, 0
+    assert run.batches == 4
+    run.add({'loss': torch.tensor(float('nan'))}, seen[0])
+    with pytest.raises(UserError) as error:
+        run.check_last()
+    assert [str(error.value).count(folder) for folder in ('/cityscapes/', '/IDD_Segmentation/')] == [2, 2]
 
 
-@pytest.mark.parametrize('given, world, message', [
-    ('5', 1, 'does not divide among 2 domains; use 4 or 6'), ('2', 2, 'does not divide among 2 processes times 2 domains; use 4$')])
-def test_mixed_batches_divide_among_processes_and_domains(given, world, message):
-    with pytest.raises(UserError, match=message):
-        domain_data.check_batch_size(parse_train([*MIXED, '--batch-size', given]), Place(torch.device('cpu'), 0, world))
+def test_each_part_of_a_mixed_batch_is_augmented_by_its_domain(toy):
+    """On the device as in the loaders: the void of what a shift uncovers is that of the image's domain."""
+    labels = []
+    for where in ('workers', 'device'):
+        options = parse_train([*MIXED, '--data-root', str(toy), '--batch-size', '8', '--augment', where])
+        place = Place(torch.device('cpu'))
+        data = domain_data.build_data(options, place)
+        parts = next(train.batches(SimpleNamespace(trained=data, batch=0, plan=plan_step(options))))
+        labels.append(domain_data.joined(parts, options.seed, 1, place)[1])
+    assert torch.equal(*labels) and (labels[0][:4] == 19).any() and (labels[0][4:] == 26).any()
 
 
-@pytest.mark.parametrize('method', ['multi-task-mixed', 'multi-task-adapters'])
-def test_a_mixed_view_is_the_view_of_each_images_domain(method):
-    """Also with batch norms and adapters of each domain's own."""
+def test_mixed_batches_divide_among_processes_and_domains():
+    with pytest.raises(UserError, match='--batch-size 5 is not a multiple of 2: .* 2 domains share each batch; use 6$'):
+        parse_train([*MIXED, '--batch-size', '5'])
+    with pytest.raises(UserError, match='does not divide among 2 processes with images of 2 domains each; use 4$'):
+        domain_data.check_batch_size(parse_train([*MIXED, '--batch-size', '2']), Place(torch.device('cpu'), 0, 2))
+
+
+def test_a_mixed_batch_with_one_image_of_each_domain_suits_some_networks():
+    """MobileNet's shared norms see three images then, DeepLab's pooled ones, in the head, one."""
+    sampler = SimpleNamespace(fewest=1, samples=8)
+    data = [SimpleNamespace(index=index, train=SimpleNamespace(batch_sampler=sampler)) for index in range(3)]
+    arguments = [*MIXED, '--domains', 'CS', 'BDD', 'IDD', '--batch-size', '3', '--width', '32', '--network']
+    for network, fits in (('lraspp_mobilenet_v3_large', True), ('deeplabv3_mobilenet_v3_large', False)):
+        options = parse_train([*arguments, network])
+        student = build_model([20, 20, 27], options.method, network)
+        with contextlib.nullcontext() if fits else pytest.raises(
+                UserError, match='has one image of each domain at 32x32 .* at least 6 per device that does not leave one'):
+            building.check_batches(student, data, options, 1)
+
+
+def test_terms_for_mixed_batches_go_together_in_a_joint_method():
+    for given in ({'joint': True, 'terms': (CrossEntropy, MixedCrossEntropy)}, {'terms': (MixedCrossEntropy,)}):
+        with pytest.raises(ValueError, match='terms for mixed batches go together, in a joint method'):
+            Method('', **given)
+
+
+def test_part_by_part_hands_on_what_is_not_a_tensor_and_refuses_unequal_parts():
+    class Scaled(torch.nn.Module):
+        def forward(self, maps, factor):
+            return maps['fine'] * factor + maps['coarse'][0]
+
+    joined = PartByPart([Scaled(), Scaled()])
+    one, other = torch.rand(4, 3), torch.rand(4, 3)
+    assert torch.equal(joined({'fine': one, 'coarse': [other]}, 2), one * 2 + other)
+    with pytest.raises(RuntimeError):
+        joined({'fine': one[:3], 'coarse': [other[:3]]}, 2)
+
+
+@pytest.mark.parametrize('method, network', [('multi-task-mixed', ERFNET), ('multi-task-adapters', ERFNET),
+                                             ('multi-task-mixed', 'lraspp_mobilenet_v3_large')])
+def test_a_mixed_view_is_the_view_of_each_images_domain(method, network):
+    """Also with batch norms and adapters of each domain's own, and a head that takes several feature maps."""
     torch.manual_seed(0)
-    model = build_model([20, 27, 12], method).eval().double()
+    model = build_model([20, 27, 12], method, network).eval().double()
     images = torch.rand(6, 3, 32, 64, dtype=torch.double)
     view = model.mixed()
     assert {id(tensor) for tensor in view.parameters()} == {id(tensor) for tensor in model.parameters()}

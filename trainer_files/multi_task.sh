@@ -6,15 +6,18 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Joint training on all DOMAINS at once.
+# Joint training on all DOMAINS at once, by every method of METHODS.
 here=$(dirname "${BASH_SOURCE[0]}")/..
 [ -e "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-.}      # sbatch runs a copy
 [ -e "$here/train.py" ] || { echo "error: no train.py in $here: call sbatch in the folder that holds it" >&2; exit 2; }
 cd "$here"
 source trainer_files/common.sh
-read_arguments "Trains on all DOMAINS together (multi-task); results in OUT/multi-task." "$@"
+METHODS=${METHODS:-multi-task}
+read_arguments "Trains on all DOMAINS together by every method of METHODS=\"$METHODS\" (multi-task-mixed, ...); results in OUT/<method>." "$@"
 set_metric
-# shellcheck disable=SC2086
-run_train "$OUT/multi-task/all" "$(epochs_of 1)" --method multi-task --domains $DOMAINS ${first[@]+"${first[@]}"}
-evaluate_states "$OUT/multi-task/results.json" "$(state_of "$OUT/multi-task/all")"
-write_report "$OUT/multi-task"
+for method in $METHODS; do
+    # shellcheck disable=SC2086
+    run_train "$OUT/$method/all" "$(epochs_of 1)" --method "$method" --domains $DOMAINS ${first[@]+"${first[@]}"}
+    evaluate_states "$OUT/$method/results.json" "$(state_of "$OUT/$method/all")"
+    write_report "$OUT/$method"
+done

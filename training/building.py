@@ -147,25 +147,26 @@ def check_batches(student, data, options, replicas):
     data: DomainData of the trained domains.
     replicas: number of devices that share this process's batch.
     """
-    height, width = options.height, options.width
+    plan, height, width = plan_step(options), options.height, options.width
+    least = plan.domains_per_batch
+    one = 'one image' if least == 1 else 'one image of each domain'
+    student.train()
     for domain in data:
-        batch = domain.train.batch_sampler.fewest
-        alone = 1 in map(len, torch.arange(batch).chunk(replicas))
-        if alone and not options.sync_bn and not bears_one_image(student, domain.index, height, width):
-            larger = ('enlarge --height or --width, or '
-                      if bears_one_image(student, domain.index, 16 * height, 16 * width) else '')
-            raise UserError(f'the last batch of an epoch has one image of {width}x{height} on a device, which leaves a '
-                            f'batch norm of {options.network} one value; {larger}choose a --batch-size of at least 2 '
-                            'per device that does not leave one of '
-                            f'{domain.train.batch_sampler.samples} images over')
+        sampler, view = domain.train.batch_sampler, student.mixed() if plan.mixed else student.single(domain.index)
+        alone = 1 in map(len, torch.arange(sampler.fewest).chunk(replicas))
+        if alone and not options.sync_bn and not bears(view, least, height, width):
+            larger = 'enlarge --height or --width, or ' if bears(view, least, 16 * height, 16 * width) else ''
+            raise UserError(f'the last batch of an epoch has {one} at {width}x{height} on a device, which leaves a '
+                            f'batch norm of {options.network} one value; {larger}choose a --batch-size of at least '
+                            f'{2 * least} per device that does not leave {one} of {sampler.samples} over')
 
 
-def bears_one_image(student, domain, height, width):
-    """Whether the training batch norms of a domain's view work with one image of that size. Runs on the meta device."""
-    probe = copy.deepcopy(student.train().single(domain)).to('meta')
+def bears(view, images, height, width):
+    """Whether the batch norms of a training view work with so few images of that size. Runs on the meta device."""
+    probe = copy.deepcopy(view).to('meta')
     try:
         with torch.no_grad():
-            probe(torch.empty(1, 3, height, width, device='meta'))
+            probe(torch.empty(images, 3, height, width, device='meta'))
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
@@ -227,7 +228,9 @@ def build_step_loss(student, teacher, class_weights, terms, options, place):
     # A batch of one domain, or a step on one term, leaves other weights without a gradient.
     plan = plan_step(options)
     unused = has_idle_weights(student, options) or plan.turns > 1 or options.steps_per_batch > 1 and len(terms) > 1
-    wrapped = wrap(loss, place, options.parallel, unused, plan.mixed)
+    against = ('split a mixed batch by domain' if plan.domains_per_batch > 1 else
+               'move weights that a batch does not use' if unused else '')
+    wrapped = wrap(loss, place, options.parallel, unused, against)
     if options.compile and isinstance(wrapped, nn.DataParallel):
         raise UserError('--compile does not work with DataParallel; use torchrun --nproc_per_node N train.py ...')
     if place.graphs and isinstance(wrapped, nn.DataParallel):

@@ -94,10 +94,10 @@ def judge_data(data):
 
 
 def epoch_samples(options, size, sizes):
-    """Images per epoch from a training set of `size` images, one of several sets of `sizes` that take turns.
+    """Images per epoch from a training set of `size` images, one of several sets of `sizes`.
 
     With `--rounds largest`, smaller sets start over, so that every image is seen. With `smallest`, every
-    set gives as many batches as the smallest one has, in mixed batches as many images.
+    set gives as many batches as the smallest one has; if they share batches, as many images.
     """
     if options.rounds == 'largest':
         return max(sizes)
@@ -118,9 +118,14 @@ def dataset(options, domain, split):
 
 
 def joined(parts, seed, epoch, place):
-    """What `on_device` returns for a batch of one or more parts, [(DomainData, what its loader yields), ...]."""
+    """Images, labels and domain number of a batch of parts, [(DomainData, what its loader yields), ...].
+
+    The number is None if the parts are of several domains.
+    """
     images, labels = zip(*(on_device(data, batch, seed, epoch, place) for data, batch in parts))
-    return (images[0], labels[0]) if len(parts) == 1 else (torch.cat(images), torch.cat(labels))
+    if len(parts) == 1:
+        return images[0], labels[0], parts[0][0].index
+    return torch.cat(images), torch.cat(labels), None
 
 
 def on_device(data, batch, seed, epoch, place):
@@ -149,21 +154,20 @@ def leave_out_bad_files(data, workers):
 
 
 def check_batch_size(options, place):
-    """UserError if --batch-size does not divide among the processes and, in mixed batches, the domains."""
-    sharing = plan_step(options).sharing
-    shares = place.world * sharing
+    """UserError if --batch-size does not divide among the processes, each with images of all domains if mixed."""
+    domains = plan_step(options).domains_per_batch
+    shares = place.world * domains
     if options.batch_size % shares:
         fewer = options.batch_size // shares * shares
-        factors = {'processes': place.world, 'domains': sharing}
-        among = ' times '.join(f'{count} {name}' for name, count in factors.items() if count > 1)
-        raise UserError(f'--batch-size {options.batch_size} does not divide among {among}; use '
+        mixed = f' with images of {domains} domains each' if domains > 1 else ''
+        raise UserError(f'--batch-size {options.batch_size} does not divide among {place.world} processes{mixed}; use '
                         + (f'{fewer} or ' if fewer else '') + f'{fewer + shares}')
 
 
 def train_loader(options, place, data, sizes):
     """Loader over the training set `data`, one of several sets of `sizes` images."""
     samples = epoch_samples(options, len(data), sizes)
-    size = options.batch_size // plan_step(options).sharing
+    size = options.batch_size // plan_step(options).domains_per_batch
     batches = TrainBatches(len(data), size, options.seed, samples, options.limit_batches, place.rank, place.world)
     return make_loader(data, batches, options.num_workers, place.device.type == 'cuda')
 

@@ -147,8 +147,8 @@ def method_options(parser):
                        help='label of pixels that a shift uncovers: void, or class 0 on the right and below, '
                             'as published' + by_recipe('label_padding'))
     group.add_argument('--rounds', choices=('largest', 'smallest'),
-                       help='length of a multi-task epoch: as many batches of each domain as the largest or the '
-                            'smallest has' + by_recipe('rounds'))
+                       help='length of a multi-task epoch: as many batches of each domain (mixed: images) as the '
+                            'largest or the smallest has' + by_recipe('rounds'))
     group.add_argument('--schedule', choices=tuple(SCHEDULES),
                        help='learning rate: poly, the published decay, or one-cycle, which rises for a quarter of the '
                             'epochs before it falls' + by_recipe('schedule'))
@@ -348,6 +348,10 @@ def check_domains(options):
     if len(names) > 1 and not method.joint and not options.state:
         raise UserError(f'--state is missing: learning {names[-1]} after {", ".join(names[:-1])} needs the '
                         'checkpoint of that step')
+    if method.mixed and options.batch_size % len(names):
+        raise UserError(f'--batch-size {options.batch_size} is not a multiple of {len(names)}: with --method '
+                        f'{options.method}, {len(names)} domains share each batch; use '
+                        f'{-(-options.batch_size // len(names)) * len(names)}')
     if options.branch_from is not None and (method.joint or options.branch_from not in names[:-1]):
         raise UserError(f'--branch-from {options.branch_from} is not a domain that was trained before {names[-1]}: '
                         + (', '.join(names[:-1]) if names[:-1] and not method.joint else 'there is none'))

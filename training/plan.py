@@ -32,14 +32,14 @@ class StepPlan:
         return any(term.needs_teacher for term in self.terms)
 
     @property
-    def sharing(self):
+    def domains_per_batch(self):
         """How many domains share a batch."""
         return len(self.trained) if self.mixed else 1
 
     @property
     def turns(self):
         """How many batches it takes until every trained domain has had its turn."""
-        return len(self.trained) // self.sharing
+        return len(self.trained) // self.domains_per_batch
 
 
 def plan_step(options):

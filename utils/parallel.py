@@ -243,12 +243,12 @@ class DataParallel(nn.DataParallel):
         return [done.result() for done in waiting]
 
 
-def wrap(task, place, parallel, unused=False, mixed=False):
+def wrap(task, place, parallel, unused=False, against=''):
     """Wraps the task for several devices: DDP under torchrun, DataParallel on several GPUs, else unchanged.
 
     unused: whether some batches leave trainable parameters without a gradient. DataParallel would
-    give them a gradient of zeros, and Adam would still move them, so one GPU is used instead.
-    mixed: whether the domains share each batch. DataParallel would give a GPU images of some of them.
+    give them a gradient of zeros, and Adam would still move them.
+    against: what DataParallel would do wrong, in words; then one GPU is used instead.
     """
     if dist.is_initialized() and place.world > 1:
         devices = [place.device] if place.device.type == 'cuda' else None
@@ -260,21 +260,24 @@ def wrap(task, place, parallel, unused=False, mixed=False):
     several = place.device.type == 'cuda' and place.device.index is None and torch.cuda.device_count() > 1
     if not several or parallel not in ('auto', 'dp'):
         return task
-    if not (unused or mixed):
+    if not against:
         return DataParallel(task)
-    reason = 'split a mixed batch by domain' if mixed else 'move weights that a batch does not use'
-    print(f'using one GPU, because DataParallel would {reason}; to use all: torchrun --nproc_per_node N train.py ...',
+    print(f'using one GPU, because DataParallel would {against}; to use all: torchrun --nproc_per_node N train.py ...',
           file=sys.stderr)
     return task
 
 
-def sharing(task, place, batch_size, sync_bn=False):
-    """One line on how devices share a batch; '' for a single device. task: the result of `wrap`."""
+def sharing(task, place, batch_size, sync_bn=False, domains=1):
+    """One line on how devices share a batch; '' for a single device.
+
+    task: the result of `wrap`. domains: how many share the batch.
+    """
     if place.world > 1:
         each = batch_size // place.world
         norms = f'all {batch_size} (--sync-bn)' if sync_bn else f'its {each}'
+        own = f", one of a decoder {(batch_size if sync_bn else each) // domains}" if domains > 1 else ''
         return (f'{place.world} processes take {each} of the {batch_size} images of a batch each; '
-                f'a batch norm sees {norms}')
+                f'a batch norm sees {norms}{own}')
     if not isinstance(task, nn.DataParallel):
         return ''
     parts = [len(part) for part in torch.arange(batch_size).chunk(torch.cuda.device_count())]
