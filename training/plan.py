@@ -16,20 +16,23 @@ class StepPlan:
     frozen: indices of the other domains.
     from_previous: whether the step continues from the model of a previous one.
     shared_frozen: whether the shared weights are frozen.
-    mixed: whether each batch has images of all trained domains, and not of one of them in turn.
     terms: the classes of its loss terms.
     """
     trained: tuple
     frozen: tuple
     from_previous: bool
     shared_frozen: bool
-    mixed: bool = False
     terms: tuple = ()
 
     @property
     def needs_teacher(self):
         """Whether a term uses the frozen model of the previous step."""
         return any(term.needs_teacher for term in self.terms)
+
+    @property
+    def mixed(self):
+        """Whether each batch has images of all trained domains, and not of one of them in turn."""
+        return any(term.mixed for term in self.terms)
 
     @property
     def domains_per_batch(self):
@@ -48,5 +51,5 @@ def plan_step(options):
     trained = tuple(row.trained(range(count)))
     from_previous = len(trained) < count
     plan = StepPlan(trained, tuple(index for index in range(count) if index not in trained), from_previous,
-                    count > 1 and (row.shared == 'frozen' or options.shared_lr == 0), row.mixed)
+                    count > 1 and (row.shared == 'frozen' or options.shared_lr == 0))
     return replace(plan, terms=tuple(term for term in row.terms if term.applies(options, plan)))
