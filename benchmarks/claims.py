@@ -1,10 +1,10 @@
 """Every comparison that docs/results.md makes, computed from the stored results.
 
-    python -m benchmarks.claims
+    python -m benchmarks.claims --markdown docs/comparisons.md
 
-There is a table for each section of the page; the tests compare the two. Each line is a difference between two rows,
-paired by seed. It counts as established if p < 0.01, which is printed in bold. Differences over all domains are in
-Delta_m%, those on single domains and of what is forgotten in points of mIoU.
+There is a table for each section of results.md; the tests check that the page is up to date. Each line is a difference
+between two rows, paired by seed. It counts as established if p < 0.01, which is printed in bold. Differences over all
+domains are in Delta_m%, those on single domains and of what is forgotten in points of mIoU.
 """
 import itertools
 import json
@@ -20,6 +20,7 @@ from mdil.evaluation import tables
 from mdil.evaluation.paired import LIMIT, p_value, student
 from mdil.evaluation.tables import Table, number, spread
 from mdil.utils.errors import run_main
+from mdil.utils.files import write_text
 from mdil.utils.parser import Parser
 
 STORED = Path(__file__).parent / 'results' / 'forgetting'
@@ -39,6 +40,13 @@ REVERSED = {words: (file, row) for (words, (_, row)), file in
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
+HEAD = '''# Every comparison
+
+Written by `python -m benchmarks.claims --markdown docs/comparisons.md` from files in `benchmarks/results/forgetting/`
+(`repair`: one level up), which the last column names. The sections are those of [results](results.md), which explains
+the terms. A difference is of two rows, paired by seed: mean and sample standard deviation over n seeds, with p and the
+95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed.
+'''
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
 VALIDATED = ('joint-mixed', 'mdil-shared', 'mdil-shared-order2', 'mdil-rates-order2', 'released-order2',
@@ -248,53 +256,52 @@ def one_rate():
     """Rows at 1e-3 without dropout."""
     five, three = 'tuned-alike-adapters', 'tuned-alike'
     plain, separate = scores(five, f'single-task {ALIKE}'), scores(five, f'single-task-adapters {ALIKE}')
-    own, joint = scores(five, 'adapters-only', FIRST), partial(scores, three, f'multi-task {ALIKE}', FIRST)
-    yield '`adapters-only` against plain separate networks, first order', relative(own, plain)
-    yield '`adapters-only` against separate networks, first order', relative(own, separate)
-    yield '`adapters-only` against separate networks, reverse order', relative(
-        scores('tuned-alike-order2', 'adapters-only', REVERSE), separate)
+    own, turned = scores(five, 'adapters-only', FIRST), scores('tuned-alike-order2', 'adapters-only', REVERSE)
+
+    def over_both(words, found):
+        yield f'{words} against plain separate networks', relative(found, plain)
+        yield f'{words} against separate networks', relative(found, separate)
     yield 'separate networks against plain ones', relative(separate, plain)
-    yield '`adapters-only` against plain separate networks, reverse order', relative(
-        scores('tuned-alike-order2', 'adapters-only', REVERSE), plain)
-    yield 'fine-tuning against plain separate networks', relative(scores(three, f'fine-tune {ALIKE}', FIRST), plain)
-    yield '`released` against plain separate networks', relative(scores(three, 'released', FIRST), plain)
-    yield '`released`, old statistics kept, against plain separate networks', relative(
-        scores(three, 'released', FIRST, 'kept'), plain)
-    yield from corrected_loops(FIRST, PAPER, plain, own, three)
-    yield '`released`, reverse order, against plain separate networks', relative(
-        scores('released-order2', 'released', REVERSE), plain)
-    yield from corrected_loops(REVERSE, REVERSED, plain, scores('tuned-alike-order2', 'adapters-only', REVERSE),
-                               'released-order2')
+    yield from over_both('`adapters-only`, first order,', own)
+    yield from over_both('`adapters-only`, reverse order,', turned)
+    yield from over_both('fine-tuning', scores(three, f'fine-tune {ALIKE}', FIRST))
+    for words, order, file in (('', FIRST, three), (', reverse order,', REVERSE, 'released-order2')):
+        yield from over_both(f'`released`{words}', scores(file, 'released', order))
+        yield from over_both(f'`released`{words or ","} old statistics kept,', scores(file, 'released', order, 'kept'))
+    for order, rows, other, published in ((FIRST, PAPER, own, three), (REVERSE, REVERSED, turned, 'released-order2')):
+        for words, (file, row) in rows.items():
+            yield from over_both(f'{words}{"" if order == FIRST else ", reverse order"},', scores(file, row, order))
+        yield from corrected_loops(order, rows, other, published)
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
-    yield '`multi-task` against plain separate networks', relative(joint(), plain)
-    yield '`multi-task`, statistics estimated per domain, against plain separate networks', relative(
-        joint('estimated'), plain)
-    yield '`multi-task`, statistics estimated per domain, against as trained', relative(joint('estimated'), joint())
-    yield '`multi-task-domain-bn` against plain separate networks', relative(
-        scores(three, f'multi-task-domain-bn {ALIKE}', FIRST), plain)
-    mixed = scores('joint-mixed', f'multi-task-mixed {ALIKE}')
-    yield '`multi-task-mixed` against `multi-task`', relative(mixed, joint())
-    yield '`multi-task-mixed` against `multi-task`, statistics estimated per domain', relative(
-        mixed, joint('estimated'))
-    yield '`multi-task-mixed` against plain separate networks', relative(mixed, plain)
-    yield '`multi-task-mixed` against separate networks', relative(mixed, separate)
-    yield from against('`adapters-only` against `multi-task-mixed`', own, mixed, FIRST.split())
-    joint_adapters = scores(three, f'multi-task-adapters {ALIKE}', FIRST)
-    yield '`multi-task-adapters` against plain separate networks', relative(joint_adapters, plain)
-    yield '`multi-task-adapters` against separate networks', relative(joint_adapters, separate)
-    yield '`adapters-only` against `multi-task-adapters`', relative(own, joint_adapters)
+    yield from joint_training(over_both, own)
 
 
-def corrected_loops(order, rows, plain, own, published):
+def joint_training(over_both, own):
+    """Claims about joint training at 1e-3 without dropout; own: scores of adapters-only."""
+    in_turn = partial(scores, 'tuned-alike', f'multi-task {ALIKE}', FIRST)
+    mixed = partial(scores, 'joint-mixed', f'multi-task-mixed {ALIKE}', FIRST)
+    rows = {'`multi-task`': in_turn(), '`multi-task`, statistics estimated per domain,': in_turn('estimated'),
+            **{f'`{name}`': scores('tuned-alike', f'{name} {ALIKE}', FIRST)
+               for name in ('multi-task-domain-bn', 'multi-task-adapters')}}
+    for words, found in {**rows, '`multi-task-mixed`': mixed()}.items():
+        yield from over_both(words, found)
+    for words, found in rows.items():
+        yield f'`multi-task-mixed` against {words.rstrip(",")}', relative(mixed(), found)
+    for words, found in (('`multi-task`', in_turn), ('`multi-task-mixed`', mixed)):
+        yield f'{words}, statistics estimated per domain, against as trained', relative(found('estimated'), found())
+    yield from against('`adapters-only` against `multi-task-mixed`', own, mixed(), FIRST.split())
+    yield '`adapters-only` against `multi-task-adapters`', relative(own, rows['`multi-task-adapters`'])
+
+
+def corrected_loops(order, rows, own, published):
     """Claims about the paper's method in an order: its rows {words: (stored file, row)}, at its own rates first.
 
-    plain, own: scores of plain separate networks and of adapters-only; published: stored file of the published loops.
+    own: scores of adapters-only; published: stored file of the published loops.
     """
     where = '' if order == FIRST else ', reverse order'
     for words, (file, row) in rows.items():
         found = scores(file, row, order)
-        yield f'{words}{where}, against plain separate networks', relative(found, plain)
         yield from against(f'{words}{where}, against `adapters-only`', found, own, order.split())
         yield from changed(f'{words}{where}', found, copies_of(file, row, order), order)
     words, (file, row) = next(iter(rows.items()))
@@ -433,6 +440,17 @@ def section_table(title):
                                    'stored in'], [list(starmap(line, SECTIONS[title]()))])
 
 
+def section(title):
+    """A section's title and table, as Markdown."""
+    table = section_table(title)
+    return f'## {title}\n\n{tables.markdown(table.header, *table.groups)}'
+
+
+def page():
+    """The page of all sections."""
+    return '\n\n'.join([HEAD.rstrip(), *map(section, (*SECTIONS, BEST, STORED_FILES))]) + '\n'
+
+
 def provenance(name):
     """The cells of a stored file: where its figures come from."""
     content = stored(name)
@@ -452,10 +470,12 @@ def main(argv=None):
     parser = Parser(prog='python -m benchmarks.claims',
                     description='Prints every comparison of docs/results.md, computed from the stored results.')
     parser.add_argument('--per-seed', action='store_true', help='the difference of each seed, too')
+    parser.add_argument('--markdown', metavar='FILE', help='writes the tables as a page of Markdown')
     options = parser.parse_args(argv)
+    if options.markdown:
+        write_text(options.markdown, page())
     for title in (*SECTIONS, BEST, STORED_FILES):
-        table = section_table(title)
-        print(f'{title}\n\n{tables.markdown(table.header, *table.groups)}\n')
+        print(section(title) + '\n')
         for words, difference in SECTIONS[title]() if options.per_seed and title in SECTIONS else ():
             print(f'{words}: {", ".join(map(number, difference.seeds.values()))}')
     made, established, corrected = counts()
