@@ -144,7 +144,7 @@ def as_interrupt():
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
-        raise KeyboardInterrupt('a signal stopped the run, which is saved; resume=True continues') from None
+        raise KeyboardInterrupt('a signal stopped the run; resume=True continues from what is saved') from None
 
 
 def declare(name, pairs, classes, folder, overwrite=False):

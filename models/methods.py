@@ -36,8 +36,11 @@ class Method:
     uses: tuple = ()
 
     def __post_init__(self):
-        if self.mixed and not (self.joint and all(term.mixed for term in self.terms)):
-            raise ValueError('terms for mixed batches go together, in a joint method')
+        others = ', '.join(term.__name__ for term in self.terms if not term.mixed)
+        if self.mixed and others:
+            raise ValueError(f'all terms of a method must be for mixed batches, or none; {others}: mixed is False')
+        if self.mixed and not self.joint:
+            raise ValueError('mixed batches need a joint method; joint is False')
 
     @property
     def mixed(self):

@@ -184,7 +184,7 @@ def test_a_file_in_the_place_of_savedir_is_said(village, tmp_path):
 
 def test_a_signal_stops_the_run_and_not_the_program(village, tmp_path):
     options = {**TINY, 'num_epochs': 2, 'savedir': tmp_path, 'classes': ['mud', 'hut']}
-    with pytest.raises(KeyboardInterrupt, match='saved; resume=True continues'):
+    with pytest.raises(KeyboardInterrupt, match='stopped the run; resume=True continues from what is saved'):
         mdil.learn('village', village, village[:1], on_epoch=lambda line: os.kill(os.getpid(), signal.SIGTERM), **options)
     record = mdil.learn('village', village, village[:1], resume=True, **options)
     assert [line['epoch'] for line in record.epochs] == [1, 2]

@@ -38,6 +38,12 @@ def test_a_signal_is_acknowledged_at_once_and_the_batch_goes_on(number, capfd):
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
+def test_a_signal_while_nothing_is_trained_promises_nothing(capfd):
+    with resume.Interrupt(MAIN) as interrupt, pytest.raises(resume.Stopped), interrupt.at_once():
+        hit(signal.SIGTERM)
+    assert capfd.readouterr().err == 'SIGTERM: stopping\n'
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with resume.Interrupt(MAIN):
         hit(signal.SIGINT)

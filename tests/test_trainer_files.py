@@ -186,6 +186,21 @@ def test_settings_are_checked_before_anything_runs(tmp_path, setting, message):
     assert not (tmp_path / 'made').exists()
 
 
+@pytest.mark.parametrize('settings, message', [
+    (['METHODS=mdil'], 'mdil learns one domain after another'), (['METHODS='], 'METHODS is empty'),
+    (['EPOCHS=1 2 3'], 'all domains train together; give one number'),
+    (['METHODS=multi-task-mixed', 'BATCH=4'], 'BATCH=4 does not divide among 3 domains in each of 1 process; use 3 or 6')])
+def test_joint_training_checks_its_settings_first(settings, message):
+    done = subprocess.run(['bash', 'trainer_files/multi_task.sh', '--dry-run', *settings], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
+
+
+def test_joint_training_takes_methods_and_a_batch_that_suits_them():
+    trained = commands(script('multi_task', '--dry-run', 'METHODS=multi-task multi-task-mixed', 'GPUS=4'))
+    assert [line[line.index('--method') + 1] for line in trained] == ['multi-task', 'multi-task-mixed']
+    assert {line[line.index('--batch-size') + 1] for line in trained} == {'12'}
+
+
 def test_quotes_in_train_args_keep_spaces_and_nothing_is_expanded_or_run(tmp_path):
     text = script('mdil', '--dry-run', 'DOMAINS=CS', f"TRAIN_ARGS=--cache '/my disk/*' --env \"a b\" --model-name-suffix $(touch {tmp_path}/made)")
     assert not (tmp_path / 'made').exists()

@@ -254,8 +254,9 @@ def test_a_mixed_batch_with_one_image_of_each_domain_suits_some_networks():
 
 
 def test_terms_for_mixed_batches_go_together_in_a_joint_method():
-    for given in ({'joint': True, 'terms': (CrossEntropy, MixedCrossEntropy)}, {'terms': (MixedCrossEntropy,)}):
-        with pytest.raises(ValueError, match='terms for mixed batches go together, in a joint method'):
+    for given, message in (({'joint': True, 'terms': (CrossEntropy, MixedCrossEntropy)}, 'CrossEntropy: mixed is False'),
+                           ({'terms': (MixedCrossEntropy,)}, 'need a joint method')):
+        with pytest.raises(ValueError, match=message):
             Method('', **given)
 
 

@@ -56,7 +56,7 @@ read_arguments() {
             --help|-h) printf '%s\n\n' "$about"; show_settings; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
             DATA=*|PATHS=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
-                [ -n "${!name+set}" ] || [ "$name" = PYTHON ] || refuse "this script does not read $name; ablations.sh does"
+                [ -n "${!name+set}" ] || [ "$name" = PYTHON ] || refuse "this script does not read $name; ablations.sh does$([ "$name" = RECIPES ] || echo ', multi_task.sh too')"
                 printf -v "$name" '%s' "${argument#*=}" ;;
             *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
@@ -149,7 +149,7 @@ check_train_args() {
             --num-workers) setting=WORKERS ;;
             --state|--pretrainedEncoder) setting=ENCODER ;;
             --parallel) setting=GPUS ;;
-            --method) setting='another script, or METHODS of ablations.sh' ;;
+            --method) setting='another script, or METHODS of ablations.sh or multi_task.sh' ;;
             --help|-h) refuse "TRAIN_ARGS: $option trains nothing; run train.py $option" ;;
             *) continue ;;
         esac
@@ -169,16 +169,22 @@ set_data() {
     done
 }
 
-# Sets BATCH unless it is given; refuses one that does not divide equally among the processes.
+# Sets BATCH unless it is given; refuses one that does not divide equally among the processes, and the domains that
+# share a batch.
 choose_batch() {
-    local processes=$((10#$GPUS * 10#$NODES)) below
+    local processes=$((10#$GPUS * 10#$NODES)) domains parts below among
+    parts=$processes among="$processes process$([ "$processes" -eq 1 ] || echo es)"
+    case " ${METHODS:-} " in *' multi-task-mixed '*)
+        read -ra domains <<< "$DOMAINS"
+        parts=$((processes * ${#domains[@]})) among="${#domains[@]} domains in each of $among" ;;
+    esac
     if [ -z "$BATCH" ]; then
-        BATCH=$(((6 + processes - 1) / processes * processes))
+        BATCH=$(((6 + parts - 1) / parts * parts))
         [ "$BATCH" -eq 6 ] ||
-            echo "== BATCH=$BATCH: 6 images do not divide among $processes processes, $((BATCH / processes)) for each do"
-    elif [ $((10#$BATCH % processes)) -ne 0 ]; then
-        below=$((10#$BATCH / processes * processes))
-        refuse "BATCH=$BATCH does not divide among $processes processes; use $([ "$below" -eq 0 ] || echo "$below or ")$((below + processes))"
+            echo "== BATCH=$BATCH: 6 images do not divide among $among, $((BATCH / processes)) for each do"
+    elif [ $((10#$BATCH % parts)) -ne 0 ]; then
+        below=$((10#$BATCH / parts * parts))
+        refuse "BATCH=$BATCH does not divide among $among; use $([ "$below" -eq 0 ] || echo "$below or ")$((below + parts))"
     fi
 }
 

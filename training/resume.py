@@ -240,7 +240,8 @@ class Interrupt:
         """The signal handler. A second SIGINT stops the run immediately."""
         if not self.asked and self.place.main:
             again = '; Ctrl-C again stops at once' if number == signal.SIGINT else ''
-            say(f'{signal.Signals(number).name}: stopping as soon as the run is saved{again}')
+            when = '' if self.idle else f' as soon as the run is saved{again}'
+            say(f'{signal.Signals(number).name}: stopping{when}')
         self.asked = True
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
