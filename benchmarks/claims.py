@@ -45,8 +45,7 @@ HEAD = '''# Every comparison
 Written by `python -m benchmarks.claims --markdown docs/comparisons.md` from files in `benchmarks/results/forgetting/`
 (`repair`: one level up), which the last column names. The sections are those of [results](results.md), which explains
 the terms. A difference is of two rows, paired by seed: mean and sample standard deviation over n seeds, with p and the
-95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed.
-'''
+95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed.'''
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
 VALIDATED = ('joint-mixed', 'mdil-shared', 'mdil-shared-order2', 'mdil-rates-order2', 'released-order2',
@@ -164,11 +163,11 @@ def published_loops():
     for name in REVERSE.split()[:2]:
         yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', recovered(
             'released', 'kept', name, file='released-order2', order=REVERSE)
-    for where, order, source in (('', FIRST, file), (', reverse order', REVERSE, 'released-order2')):
+    for order, source in ((FIRST, file), (REVERSE, 'released-order2')):
         for words, column in (('', TRAINED), (', old statistics restored', 'kept')):
-            yield from changed(f'published loops{words}{where}', scores(source, 'released', order, column),
+            yield from changed(f'published loops{words}{said(order)}', scores(source, 'released', order, column),
                                copies_of(source, 'released', order), order)
-        yield from changed(f'fine-tuning at 5e-4{where}', scores('orders', 'fine-tune', order),
+        yield from changed(f'fine-tuning at 5e-4{said(order)}', scores('orders', 'fine-tune', order),
                            copies_of('orders', 'fine-tune', order), order)
     for words, order in ORDERS.items():
         before, after = repaired(order)
@@ -182,6 +181,11 @@ def published_loops():
     for name, domain in (('Cityscapes', 'cityscapes'), ('BDD', 'BDD')):
         yield f'toy roads, `mdil` against `released`, {name}', points(scores(toy, 'mdil'), scores(toy, 'released'),
                                                                       domain)
+
+
+def said(order):
+    """The words that name an order in a claim."""
+    return '' if order == FIRST else ', reverse order'
 
 
 def against(words, one, other, names):
@@ -203,7 +207,7 @@ def fine_tuning(file, plain, separate, own, order=FIRST):
     plain, separate: separate networks, plain ones and those with adapters; own: adapters-only.
     """
     copies, tuned, names = copies_of(file, TUNED, order), scores(file, TUNED, order), order.split()
-    where = '' if order == FIRST else ', reverse order'
+    where = said(order)
     yield from changed(f'fine-tuning{where}', tuned, copies, order)
     yield f'fine-tuning against separate networks{where}', relative(tuned, separate)
     yield f'fine-tuned copies against separate networks{where}', relative(copies, separate)
@@ -270,7 +274,7 @@ def one_rate():
         yield from over_both(f'`released`{words or ","} old statistics kept,', scores(file, 'released', order, 'kept'))
     for order, rows, other, published in ((FIRST, PAPER, own, three), (REVERSE, REVERSED, turned, 'released-order2')):
         for words, (file, row) in rows.items():
-            yield from over_both(f'{words}{"" if order == FIRST else ", reverse order"},', scores(file, row, order))
+            yield from over_both(f'{words}{said(order)},', scores(file, row, order))
         yield from corrected_loops(order, rows, other, published)
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
@@ -299,7 +303,7 @@ def corrected_loops(order, rows, own, published):
 
     own: scores of adapters-only; published: stored file of the published loops.
     """
-    where = '' if order == FIRST else ', reverse order'
+    where = said(order)
     for words, (file, row) in rows.items():
         found = scores(file, row, order)
         yield from against(f'{words}{where}, against `adapters-only`', found, own, order.split())
@@ -448,7 +452,7 @@ def section(title):
 
 def page():
     """The page of all sections."""
-    return '\n\n'.join([HEAD.rstrip(), *map(section, (*SECTIONS, BEST, STORED_FILES))]) + '\n'
+    return '\n\n'.join([HEAD, *map(section, (*SECTIONS, BEST, STORED_FILES))]) + '\n'
 
 
 def provenance(name):

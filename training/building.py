@@ -152,9 +152,11 @@ def check_batches(student, data, options, replicas):
     one = 'one image' if least == 1 else 'one image of each domain'
     student.train()
     for domain in data:
-        sampler, view = domain.train.batch_sampler, student.mixed() if plan.mixed else student.single(domain.index)
-        alone = 1 in map(len, torch.arange(sampler.fewest).chunk(replicas))
-        if alone and not options.sync_bn and not bears(view, least, height, width):
+        sampler = domain.train.batch_sampler
+        if options.sync_bn or 1 not in map(len, torch.arange(sampler.fewest).chunk(replicas)):
+            continue
+        view = student.mixed() if plan.mixed else student.single(domain.index)
+        if not bears(view, least, height, width):
             larger = 'enlarge --height or --width, or ' if bears(view, least, 16 * height, 16 * width) else ''
             raise UserError(f'the last batch of an epoch has {one} at {width}x{height} on a device, which leaves a '
                             f'batch norm of {options.network} one value; {larger}choose a --batch-size of at least '
