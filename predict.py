@@ -281,7 +281,7 @@ def run(options, place):
         add_records(options, made_by, records)
     print(f'{options.out}: {done}', file=sys.stderr)
     if predictor.identifier and (note := never_unknown(predictor.identifier, predictor.domains)):
-        print(note, file=sys.stderr)
+        print(f'{note}; --domain NAME chooses the domain', file=sys.stderr)
     report_errors(errors)
 
 

@@ -19,8 +19,8 @@ from mdil.benchmarks.sequence_tables import LEAST_P, in_column
 from mdil.evaluation import tables
 from mdil.evaluation.paired import LIMIT, p_value, student
 from mdil.evaluation.tables import Table, number, spread
-from mdil.utils.errors import run_main
-from mdil.utils.files import write_text
+from mdil.utils.errors import UserError, run_main
+from mdil.utils.files import check_writable, write_text
 from mdil.utils.parser import Parser
 
 STORED = Path(__file__).parent / 'results' / 'forgetting'
@@ -68,7 +68,11 @@ class Difference(NamedTuple):
 @cache
 def stored(name):
     """The content of a stored file; `repair` is that of benchmarks.repair."""
-    return json.loads(((STORED.parent if name == 'repair' else STORED) / f'{name}.json').read_text())
+    path = (STORED.parent if name == 'repair' else STORED) / f'{name}.json'
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f'{path} is missing or damaged; git checkout restores it') from None
 
 
 def scores(files, row, order=None, column=TRAINED, step=-1):
@@ -477,6 +481,7 @@ def main(argv=None):
     parser.add_argument('--markdown', metavar='FILE', help='writes the tables as a page of Markdown')
     options = parser.parse_args(argv)
     if options.markdown:
+        check_writable('--markdown', options.markdown)
         write_text(options.markdown, page())
     for title in (*SECTIONS, BEST, STORED_FILES):
         print(section(title) + '\n')

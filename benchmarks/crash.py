@@ -290,10 +290,15 @@ DAMAGE = [
     ('another domain', nothing, ('--domains', 'BDD'), False)]
 
 
+def refused(status, said):
+    """Whether a run ended with an error of one line."""
+    return status == 2 and said.startswith('error: ') and '\n' not in said
+
+
 def verdict(place, straight, status, said, goes_on=True):
     """(outcome in words, whether it is as expected) of a run that ended; goes_on: whether it should have continued."""
     if not goes_on:
-        return said, status == 2 and said.startswith('error: ') and '\n' not in said
+        return said, refused(status, said)
     if status:
         return f'exit {status}: {said}', False
     odd = difference(straight, result(place.folder))
@@ -321,9 +326,8 @@ def file_size_limit(stopped, straight):
     lost = lost_files(place.folder, files, least) + [path.name for path in half_written(place.folder)]
     outcome, good = verdict(place, straight, *place.finish())
     shutil.rmtree(place.folder)
-    refused = status == 2 and said.startswith('error: ') and '\n' not in said
     return 'no room for a checkpoint (RLIMIT_FSIZE)', f'{said}; {len(lost)} files lost; later {outcome}', \
-        good and refused and not lost
+        good and refused(status, said) and not lost
 
 
 def mount(folder, *options):
@@ -347,8 +351,7 @@ def full_disk(root, straight):
     try:
         status, said = place.finish()
         lost = lost_files(place.folder, {LATEST}, 1) + [path.name for path in half_written(place.folder)]
-        good = status == 2 and said.startswith('error: ') and '\n' not in said and not lost
-        yield 'full disk (tmpfs)', f'{said}; {len(lost)} files lost', good
+        yield 'full disk (tmpfs)', f'{said}; {len(lost)} files lost', refused(status, said) and not lost
         mount(place.folder.parent, 'remount', 'ro')
         yield 'read-only disk', *verdict(place, straight, *place.finish(), goes_on=False)
         mount(place.folder.parent, 'remount', 'rw', 'size=400m')

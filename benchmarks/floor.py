@@ -41,7 +41,7 @@ class Traffic(TorchDispatchMode):
 
 def size(tensor):
     """Bytes of a tensor; 0 for None."""
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else tensor.nbytes
 
 
 def read(name, args):

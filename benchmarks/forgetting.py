@@ -34,10 +34,10 @@ OWN_PATHS = 'out', 'data_root', 'data', 'cache', 'json', 'markdown', 'curves', '
 ABOUT_ROWS = ('Rows: a method, and options of train.py in the steps after the first (of methods with one step: in '
               f'that), after {FIRST} those in the first; fine-tune-copies: every domain keeps the network that had '
               'learnt it; released: mdil --recipe released. '
-              'Columns: as the step left the network (trained); with nothing but the running statistics of batch norms '
-              "estimated anew from each domain's own training images; with nothing but those kept that they had when "
-              'its own step ended, shared batch norms too. What they give back of a loss is statistics, the rest is '
-              'weights.')
+              'Columns: the network as the step left it (trained); with the running statistics of batch norms '
+              "estimated anew from each domain's own training images (estimated); with those that it had at the end of "
+              "the domain's own step, in shared batch norms too (kept). What these two recover of a loss is due to "
+              'statistics.')
 
 
 def describe(evaluator, options):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can show, within 9 minutes: bash benchmarks/gpu.sh [DIR] [--real DIR] [--rehearse]
-# Every part has a box of time, the most valuable come first, and each figure is in DIR/gpu.jsonl as
-# soon as it is known: a run that is broken off leaves what it had. --real: folder of the small real
-# data. --rehearse: tiny, on the CPU, to try the script.
+# Each part has a time limit, the most valuable come first, and each result goes to DIR/gpu.jsonl at
+# once, so a run that is stopped early keeps what it had. --real: folder of the small real data.
+# --rehearse: tiny, on the CPU, to try the script.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in ''|--*) out=runs/gpu ;; *) out=$1; shift ;; esac

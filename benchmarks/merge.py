@@ -151,7 +151,7 @@ def counterparts(order, figures, others):
 
 
 def changes(figures, others, options):
-    """The Tables of what rows have more than in the files --minus; UserError if no run is in both."""
+    """The Tables of how rows differ from themselves in the files of --minus; UserError if no run is in both."""
     where, against, shown = ', '.join(options.minus), options.against, []
     for order, rows in figures.items():
         for other in counterparts(order, figures, others):

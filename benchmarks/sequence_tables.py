@@ -175,17 +175,17 @@ def gains(order, rows, against):
 
 
 def paired_table(order, rows, against, each=False):
-    """What each row has more than the row `against` after the last step, paired by seed, with p; each: and per seed."""
+    """How many points each row is above `against` after the last step, paired by seed, with p; each: and per seed."""
     return differences_table(f'{", then ".join(order)}: points more than {against} after the last step',
                              f'against-{"-".join(order)}', order, gains(order, rows, against), each)
 
 
 def change_table(order, rows, others, against, where, each=False):
-    """What each row has more after the last step than in `others`, the rows of other files, paired by seed, with p.
+    """How many points each row is above its scores in `others`, the rows of other files, paired by seed, with p.
 
     against: None, or the row whose figures are taken off first, in both. each: per seed, too.
     """
-    ours, theirs = ((gains(order, each, against) if against else last_figures(order, each)) for each in (rows, others))
+    ours, theirs = ((gains(order, some, against) if against else last_figures(order, some)) for some in (rows, others))
     found = {key: less(ours[key], theirs[key]) for key in ours if key in theirs}
     what = f'change in the lead over {against} since' if against else 'points more after the last step than in'
     title = f'{", then ".join(order)}: {what} {where}{", in points" if against else ""}'

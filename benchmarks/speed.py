@@ -367,7 +367,7 @@ def starving(options, place):
                                          multiprocessing_context=CONTEXT, pin_memory=place.device.type == 'cuda'),
                    OURS: make_loader(cached(data, folder), batches, options.num_workers, place.device.type == 'cuda')}
         for side, loader in loaders.items():
-            shares[side] = waiting_share(side, loader, Training(side, 1, options, place), data, options, place)
+            shares[side] = waiting_share(side, loader, Training(side, 1, options, place), data, place)
     return shares
 
 
@@ -385,7 +385,7 @@ class Published(torch.utils.data.Dataset):
         return (255 * image).byte(), label[0], index
 
 
-def waiting_share(side, loader, training, data, options, place):
+def waiting_share(side, loader, training, data, place):
     """Share of the time spent waiting for batches, over some epochs without the first."""
     waited = worked = 0.0
     for epoch in range(5):

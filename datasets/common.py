@@ -8,7 +8,7 @@ rail is a roadside object); the ground truth keeps that detail.
 from dataclasses import replace
 
 from mdil.datasets.declaration import Labels
-from mdil.datasets.domains import DOMAINS
+from mdil.datasets.domains import DOMAINS, LABEL_IDS
 from mdil.datasets.labels import label_table
 from mdil.utils.errors import UserError
 
@@ -16,7 +16,6 @@ CLASSES = DOMAINS['idd-lite'].classes
 VOID = len(CLASSES)
 CAMVID = {'sky': 6, 'building': 5, 'pole': 4, 'road': 0, 'sidewalk': 1, 'tree': 5, 'sign': 4, 'fence': 4, 'car': 3,
           'pedestrian': 2, 'bicyclist': 2}
-LABEL_IDS = '_gtFine_labelIds.png'
 
 
 def places():

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mdil.datasets.declaration import VOID_FILE_VALUE
-from mdil.datasets.domains import cityscapes_label_ids
+from mdil.datasets.domains import LABEL_IDS, cityscapes_label_ids
 from mdil.datasets.labels import label_table
 from mdil.datasets.pairs import Pair, files_by_key
 from mdil.datasets.segmentation import FORMATS, UNREADABLE, open_label, to_classes
@@ -42,7 +42,6 @@ from mdil.utils.workers import in_parallel
 
 ID_TYPES = ('level3Id', 'level1Id', 'level2Id', 'level4Id', 'id', 'csTrainId', 'csId')
 POLYGONS = '_gtFine_polygons.json'
-LABEL_IDS = '_gtFine_labelIds.png'
 IMAGES = 'leftImg8bit'
 COMPRESSION = 3         # zlib level: 1.5 times as fast as Pillow's default, files 25 % larger
 LARGEST = 2 ** 31       # coordinates this large do not fit the integers that Pillow draws with

@@ -12,6 +12,8 @@ from mdil.datasets.labels import label_table
 from mdil.datasets.own import read_domain
 from mdil.utils.errors import UserError
 
+LABEL_IDS = '_gtFine_labelIds.png'
+
 
 def cityscapes_label_ids():
     """{Cityscapes label id: class index}, void 19. Id -1 (license plate) occurs in no label image."""
@@ -67,7 +69,7 @@ DOMAINS = {domain.name: domain for domain in (
         make_labels='python -m mdil create-labels cityscapes --datadir',
         layouts=(Layout('leftImg8bit/{split}', ('_leftImg8bit.png', '_leftImg8bit.jpg'),
                         'gtFine/{split}', (Labels('_gtFine_labelTrainIds.png', train_ids(19)),
-                                           Labels('_gtFine_labelIds.png', cityscapes_label_ids()))),)),
+                                           Labels(LABEL_IDS, cityscapes_label_ids()))),)),
     Domain(
         'BDD', 'bdd100k', CS_CLASSES, CS_COLORS, aliases=('bdd100k',), weights=BDD_WEIGHTS,
         layouts=(Layout('seg/images/{split}', ('.jpg', '.png'),
@@ -117,7 +119,14 @@ def index_among(names, name, source):
     for index, known in enumerate(names):
         if is_called(known, name):
             return index
-    raise UserError(f'{source} knows {", ".join(names)}, not {name}')
+    question = meant(name, {known.lower(): known for known in names})
+    raise UserError(f'{source} knows {", ".join(names)}, not {name}{question}')
+
+
+def meant(name, names):
+    """The name of {lower case: name} that `name` was perhaps meant to be, as a question; '' if there is none."""
+    alike = difflib.get_close_matches(name.lower(), names, 1)
+    return f' (did you mean {names[alike[0]]}?)' if alike else ''
 
 
 def is_declared(name, paths):
@@ -151,10 +160,8 @@ def get_domain(name, paths=None):
         return replace(DOMAINS[name], folder=str(paths[name].absolute())) if name in paths else DOMAINS[name]
     if name not in paths:
         names = {**{own.lower(): own for own in paths}, **domain_names()}
-        alike = difflib.get_close_matches(name.lower(), names, 1)
-        meant = f' (did you mean {names[alike[0]]}?)' if alike else ''
-        raise UserError(f'unknown domain {name!r}{meant}; built in are {", ".join(DOMAINS)}; for your own pass '
-                        f'--data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
+        raise UserError(f'unknown domain {name!r}{meant(name, names)}; built in are {", ".join(DOMAINS)}; for your own '
+                        f'pass --data {name}=FOLDER with a domain.json in FOLDER (docs/data.md describes it)')
     path = paths[name]
     return read_domain(name, path if path.suffix == '.json' else path / 'domain.json')
 

@@ -16,6 +16,7 @@ from mdil.models import branches, checkpoint
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, shared_state
 from mdil.models.methods import nameless_options
 from mdil.models.networks import DEFAULT as ERFNET
+from mdil.models.safe_reading import read
 from mdil.utils.errors import UserError, printable, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parser import Parser, data_paths, paths_option
@@ -48,16 +49,11 @@ def action(actions, name, text):
     return parser
 
 
-def size(state):
-    """(number of values, bytes) of a dict of tensors."""
-    return (sum(value.numel() for value in state.values()),
-            sum(value.numel() * value.element_size() for value in state.values()))
-
-
 def row(name, classes, state):
     """A row of `list`: name, classes, then number of values, MiB and fingerprint of the tensors in `state`."""
-    values, held = size(state)
-    return [name, classes, f'{values:,}', tables.number(held / 2 ** 20), fingerprint(state)[:SHOWN]]
+    tensors = state.values()
+    return [name, classes, f'{sum(value.numel() for value in tensors):,}',
+            tables.number(sum(value.nbytes for value in tensors) / 2 ** 20), fingerprint(state)[:SHOWN]]
 
 
 def listing(known):
@@ -99,7 +95,7 @@ def main(argv=None):
     if options.action != 'list':
         check_new('--out', options.out, options.overwrite, [options.state, *getattr(options, 'branches', [])])
     paths = data_paths(options.data)
-    if options.action == 'list' and branches.is_branch(options.state):
+    if options.action == 'list' and checkpoint.is_branch(read(options.state)):
         print(branch_listing(options, paths))
         return
     known = branches.LoadedCheckpoint(options.state, options.domains, options.method, paths)

@@ -173,11 +173,14 @@ def kept_and_lost(name, seeds):
     if not old:
         return ''
     before = {domain: round(left[domain], 1) + round(lost[domain], 1) for domain in old}     # so that the sum is right
-    kept = ' and '.join(f'{left[domain]:.1f} ' + (f'(before: {before[domain]:.1f})' if lost[domain] < -0.05 else
-                                                  f'of {before[domain]:.1f}') + f' on {domain}'
-                        for domain in old)
+    risen = [domain for domain in old if lost[domain] < -0.05]
+    kept = ' and '.join(f'{left[domain]:.1f} of {before[domain]:.1f} on {domain}' for domain in old
+                        if domain not in risen)
+    rise = ' and '.join(f'from {before[domain]:.1f} to {left[domain]:.1f} on {domain}' for domain in risen)
+    did = ' and '.join(f'{verb} {what}' for verb, what in (('kept', kept), ('rose', rise)) if what)
     points = tables.mean([max(0.0, lost[domain]) for domain in old])      # a gain elsewhere makes up for no loss
-    return f'{name} kept {kept}: {points:.1f} points of mIoU lost' + (' on average.' if len(old) > 1 else '.')
+    return (f'{name} {did}: {points:.1f} points of mIoU lost' + (' on average' if len(old) > 1 else '')
+            + (', gains not counted.' if kept and rise else '.'))
 
 
 def newest(results):

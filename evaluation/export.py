@@ -13,7 +13,6 @@ Networks that the published code does not have are refused.
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mdil.datasets.loading import spaced
@@ -30,6 +29,7 @@ from mdil.utils.errors import UserError, brief, run_main
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place
 from mdil.utils.parser import Parser, data_paths, paths_option
+from mdil.utils.precision import to_float
 
 COMPARED = 20           # images of the --calibrate folder on which to compare the int8 network with PyTorch
 CALIBRATION = 100       # images, evenly spaced in that folder; each takes a second on a slow core
@@ -58,8 +58,8 @@ def check(options):
     suffix, endings = Path(options.out).suffix, ', '.join(SUFFIXES)
     options.format = options.format or SUFFIXES.get(suffix.lower(), 'published')
     if options.format == 'published' and (options.domain or options.int8):
-        raise UserError(f'{options.out}: a file of the published code holds all domains in float32; leave out --domain '
-                        f'and --int8, or let OUT end in one of {endings}')
+        raise UserError(f'{options.out}: with --domain or --int8, OUT must end in one of {endings}; a file of the '
+                        'published code holds all domains in float32')
     if options.int8 and options.format != 'openvino':
         raise UserError(f'--int8 is for OpenVINO: OUT must end in .xml, not {suffix}')
     if options.int8 != bool(options.calibrate):
@@ -92,7 +92,7 @@ def calibrated(predictor, sources, model):
 
 def pixels(predictor, source):
     """The image of a source as input of the network: float32 (1, 3, H, W) in [0, 1]."""
-    return predictor.prepare(upright(source.path)).pixels[None].numpy().astype(np.float32) / 255
+    return to_float(predictor.prepare(upright(source.path)).pixels[None]).numpy()
 
 
 def chosen_branch(options, predictor):

@@ -9,11 +9,12 @@ from typing import Callable
 
 from PIL import ImageOps
 
+from mdil.datasets import declaration
 from mdil.datasets.pairs import files_below
 from mdil.datasets.segmentation import open_image
 from mdil.utils.errors import UserError, brief
 
-IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+IMAGES = (*declaration.IMAGES, '.ppm')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 LISTS = ('.txt', '.lst')
 KINDS = 'an image, a folder, a list of images (.txt) or a video'

@@ -65,13 +65,13 @@ def aligned(cells):
     return f'\n{rule}\n'.join('\n'.join(group) for group in lines if group)
 
 
-def fitted(header, groups, width=WIDTH):
-    """`plain` within `width` columns: long cells are wrapped, columns that do not fit go into further blocks below."""
+def fitted(header, groups):
+    """`plain` within WIDTH columns: long cells are wrapped, columns that do not fit go into further blocks below."""
     rows = [[line for row in group for line in lines_of(row)] for group in ([header], *groups)]
     widths = [max(len(row[column]) for group in rows for row in group) for column in range(len(header))]
     blocks, used = [[0]], widths[0]
     for column in range(1, len(header)):
-        if used + 2 + widths[column] > width and len(blocks[-1]) > 1:
+        if used + 2 + widths[column] > WIDTH and len(blocks[-1]) > 1:
             blocks.append([0])
             used = widths[0]
         blocks[-1].append(column)
@@ -91,11 +91,11 @@ def wrapped(text):
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def packed(blocks, gap='    '):
+def packed(blocks):
     """Text blocks side by side where they fit into WIDTH columns, else one below the other."""
     done = blocks[:1]
     for block in blocks[1:]:
-        row = side_by_side(done[-1], block, gap)
+        row = side_by_side(done[-1], block)
         if max(map(len, row.splitlines())) <= WIDTH:
             done[-1] = row
         else:
@@ -103,12 +103,12 @@ def packed(blocks, gap='    '):
     return '\n\n'.join(done)
 
 
-def side_by_side(left, right, gap='    '):
+def side_by_side(left, right):
     """Two text blocks side by side."""
     left, right = left.splitlines(), right.splitlines()
     width, height = max(map(len, left), default=0), max(len(left), len(right))
     left, right = left + [''] * (height - len(left)), right + [''] * (height - len(right))
-    return '\n'.join(f'{a.ljust(width)}{gap}{b}'.rstrip() for a, b in zip(left, right))
+    return '\n'.join(f'{a.ljust(width)}    {b}'.rstrip() for a, b in zip(left, right))
 
 
 def terminal(table):

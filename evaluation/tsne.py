@@ -28,7 +28,7 @@ from mdil.evaluation.predictor import trained_size
 from mdil.models.checkpoint import load_network
 from mdil.training.run import BEST
 from mdil.utils.errors import UserError, run_main
-from mdil.utils.files import check_new, write_atomically, write_json
+from mdil.utils.files import check_new, write_json, write_text
 from mdil.utils.parallel import pick_device
 from mdil.utils.parser import Parser, complete_size, data_options, data_paths, positive, seed_number, size_options
 
@@ -264,7 +264,7 @@ def save(results, dataset, pixels, pairs, options):
     paths = outputs(options.out)
     for path in paths[:2]:
         pictures.save_figure(path, figure, dpi=150)
-    write_atomically(paths[2], lambda file: file.write(table(results, dataset, pixels).encode()))
+    write_text(paths[2], table(results, dataset, pixels))
     write_json(paths[3], {
         'domain': dataset.domain.name, 'split': dataset.split, 'height': dataset.size[0], 'width': dataset.size[1],
         'images': [dataset.pairs[index].image.name for index in dict.fromkeys(pixels.images.tolist())],

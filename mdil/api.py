@@ -30,12 +30,11 @@ from mdil.utils.errors import UserError, brief
 from mdil.utils.files import check_new
 from mdil.utils.parallel import Place, pick_device
 from mdil.utils.parser import LONGEST, SIDE, is_side
-from mdil.utils.precision import check_precision, memory_format
+from mdil.utils.precision import PRECISIONS, check_precision, memory_format
 from mdil.utils.workers import batched
 
 BATCH = 6       # images segmented at a time
 PATH = str, os.PathLike
-PRECISIONS = 'fp32', 'bf16', 'fp16'
 
 
 def expect(name, value, types, wanted):

@@ -12,14 +12,14 @@ A branch file is a dict like a checkpoint:
 import torch
 
 from mdil.datasets.domains import get_domain, index_among, is_declared
-from mdil.models.checkpoint import (KINDS, LATER, VERSION, check_kinds, load_network, method_of, are_domains,
-                                     names_in, read, read_checkpoint)
+from mdil.models.checkpoint import (BRANCH, KINDS, LATER, VERSION, are_domains, check_kinds, is_branch, load_network,
+                                     method_of, names_in, read_checkpoint)
 from mdil.models.fingerprint import SHOWN, branch_state, fingerprint, is_buffer, misfits, shared_state
 from mdil.models.layouts import CLASSES, check_values
 from mdil.models.networks import DEFAULT as ERFNET
+from mdil.models.safe_reading import read
 from mdil.utils.errors import UserError
 
-KIND = 'branch'
 WHAT = 'statistics', 'branch'       # what `put_back` can restore in an old domain
 # Entry of a branch file: (test of its value, what it must be).
 PARTS = {'version': KINDS['version'], 'method': KINDS['method'],
@@ -104,20 +104,10 @@ def extract(known, name):
     number = known.index(name)
     entry = known.entries[number]
     about = {key: value[entry['name']] for key, value in known.about().items() if entry['name'] in value}
-    branch = {'kind': KIND, 'version': VERSION, 'method': known.method, 'network': known.network, 'domain': entry,
+    branch = {'kind': BRANCH, 'version': VERSION, 'method': known.method, 'network': known.network, 'domain': entry,
               'about': about, 'base': fingerprint(shared_state(known.model)),
               'state': branch_state(known.model, number)}
     return {**branch, 'digests': digests_of(branch)}
-
-
-def is_branch_content(content):
-    """Whether the content of a file is that of a branch file."""
-    return isinstance(content, dict) and content.get('kind') == KIND
-
-
-def is_branch(path):
-    """Whether `path` is a branch file, perhaps a damaged one; UserError if it cannot be read."""
-    return is_branch_content(read(path))
 
 
 def read_branch(path, paths=None):
@@ -127,7 +117,7 @@ def read_branch(path, paths=None):
     here.
     """
     branch = read(path)
-    if not is_branch_content(branch):
+    if not is_branch(branch):
         raise UserError(f'{path} is not a branch file; python -m mdil branches extract makes one from a checkpoint')
     lacking = [name for name in PARTS if name not in branch]
     if lacking:

@@ -8,7 +8,8 @@ import torch
 from mdil.datasets.domains import canonical
 from mdil.datasets.own import is_color
 from mdil.models.identify import are_statistics
-from mdil.models.layouts import CLASSES, StateLayout, check_fit, describe, file_key, load, load_encoder, recognise
+from mdil.models.layouts import (CLASSES, StateLayout, check_fit, check_values, describe, file_key, load_encoder,
+                                 recognise)
 from mdil.models.methods import METHODS, build_model, get_method, method_name
 from mdil.models.networks import DEFAULT, get_network
 from mdil.models.safe_reading import leaves, read
@@ -17,6 +18,7 @@ from mdil.utils.files import write_atomically
 from mdil.utils.parser import is_side
 
 VERSION = 1
+BRANCH = 'branch'       # `kind` of a branch file
 
 # Keys under which other people's files hold their network.
 STATES = 'state_dict', 'model_state_dict', 'model', 'net', 'network'
@@ -158,11 +160,16 @@ def check_kinds(content, path, kinds):
             raise UserError(f'{path}: its {name} is not {words}{found}')
 
 
+def is_branch(content):
+    """Whether the content of a file is that of a branch file, perhaps a damaged one."""
+    return isinstance(content, dict) and content.get('kind') == BRANCH
+
+
 def state_in(content, path):
     """{key: tensor} in what was read from `path`: `content` itself or an entry of it; UserError if there is none."""
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, a dict with state_dict is expected')
-    if content.get('kind') == 'branch':
+    if is_branch(content):
         raise UserError(f'{path} is a branch file, one domain without the shared weights; python -m mdil branches add '
                         'adds it to a checkpoint')
     name = next((name for name in STATES if isinstance(content.get(name), dict)), 'state_dict')
@@ -290,7 +297,8 @@ def network_of(found, method, source):
     with torch.device('meta'):      # takes no memory, whatever the file claims
         check_fit(build_model(found.num_classes, method, found.network).state_dict(), found, source)
     model = build_model(found.num_classes, method, found.network)
-    load(model, found, source)
+    check_values(model.state_dict(), found.state, source)
+    model.load_state_dict(found.state, strict=False)     # batch counters that early files lack stay 0
     return model
 
 
@@ -319,6 +327,7 @@ def loading_summary(checkpoint, loaded, fresh, dropped=0):
     unused = dropped + len(found.ignored)
     return (f'{checkpoint.source}: {found.kind}; {loaded} tensors loaded'
             + (f', {found.renamed} of them renamed from the published layout' if found.renamed else '')
-            + (f'\n  {counted(fresh, "tensor")} of the network not in the file, with initial values' if fresh else '')
+            + (f'\n  not in the file: {counted(fresh, "tensor")} of the network, which start from initial values'
+               if fresh else '')
             + (f'\n  {counted(unused, "tensor")} of the file not used' if unused else '')
             + (f', e.g. {found.ignored[0]}' if found.ignored else ''))

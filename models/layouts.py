@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from mdil.models.erfnet import ADAPTERS
+from mdil.models.fingerprint import COUNTER
 from mdil.utils.errors import UserError, counted
 
 PLAIN_NORMS = (
@@ -108,18 +109,9 @@ def describe(num_classes, adapter, norms):
             f'{adapter or "no"} adapters, {counted(norms, "batch norm")} per layer')
 
 
-def load(model, found, source):
-    """Loads the found tensors, which `check_fit` has accepted, into a network; UserError if a value is impossible.
-
-    Missing `num_batches_tracked`, as in files of early torch versions, stay 0.
-    """
-    check_values(model.state_dict(), found.state, source)
-    model.load_state_dict(found.state, strict=False)
-
-
 def check_fit(own, found, source):
     """UserError unless the names and shapes found are those of the state dict `own`; batch counters may be missing."""
-    missing = [key for key in own if key not in found.state and not key.endswith('num_batches_tracked')]
+    missing = [key for key in own if key not in found.state and not key.endswith(COUNTER)]
     surplus = [key for key in found.state if key not in own]
     misshapen = [key for key, value in found.state.items() if key in own and value.shape != own[key].shape]
     if missing or surplus or misshapen:

@@ -150,7 +150,7 @@ class Name(str):
 def check_plain(content, size):
     """Refused if a tensor in `content` claims more than the file's `size` in bytes. Tensors may share storage."""
     for name, value in leaves(content):
-        claimed = value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+        claimed = value.nbytes if isinstance(value, torch.Tensor) else 0
         if claimed > size:
             raise Refused(f'its tensors claim {claimed} bytes ({name}), the file has {size}')
 

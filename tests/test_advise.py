@@ -105,7 +105,7 @@ def test_advice_about_images_like_none(toy, knowing, tmp_path, capsys):  # noqa:
     assert 'expected mIoU of that branch: at most ' in capsys.readouterr().out
 
 
-def test_labels_that_are_all_void_are_no_labels(toy, knowing, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_labels_that_are_all_void_are_no_labels(toy, knowing, tmp_path, capsys):  # noqa: F811
     shutil.copytree(toy / 'IDD_Segmentation', tmp_path / 'IDD_Segmentation')
     for pair in find_split(DOMAINS['IDD'], tmp_path, 'val').pairs:
         Image.new('L', Image.open(pair.label).size, 255).save(pair.label)

@@ -135,7 +135,7 @@ def test_step_two_from_a_published_file_has_its_teacher(tmp_path):
     path = published_file(tmp_path / 'x', published_keys(model.state_dict(), [20, 20], 'parallel'))
     student, teacher, lines, _ = building.build_networks(options(path, [CS, BDD, IDD]), [CS, BDD, IDD])
     assert student.num_classes == [20, 20, 27] and teacher.num_classes == [20, 20]
-    assert '2 tensors of the network not in the file, with initial values' in lines
+    assert 'not in the file: 2 tensors of the network, which start from initial values' in lines
 
 
 @pytest.mark.parametrize('change, message', [

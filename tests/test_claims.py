@@ -2,9 +2,11 @@
 import re
 import statistics
 
+import pytest
 
 from mdil.benchmarks import claims
 from mdil.benchmarks.claims import BEST, SECTIONS, STORED_FILES, Difference, Scores, interval, line, minus, points, relative
+from mdil.utils.errors import UserError
 from tests.conftest import ROOT
 
 PAGE = (ROOT / 'docs/results.md').read_text()
@@ -49,6 +51,14 @@ def test_a_line_has_n_spread_p_and_interval():
     half = 4.3027 * statistics.stdev(values) / 3 ** 0.5
     assert interval(values) == f'{3 - half:.2f} to {3 + half:.2f}' and interval(values[:2]) == '-'
     assert line('x', Difference({0: 2.0, 1: 2.01, 2: 2.02}, '%', tuple('abcde')))[3:] == ['**< 0.0001**', '1.99 to 2.03', 'a to e']
+
+
+def test_a_stored_file_that_is_damaged_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'cut.json').write_text('{')
+    monkeypatch.setattr(claims, 'STORED', tmp_path)
+    for name in ('cut', 'gone'):
+        with pytest.raises(UserError, match=f'{name}.json is missing or damaged; git checkout restores it'):
+            claims.stored(name)
 
 
 def test_the_command_prints_every_section_and_seed(capsys):

@@ -78,7 +78,7 @@ def test_published_weights_are_the_published_ones(name, listed, camvid):
     assert found == pytest.approx(wanted[:-1], rel=1e-6) and void == 0
 
 
-def test_file_is_what_training_reads(camvid, capsys):
+def test_file_is_what_training_reads(camvid):
     file = camvid / 'weights.json'
     arguments = ['--domains', 'camvid', '--data-root', str(camvid), '--json', str(file)]
     assert main(arguments) == 0

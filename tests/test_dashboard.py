@@ -216,7 +216,7 @@ def test_visdom_is_imported_only_for_a_port(tmp_path, monkeypatch, capfd):
     assert err.count('\n') == 1 and 'visdom' in err and 'ModuleNotFoundError' in err
 
 
-def test_names_of_environments(tmp_path):
+def test_names_of_environments():
     name = lambda **options: dashboard.environment_name(SimpleNamespace(**{
         'env': None, 'model_name_suffix': '', 'savedir': 'runs/ours/step2-BDD', **options}))
     assert name() == 'ours-step2-BDD'

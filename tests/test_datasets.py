@@ -67,6 +67,8 @@ def test_a_domain_is_found_by_any_of_its_names_in_any_case():
     assert [index_among(names, name, 'x') for name in ('mytown', 'MyTown', 'CS', 'CITY', 'cityscapes')] == [0, 0, 1, 1, 1]
     with pytest.raises(UserError, match='x.pth knows MyTown, cityscapes, not BDD'):
         index_among(names, 'BDD', 'x.pth')
+    with pytest.raises(UserError, match=r'not mytwn \(did you mean MyTown\?\)'):
+        index_among(names, 'mytwn', 'x.pth')
 
 
 def test_aliases_and_class_counts():

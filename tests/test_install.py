@@ -103,7 +103,7 @@ def test_a_checkout_has_its_folders_as_names_too():
     assert build_model is mdil.models.build_model
 
 
-def test_python_m_mdil_lists_and_runs_tools(capsys):
+def test_python_m_mdil_lists_and_runs_tools():
     listed = run_script('-m', 'mdil').stdout
     assert all(f'  {name} ' in listed and about in listed for name, (_, about) in TOOLS.items())
     with pytest.raises(UserError, match="^'trian' is not a tool; choose from train, eval"):

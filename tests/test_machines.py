@@ -57,7 +57,7 @@ def test_two_machines_learn_the_same_weights_and_go_on_when_one_was_killed(toy, 
     assert checkpoint.read(tmp_path / 'alone/checkpoint.pth.tar')['epoch'] == 1
 
 
-def test_folders_that_machines_do_not_share_are_said(toy, tmp_path, monkeypatch):
+def test_folders_that_machines_do_not_share_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'agreed', lambda numbers, place: numbers == [-1, -1] and place.world == 2)
     with pytest.raises(UserError, match='the processes find different checkpoints there; use a folder that all'):
         train.learn(train.parse_train(['--domains', 'CS', '--savedir', str(tmp_path), '--resume']), Place(CPU))

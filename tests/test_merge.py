@@ -111,7 +111,7 @@ def test_the_differences_of_each_seed_are_shown_on_request(tmp_path, capsys):
     assert 'seed 0' not in text and 'after every step' not in text and 'worse' not in text.split('in the lead over')[1]
 
 
-def test_what_rounding_leaves_of_equal_scores_is_no_difference(tmp_path):
+def test_what_rounding_leaves_of_equal_scores_is_no_difference():
     assert less({0: [0.1 + 0.2, None]}, {0: [0.3, 1.0]}) == {0: [0.0, None]}
 
 
@@ -138,7 +138,7 @@ def test_a_run_of_all_orders_has_one_result(tmp_path):
         merge.main(paths)
 
 
-def test_forward_transfer_is_of_the_domains_after_the_first(tmp_path):
+def test_forward_transfer_is_of_the_domains_after_the_first():
     """The scores of a joint run are sorted by name."""
     figures = figures_of(('b', 'a'), [{'a': 30.0, 'b': 40.0}], {'a': 25.0, 'b': 40.0})
     assert figures['forward_transfer'] == 5.0 and figures['new'] == 30.0

@@ -286,7 +286,7 @@ def events(monkeypatch):
     return Event
 
 
-def test_the_check_of_a_batch_does_not_wait_for_the_next_one(fake_gpu, events, monkeypatch):
+def test_the_check_of_a_batch_does_not_wait_for_the_next_one(fake_gpu, events):
     """`.item()` and `if tensor` wait for all that the GPU was given; fake tensors refuse both."""
     run = SimpleNamespace(place=Place(torch.device('cuda')), totals={}, batch=0, last=None, epoch=0)
     run.check_last = partial(Run.check_last, run)

@@ -21,6 +21,7 @@ from mdil.training.step_loss import mean_over_batch
 from mdil.utils import parallel, precision
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
+from tests.conftest import run_script
 from tests.fill import inputs
 from tests.test_speed import OPTIONS, distance, gradients_of, step_of
 
@@ -145,6 +146,13 @@ def test_a_session_leaves_torchs_settings_as_they_were(monkeypatch):
         building.seed_everything(0, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_session_that_changes_no_setting_does_not_import_torchs_compiler():
+    """A signal may arrive while torch imports it; importing the rest of it then fails and hides why the run ended."""
+    code = ("import sys; from mdil.utils.parallel import session\nwith session('cpu'): pass\n"
+            "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])")
+    assert run_script('-c', code).stdout.strip() == '[]'
 
 
 def test_processes_that_cannot_meet_say_where(monkeypatch):

@@ -196,7 +196,7 @@ def test_native_pictures_have_the_labels_size(toy, networks, tmp_path):
     assert Image.open(next((tmp_path / 'o').rglob('0*.png'))).size[0] >= 3 * 128
 
 
-def test_figures_take_dollar_signs_and_odd_names_as_they_are(tmp_path, networks):
+def test_figures_take_dollar_signs_and_odd_names_as_they_are(tmp_path):
     domain = types.SimpleNamespace(name='a$b_$c', classes=('$x$', 'y_2'), colors=((1, 2, 3), (4, 5, 6)))
     pictures.save_confusion(tmp_path / 'x.svg', torch.ones(3, 3, dtype=torch.int64), domain)
     assert b'<svg' in (tmp_path / 'x.svg').read_bytes()

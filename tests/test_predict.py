@@ -541,7 +541,7 @@ def test_a_list_names_one_file_a_line(tmp_path):
     assert [source.path.name for source in find_sources([tmp_path / 'list.txt'])] == [name.strip() for name in names]
 
 
-def test_a_phones_picture_is_turned_upright(model, state, photos, tmp_path):
+def test_a_phones_picture_is_turned_upright(state, photos, tmp_path):
     image = Image.open(photos / 'a.png')
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -652,7 +652,7 @@ def test_a_video_without_av_says_what_to_install(monkeypatch, state, tmp_path, c
     assert end.value.code == 2 and capsys.readouterr().err.endswith('error: av is missing: pip install av\n')
 
 
-def test_the_frames_of_a_video(model, state, tmp_path):
+def test_the_frames_of_a_video(state, tmp_path):
     av = pytest.importorskip('av', reason='av reads videos')
     with av.open(str(tmp_path / 'drive.mp4'), 'w') as container:
         stream = container.add_stream('mpeg4', rate=5)

@@ -275,7 +275,7 @@ def test_losses_take_logits_of_any_strides():
     assert torch.allclose(a.grad, b.grad)
 
 
-def test_synchronised_batch_norms_freeze_like_plain_ones(monkeypatch):
+def test_synchronised_batch_norms_freeze_like_plain_ones():
     model = build_model([4, 5])
     keys = list(model.state_dict())
     options = parse_train(['--domains', 'camvid', '--savedir', 'x', '--sync-bn'])

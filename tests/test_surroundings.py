@@ -119,7 +119,7 @@ def test_numbers_that_no_generator_or_float_takes_are_refused(arguments, message
         parse_train(['--domains', 'CS', 'BDD', '--state', 'x', '--savedir', 'S', *arguments])
 
 
-def test_the_largest_seed_is_one(toy):
+def test_the_largest_seed_is_one():
     options = parse_train(['--domains', 'CS', '--savedir', 'S', '--seed', str(2 ** 63 - 1)])
     building.seed_everything(options.seed)
     assert len(TrainBatches(4, 2, options.seed).order()) == 4
@@ -151,7 +151,7 @@ def test_one_image_of_one_value_more_than_fits_is_refused(toy):
         domain_data.build_data(options, Place(CPU, 0, 7))
 
 
-def test_a_rank_without_validation_images_validates_too(toy, monkeypatch):
+def test_a_rank_without_validation_images_validates_too(monkeypatch):
     """The sum over all ranks waits for it."""
     val = make_loader([], EvalBatches(1, 1, rank=1, world=2), 0, False)
     data = SimpleNamespace(val=val, index=0, class_weights=None, domain=DOMAINS['BDD'])

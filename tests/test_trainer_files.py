@@ -150,6 +150,11 @@ def test_the_earlier_name_runs_the_same_commands():
     assert script('ours', '--dry-run', 'HEIGHT=256') == script('mdil', '--dry-run', 'HEIGHT=256')
 
 
+def test_a_missing_data_folder_is_one_line(tmp_path):
+    said = script('mdil', f'DATA={tmp_path}/nowhere', f'OUT={tmp_path}/out', f'PYTHON={sys.executable}', expect=2)
+    assert said.strip() == f'error: DATA={tmp_path}/nowhere is not a folder; name the folder that holds the data sets'
+
+
 def test_help_and_unknown_arguments():
     assert 'DOMAINS=' in script('mdil', '--help')
     assert "unknown argument '--nonsense'" in script('mdil', '--nonsense', expect=2)
@@ -209,7 +214,7 @@ def test_quotes_in_train_args_keep_spaces_and_nothing_is_expanded_or_run(tmp_pat
     assert words[words.index('--model-name-suffix') + 1] == '$(touch'
 
 
-def test_paths_with_spaces_and_home(tmp_path):
+def test_paths_with_spaces_and_home():
     option = parse_train(commands(script('mdil', '--dry-run', 'DATA=~/my data', 'OUT=a b', 'DOMAINS=CS'))[0])
     assert (option.data_root, option.savedir) == (os.path.expanduser('~/my data'), 'a b/mdil/step1-CS')
 
@@ -353,7 +358,7 @@ def test_later_domains_are_learnt_at_once_from_the_first_and_joined(toy, tmp_pat
         assert torch.equal(joined['state_dict'][f'decoder.{number}.output_conv.weight'], learnt['decoder.1.output_conv.weight'])
 
 
-def test_one_gpu_means_one_of_several(tmp_path):
+def test_one_gpu_means_one_of_several():
     assert {option.parallel for option in map(parse_train, commands(script('mdil', '--dry-run')))} == {'none'}
     assert {option.parallel for option in map(parse_train, commands(script('mdil', '--dry-run', 'GPUS=2')))} == {'auto'}
 
@@ -364,7 +369,7 @@ def test_domains_learnt_at_once_share_out_the_gpus_that_were_assigned(tmp_path, 
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\ncase "$*" in *train.py*--state*) echo "$CUDA_VISIBLE_DEVICES" >> "$0.gpus";; esac\n')
     python.chmod(0o755)
-    script('parallel', f'OUT={tmp_path}', 'EPOCHS=1', 'GPUS=2', f'PYTHON={python}')
+    script('parallel', 'DATA=tests', f'OUT={tmp_path}', 'EPOCHS=1', 'GPUS=2', f'PYTHON={python}')
     assert sorted((tmp_path / 'python.gpus').read_text().split()) == used
 
 
@@ -373,7 +378,7 @@ def test_a_domain_that_cannot_be_learnt_at_once_is_named(tmp_path):
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\ncase "$*" in *train.py*camvid*) exit 2;; esac\n')
     python.chmod(0o755)
-    text = script('parallel', f'OUT={tmp_path}', 'DOMAINS=cityscapes BDD camvid', 'EPOCHS=1', f'PYTHON={python}', expect=2)
+    text = script('parallel', 'DATA=tests', f'OUT={tmp_path}', 'DOMAINS=cityscapes BDD camvid', 'EPOCHS=1', f'PYTHON={python}', expect=2)
     assert 'error: not learnt: camvid; see log.txt' in text
     calls = (tmp_path / 'python.calls').read_text()
     assert calls.count('train.py') == 3 and 'extract' in calls and 'branches add' not in calls

@@ -183,7 +183,7 @@ def test_multi_task_scales_the_encoders_rate_and_takes_a_batch_of_each_in_turn(t
     assert indices[1] == list(range(8)) and len(indices[0]) == 8 and set(indices[0]) == {0, 1, 2}
 
 
-def test_joint_training_with_domain_batch_norms_moves_those_of_the_batchs_domain_alone(toy):
+def test_joint_training_with_domain_batch_norms_moves_those_of_the_batchs_domain_alone():
     student = build_model([20, 27], 'multi-task-domain-bn')
     own = [[norm.running_mean for norm in batch_norms_of([student.single(domain)])] for domain in (0, 1)]
     before = [[mean.clone() for mean in means] for means in own]

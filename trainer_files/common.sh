@@ -306,7 +306,10 @@ check_data() {
         step=$((step + 1))
         [ -e "$1/step$step-$domain/opts.json" ] || [ -e "$1/$domain/opts.json" ] || ahead+=("$domain")
     done
-    [ ${#ahead[@]} -eq 0 ] || run "$PYTHON" -m mdil check --domains "${ahead[@]}" --pairs-only "${data[@]}"
+    [ ${#ahead[@]} -eq 0 ] && return
+    [ -d "$DATA" ] || [ -n "$PATHS$DRY_RUN" ] ||
+        refuse "DATA=$DATA is not a folder; name the folder that holds the data sets"
+    run "$PYTHON" -m mdil check --domains "${ahead[@]}" --pairs-only "${data[@]}"
 }
 
 # Evaluates checkpoints in step order, unless JSON has their results: evaluate_states JSON STATE...

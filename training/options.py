@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from mdil.datasets.domains import canonical, get_domain
+from mdil.losses import DISTILLATIONS
 from mdil.models.checkpoint import read_checkpoint, stated_size
 from mdil.models.methods import DEFAULT, METHODS, Method, get_method, method_name, unused
+from mdil.models.multi_domain import OLD_BN
 from mdil.models.networks import DEFAULT as ERFNET, NETWORKS, TIMM, network_name
 from mdil.training.paper import REFUSED, paper_options, translate_paper
 from mdil.training.schedules import SCHEDULES
@@ -122,10 +124,10 @@ def method_options(parser):
                        help='disable dropout in the layers that train (default: by method)')
     group.add_argument('--dropout', action='store_false', dest='no_dropout', default=argparse.SUPPRESS,
                        help='use dropout in the layers that train (default: by method)')
-    group.add_argument('--old-bn', choices=('frozen', 'batch', 'released'),
+    group.add_argument('--old-bn', choices=OLD_BN,
                        help='old branches: frozen, batch statistics without update, or as published (overwritten)'
                             + by_recipe('old_bn'))
-    group.add_argument('--distillation', choices=('kl', 'released'), help='per-pixel KL, or the published term'
+    group.add_argument('--distillation', choices=tuple(DISTILLATIONS), help='per-pixel KL, or the published term'
                             + by_recipe('distillation'))
     group.add_argument('--teacher-mode', choices=('eval', 'train'), help='mode of the frozen previous model'
                             + by_recipe('teacher_mode'))

@@ -58,11 +58,11 @@ def translate_paper(options):
     return given
 
 
-def agree(what, values):
+def agree(values):
     """The one value in {option: value} that is not None, or None; UserError if there are different ones."""
     given = {option: value for option, value in values.items() if value is not None}
     if len({str(value) for value in given.values()}) > 1:
-        raise UserError(f'{what} contradict: ' + ', '.join(f'{o} {show(v)}' for o, v in given.items()))
+        raise UserError('domain options contradict: ' + ', '.join(f'{o} {show(v)}' for o, v in given.items()))
     return next(iter(given.values()), None)
 
 
@@ -70,9 +70,9 @@ def paper_domains(paper, domains):
     """All domains in order, from the paper's options and --domains."""
     one = lambda name: canonical(name) if name else None
     many = lambda names: names and list(map(canonical, names))
-    new = agree('domain options', {'--dataset': one(paper.get('dataset')), '--dataset-new': one(paper['dataset_new'])})
+    new = agree({'--dataset': one(paper.get('dataset')), '--dataset-new': one(paper['dataset_new'])})
     old = many(paper['dataset_old'])
-    listed = agree('domain options', {'--domains': many(domains), '--datasets': many(paper['datasets'])})
+    listed = agree({'--domains': many(domains), '--datasets': many(paper['datasets'])})
     if listed is None and not new and not old and (paper['decoder'] or paper['current_task'] == 0):
         return ['cityscapes']       # the default of the published lists
     if listed is None:

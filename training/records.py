@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mdil.utils.errors import UserError, counted
-from mdil.utils.files import write_atomically, write_json
+from mdil.utils.files import write_json, write_text
 
 
 def git_revision():
@@ -106,4 +106,4 @@ def keep_metrics(folder, epoch):
     """Cuts metrics.jsonl back to the epochs up to `epoch`; a resumed run writes the later ones again."""
     lines = [line for line in read_metrics(folder) if line['epoch'] <= epoch]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
-    write_atomically(Path(folder) / 'metrics.jsonl', lambda file: file.write(text.encode()))
+    write_text(Path(folder) / 'metrics.jsonl', text)

@@ -52,8 +52,7 @@ def kept_settings():
     benchmark, legacy, tf32 = cudnn.benchmark, None, (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
     with contextlib.suppress(RuntimeError):     # it cannot be read if the program has set the newer two differently
         legacy = cudnn.allow_tf32
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = deterministic_settings()
     try:
         yield
     finally:
@@ -61,7 +60,14 @@ def kept_settings():
         if legacy is not None:
             cudnn.allow_tf32 = legacy
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = tf32
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if deterministic_settings() != deterministic:   # the call imports torch's compiler, which takes seconds
+            enabled, warn_only = deterministic
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def deterministic_settings():
+    """Whether torch uses deterministic algorithms, and whether it only warns where there are none."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import check_alone
+from mdil.utils.precision import PRECISIONS
 
 SIDE, LONGEST = 8, 2 ** 16      # image sides are multiples of SIDE, up to LONGEST
 PUBLISHED_SIZE = 512, 1024      # height, width at which the published code trains
@@ -157,7 +158,7 @@ def data_paths(items):
     for item in items:
         name, equals, path = item.partition('=')
         if not (name and equals and path):
-            raise UserError(f'--data {item!r} is not NAME=PATH')
+            raise UserError(f'--data {item!r} is not NAME=PATH, such as mytown=/data/mytown')
         if paths.setdefault(name, Path(path)) != Path(path):
             raise UserError(f'--data gives two paths for {name}, {paths[name]} and {path}; give one')
     return paths
@@ -185,7 +186,7 @@ def machine_options(parser, workers=2, precision='fp32', work='loader processes'
     """Adds `--device`, `--precision` and `--num-workers`, with their defaults; work: what the workers are."""
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N, or another torch device, such as mps')
-    group.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default=precision,
+    group.add_argument('--precision', choices=tuple(PRECISIONS), default=precision,
                        help='autocast type' + ('' if precision else ' (default: fp32)'))
     group.add_argument('--num-workers', type=natural, default=workers, help=work)
     return group

@@ -8,6 +8,7 @@ import torch
 
 from mdil.utils.errors import UserError
 
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}     # type that autocast uses, if any
 # A processor's feature flags for bf16 arithmetic: two for x86, one for Arm.
 BF16_FEATURES = {'avx512_bf16', 'amx_bf16', 'bf16'}
 # Values of the instruction-set limits of oneDNN and ATen that rule it out.
@@ -64,6 +65,6 @@ def memory_format(device, precision):
 
 
 def autocast(device, precision):
-    """Autocast context of `precision`: 'fp32' (none), 'bf16' or 'fp16'."""
-    dtype = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
+    """Autocast context of `precision`, one of PRECISIONS."""
+    dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()

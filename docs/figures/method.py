@@ -22,10 +22,10 @@ def arrow(axis, start, end, **keywords):
                                                   'linewidth': 1, 'shrinkA': 0, 'shrinkB': 0, **keywords}))
 
 
-def per_domain(axis, x, y, width, text, height=0.42):
+def per_domain(axis, x, y, width, text):
     """A box for each domain, one below the other."""
     for number, color in enumerate(DOMAINS.values()):
-        box(axis, x, y - STEP * (number - 1), width, height, text, color)
+        box(axis, x, y - STEP * (number - 1), width, 0.42, text, color)
 
 
 def draw_block(axis):
