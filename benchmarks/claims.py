@@ -37,6 +37,7 @@ PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
 # The same in the reverse order.
 REVERSED = {words: (file, row) for (words, (_, row)), file in
             zip(PAPER.items(), ('released-order2', 'mdil-shared-order2', 'mdil-rates-order2'))}
+TUNED_ALIKE = {FIRST: 'tuned-alike', REVERSE: 'tuned-alike-fine-tune-order2'}      # files of fine-tuning at 1e-3
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
@@ -48,8 +49,8 @@ the terms. A difference is of two rows, paired by seed: mean and sample standard
 95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed.'''
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
-VALIDATED = ('joint-mixed', 'mdil-shared', 'mdil-shared-order2', 'mdil-rates-order2', 'released-order2',
-             'fast-fine-tune-order2', 'toy-released')         # files that have both
+VALIDATED = ('joint-mixed', 'long-mixed', 'tuned-alike-fine-tune-order2', 'mdil-shared', 'mdil-shared-order2',
+             'mdil-rates-order2', 'released-order2', 'fast-fine-tune-order2', 'toy-released')     # files that have both
 
 
 class Scores(NamedTuple):
@@ -157,13 +158,19 @@ def published_loops():
     for name in ('cityscapes', 'camvid'):
         yield f'published loops, old statistics restored, {TITLES[name]}', recovered('released', 'kept', name)
     yield 'published loops, old statistics restored, both', recovered('released', 'kept', 'cityscapes', 'camvid')
+    for order, source in TUNED_ALIKE.items():
+        yield from changed(f'fine-tuning{said(order)}', scores(source, tuned, order), copies_of(source, tuned, order),
+                           order)
+        for name in order.split()[:2]:
+            yield f'fine-tuning, statistics estimated anew{said(order)}, {TITLES[name]}', recovered(
+                tuned, 'estimated', name, file=source, order=order)
+            yield f'fine-tuning, old statistics restored{said(order)}, {TITLES[name]}', recovered(
+                tuned, 'kept', name, file=source, order=order)
     for name in ('cityscapes', 'camvid'):
         yield f'fine-tuning against `adapters-only`, {TITLES[name]}', points(
             scores(file, tuned, FIRST), scores(file, 'adapters-only', FIRST), name)
         yield f'fine-tuning at 5e-4 against `adapters-only`, {TITLES[name]}', points(
             scores('orders', 'fine-tune', FIRST), scores('orders', 'adapters-only-lr-1e-3-no-dropout', FIRST), name)
-        yield f'fine-tuning, statistics estimated anew, {TITLES[name]}', recovered(tuned, 'estimated', name)
-        yield f'fine-tuning, old statistics restored, {TITLES[name]}', recovered(tuned, 'kept', name)
     for name in REVERSE.split()[:2]:
         yield f'published loops, old statistics restored, reverse order, {TITLES[name]}', recovered(
             'released', 'kept', name, file='released-order2', order=REVERSE)
@@ -237,6 +244,13 @@ def long_training():
     for words, order in ORDERS.items():
         yield from against(f'`adapters-only` against joint training, {words}', own[words], joint, order.split())
     yield from against('joint training against separate networks', joint, separate, FIRST.split())
+    mixed, estimated = (scores('long-mixed', f'multi-task-mixed {FAST}', FIRST, column)
+                        for column in (TRAINED, 'estimated'))
+    yield from against('`multi-task-mixed` against separate networks', mixed, separate, FIRST.split())
+    yield from against('`multi-task-mixed` against `multi-task-adapters`', mixed, joint, FIRST.split())
+    yield from against('`adapters-only` against `multi-task-mixed`, first order', own['first order'], mixed,
+                       FIRST.split())
+    yield '`multi-task-mixed`, statistics estimated per domain, CamVid', points(estimated, mixed, 'camvid')
     mdil = scores('long-mdil long-mdil-seed2', MDIL, FIRST)
     yield '`mdil` against separate networks', relative(mdil, separate)
     yield '`mdil` against `adapters-only`', relative(mdil, own['first order'])
@@ -272,7 +286,8 @@ def one_rate():
     yield 'separate networks against plain ones', relative(separate, plain)
     yield from over_both('`adapters-only`, first order,', own)
     yield from over_both('`adapters-only`, reverse order,', turned)
-    yield from over_both('fine-tuning', scores(three, f'fine-tune {ALIKE}', FIRST))
+    for order, file in TUNED_ALIKE.items():
+        yield from over_both(f'fine-tuning{said(order)}', scores(file, f'fine-tune {ALIKE}', order))
     for words, order, file in (('', FIRST, three), (', reverse order,', REVERSE, 'released-order2')):
         yield from over_both(f'`released`{words}', scores(file, 'released', order))
         yield from over_both(f'`released`{words or ","} old statistics kept,', scores(file, 'released', order, 'kept'))
