@@ -117,7 +117,7 @@ def test_what_a_library_cannot_write_is_said_in_a_line(state, tmp_path, monkeypa
     (['x.onnx', '--format', 'onnx', '--domain', 'IDD'], 'the network knows cityscapes, camvid, not IDD'),
     (['x.bin', '--format', 'onnx', '--domain', 'CS'], 'OUT must end in .onnx'),
     (['x.XML', '--format', 'openvino', '--domain', 'CS'], 'OUT must end in .xml'),
-    (['x', '--domain', 'CS'], 'leave out --domain'),
+    (['x', '--domain', 'CS'], 'OUT must end in one of'),
     (['x', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
     (['x', '--domains', 'CS', 'camvid', 'IDD'], '--domains cityscapes camvid IDD contradicts'),
     (['x.pt2', '--domain', 'CS', '--domains', 'IDD', 'camvid'], '--domains IDD camvid contradicts'),
