@@ -1,6 +1,9 @@
 """What a run says and leaves of its epochs: validations, the best and the last, TensorBoard."""
 import contextlib
+import io
 import json
+import platform
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -166,7 +169,21 @@ def test_nothing_is_said_of_a_checkpoint_without_records(tmp_path):
     assert epochs.training_of(tmp_path / 'copy.pth.tar') is None
 
 
-@pytest.mark.parametrize('device, says', [('cpu', 'CPU, 1 thread'), ('mps', 'mps')])
+@pytest.mark.parametrize('device, says', [('cpu', 'Xeon, AVX2, 1 thread'), ('mps', 'mps')])
 def test_the_device_is_recorded_that_was_used(device, says, monkeypatch):
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    monkeypatch.setattr(records, 'processor', lambda: 'Xeon, AVX2')
     assert records.environment(torch.device(device))['device'] == says
+
+
+def test_the_processor_has_a_name_with_and_without_linux(monkeypatch):
+    monkeypatch.setattr(records, 'open', lambda path: io.StringIO('processor : 0\nmodel name\t: A CPU: B\nmodel name\t: C\n'),
+                        raising=False)
+    assert re.fullmatch(r'A CPU: B, \w+', records.processor())
+    monkeypatch.setattr(records, 'open', missing, raising=False)
+    monkeypatch.setattr(platform, 'processor', lambda: '')
+    assert records.processor().startswith(f'{platform.machine()}, ')
+
+
+def missing(path):
+    raise FileNotFoundError(path)
