@@ -158,6 +158,7 @@ def test_a_missing_data_folder_is_one_line(tmp_path):
 def test_help_and_unknown_arguments():
     assert 'DOMAINS=' in script('mdil', '--help')
     assert "unknown argument '--nonsense'" in script('mdil', '--nonsense', expect=2)
+    assert "unknown argument 'DOMAIN=CS'; did you mean DOMAINS?" in script('mdil', 'DOMAIN=CS', expect=2)
     for setting in ('METHODS', 'RECIPES'):
         assert f'this script does not read {setting}; ablations.sh does' in script('mdil', f'{setting}=lwf', expect=2)
 

@@ -58,6 +58,7 @@ read_arguments() {
             DATA=*|PATHS=*|OUT=*|DOMAINS=*|EPOCHS=*|BATCH=*|HEIGHT=*|WIDTH=*|SEED=*|GPUS=*|NODES=*|HOST=*|NODE=*|WORKERS=*|EVALUATE=*|ENCODER=*|NETWORK=*|WEIGHTS=*|RECIPE=*|SELECT=*|METRIC=*|TRAIN_ARGS=*|PYTHON=*|METHODS=*|RECIPES=*)
                 [ -n "${!name+set}" ] || [ "$name" = PYTHON ] || refuse "this script does not read $name; ablations.sh does$([ "$name" = RECIPES ] || echo ', multi_task.sh too')"
                 printf -v "$name" '%s' "${argument#*=}" ;;
+            DOMAIN=*|EPOCH=*|GPU=*|METHOD=*|PATH=*|WORKER=*) refuse "unknown argument '$argument'; did you mean ${name}S?" ;;
             *) refuse "unknown argument '$argument'; --help lists them" ;;
         esac
     done
