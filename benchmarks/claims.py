@@ -38,6 +38,12 @@ PAPER = {"`mdil` at the paper's rates": ('mdil-rates', 'mdil'),
 REVERSED = {words: (file, row) for (words, (_, row)), file in
             zip(PAPER.items(), ('released-order2', 'mdil-shared-order2', 'mdil-rates-order2'))}
 TUNED_ALIKE = {FIRST: 'tuned-alike', REVERSE: 'tuned-alike-fine-tune-order2'}      # files of fine-tuning at 1e-3
+# adapters-only in both orders, trained on each of two processors; rows are compared with those of their own.
+EPYC_OWN = {FIRST: 'tuned-alike-adapters', REVERSE: 'tuned-alike-order2'}
+XEON_OWN = {FIRST: 'adapters-worth', REVERSE: 'adapters-only-order2-xeon'}
+XEON = {*XEON_OWN.values(), 'fast-fine-tune-order2', 'joint-mixed', 'long-fine-tune-order2', 'long-mixed',
+        'mdil-rates-order2', 'mdil-shared', 'mdil-shared-order2', 'released-order2', 'toy-released',
+        'tuned-alike-fine-tune-order2'}       # files trained on an Intel Xeon, the others on an AMD EPYC
 TITLES = {'cityscapes': 'Cityscapes', 'camvid': 'CamVid', 'idd-lite': 'IDD-Lite'}
 ORDERS = {'first order': FIRST, 'reverse order': REVERSE}
 CONFIDENCE = 0.95
@@ -46,11 +52,13 @@ HEAD = '''# Every comparison
 Written by `python -m benchmarks.claims --markdown docs/comparisons.md` from files in `benchmarks/results/forgetting/`
 (`repair`: one level up), which the last column names. The sections are those of [results](results.md), which explains
 the terms. A difference is of two rows, paired by seed: mean and sample standard deviation over n seeds, with p and the
-95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed.'''
+95 % interval of a two-sided t test. Bold: p < 0.01. `--per-seed` prints the difference of each seed. †: the two rows
+ran on two processors, where the same seed gives different runs, so pairing by seed removes little of the spread.'''
 STORED_FILES = 'Stored results'      # title of the table of files
 BEST = 'Best epoch or last'          # title of the table of both
-VALIDATED = ('joint-mixed', 'long-mixed', 'tuned-alike-fine-tune-order2', 'mdil-shared', 'mdil-shared-order2',
-             'mdil-rates-order2', 'released-order2', 'fast-fine-tune-order2', 'toy-released')     # files that have both
+VALIDATED = ('joint-mixed', 'long-mixed', 'tuned-alike-fine-tune-order2', *XEON_OWN.values(), 'mdil-shared',
+             'mdil-shared-order2', 'mdil-rates-order2', 'released-order2', 'fast-fine-tune-order2',
+             'long-fine-tune-order2', 'toy-released')         # files that have both
 
 
 class Scores(NamedTuple):
@@ -257,6 +265,7 @@ def long_training():
     plain = together(scores('long-camvid', PLAIN), scores('long-plain', PLAIN))
     yield from against('plain separate networks against separate networks', plain, separate, FIRST.split())
     yield from fine_tuning('long-fine-tune', plain, separate, own['first order'])
+    yield from fine_tuning('long-fine-tune-order2', plain, separate, own['reverse order'], REVERSE)
 
 
 def short_training():
@@ -276,9 +285,9 @@ def short_training():
 
 def one_rate():
     """Rows at 1e-3 without dropout."""
-    five, three = 'tuned-alike-adapters', 'tuned-alike'
+    five, three = EPYC_OWN[FIRST], 'tuned-alike'
     plain, separate = scores(five, f'single-task {ALIKE}'), scores(five, f'single-task-adapters {ALIKE}')
-    own, turned = scores(five, 'adapters-only', FIRST), scores('tuned-alike-order2', 'adapters-only', REVERSE)
+    own, turned = (scores(EPYC_OWN[order], 'adapters-only', order) for order in (FIRST, REVERSE))
 
     def over_both(words, found):
         yield f'{words} against plain separate networks', relative(found, plain)
@@ -288,20 +297,35 @@ def one_rate():
     yield from over_both('`adapters-only`, reverse order,', turned)
     for order, file in TUNED_ALIKE.items():
         yield from over_both(f'fine-tuning{said(order)}', scores(file, f'fine-tune {ALIKE}', order))
+    yield from without_adapters(over_both)
     for words, order, file in (('', FIRST, three), (', reverse order,', REVERSE, 'released-order2')):
         yield from over_both(f'`released`{words}', scores(file, 'released', order))
         yield from over_both(f'`released`{words or ","} old statistics kept,', scores(file, 'released', order, 'kept'))
-    for order, rows, other, published in ((FIRST, PAPER, own, three), (REVERSE, REVERSED, turned, 'released-order2')):
+    for order, rows, published in ((FIRST, PAPER, three), (REVERSE, REVERSED, 'released-order2')):
         for words, (file, row) in rows.items():
             yield from over_both(f'{words}{said(order)},', scores(file, row, order))
-        yield from corrected_loops(order, rows, other, published)
+        yield from corrected_loops(order, rows, published)
     yield 'fine-tuned copies against plain separate networks, both at 5e-4', relative(
         scores('orders', 'fine-tune-copies', FIRST), scores('orders', 'single-task'))
-    yield from joint_training(over_both, own)
+    yield from joint_training(over_both)
 
 
-def joint_training(over_both, own):
-    """Claims about joint training at 1e-3 without dropout; own: scores of adapters-only."""
+def without_adapters(over_both):
+    """Claims about what adapters are worth, and what another processor changes."""
+    words = 'without adapters (`domain-bn`, shared weights frozen)'
+    bare = scores(XEON_OWN[FIRST], f'domain-bn {ALIKE} --shared-lr 0', FIRST)
+    yield from over_both(words, bare)
+    yield from against(f'{words} against `adapters-only`', bare, scores(XEON_OWN[FIRST], 'adapters-only', FIRST),
+                       FIRST.split())
+    for order in ORDERS.values():
+        one, other = (scores(own[order], 'adapters-only', order) for own in (XEON_OWN, EPYC_OWN))
+        yield from over_both(f'`adapters-only` on an Intel Xeon{said(order)},', one)
+        yield from against(f'`adapters-only` on an Intel Xeon against on an AMD EPYC{said(order)}', one, other,
+                           order.split())
+
+
+def joint_training(over_both):
+    """Claims about joint training at 1e-3 without dropout."""
     in_turn = partial(scores, 'tuned-alike', f'multi-task {ALIKE}', FIRST)
     mixed = partial(scores, 'joint-mixed', f'multi-task-mixed {ALIKE}', FIRST)
     rows = {'`multi-task`': in_turn(), '`multi-task`, statistics estimated per domain,': in_turn('estimated'),
@@ -313,19 +337,22 @@ def joint_training(over_both, own):
         yield f'`multi-task-mixed` against {words.rstrip(",")}', relative(mixed(), found)
     for words, found in (('`multi-task`', in_turn), ('`multi-task-mixed`', mixed)):
         yield f'{words}, statistics estimated per domain, against as trained', relative(found('estimated'), found())
-    yield from against('`adapters-only` against `multi-task-mixed`', own, mixed(), FIRST.split())
-    yield '`adapters-only` against `multi-task-adapters`', relative(own, rows['`multi-task-adapters`'])
+    yield from against('`adapters-only` against `multi-task-mixed`', scores(XEON_OWN[FIRST], 'adapters-only', FIRST),
+                       mixed(), FIRST.split())
+    yield '`adapters-only` against `multi-task-adapters`', relative(scores(EPYC_OWN[FIRST], 'adapters-only', FIRST),
+                                                                   rows['`multi-task-adapters`'])
 
 
-def corrected_loops(order, rows, own, published):
+def corrected_loops(order, rows, published):
     """Claims about the paper's method in an order: its rows {words: (stored file, row)}, at its own rates first.
 
-    own: scores of adapters-only; published: stored file of the published loops.
+    published: stored file of the published loops.
     """
     where = said(order)
     for words, (file, row) in rows.items():
-        found = scores(file, row, order)
-        yield from against(f'{words}{where}, against `adapters-only`', found, own, order.split())
+        found, own = scores(file, row, order), (XEON_OWN if file in XEON else EPYC_OWN)[order]
+        yield from against(f'{words}{where}, against `adapters-only`', found, scores(own, 'adapters-only', order),
+                           order.split())
         yield from changed(f'{words}{where}', found, copies_of(file, row, order), order)
     words, (file, row) = next(iter(rows.items()))
     for name in order.split():
@@ -447,8 +474,10 @@ def line(words, difference):
 
 
 def named(files):
-    """The names of stored files; of a numbered series, the first and the last."""
-    return f'{files[0]} to {files[-1]}' if len(files) > 4 else ' '.join(files)
+    """The names of stored files; of a numbered series, the first and the last; † if they are of two processors."""
+    mark = ' †' if 0 < sum(file in XEON for file in files) < len(files) else ''
+    series = len(files) > 4 and files[0][:-1] == files[-1][:-1]
+    return (f'{files[0]} to {files[-1]}' if series else ' '.join(files)) + mark
 
 
 def section_table(title):
@@ -457,7 +486,7 @@ def section_table(title):
         return Table(title, 'best', ['row', 'domain', 'best minus last epoch', 'n', 'stored in'], [list(best_lines())])
     if title == STORED_FILES:
         used = {file for claims in SECTIONS.values() for _, difference in claims() for file in difference.files}
-        return Table(title, 'stored', ['file', 'revision', 'torch', 'precision', 'seeds'],
+        return Table(title, 'stored', ['file', 'revision', 'processor', 'torch', 'precision', 'seeds'],
                      [list(map(provenance, sorted(used)))])
     return Table(title, 'claims', ['comparison', 'difference', 'n', 'p', f'{100 * CONFIDENCE:.0f} % interval',
                                    'stored in'], [list(starmap(line, SECTIONS[title]()))])
@@ -479,7 +508,8 @@ def provenance(name):
     content = stored(name)
     versions, settings = content['versions'], content.get('options', content.get('protocol'))
     revision, _, changed = versions['git'].partition('-')
-    return [name, revision[:7] + (' with uncommitted changes' if changed else ''), versions['torch'],
+    return [name, revision[:7] + (' with uncommitted changes' if changed else ''),
+            'Intel Xeon' if name in XEON else 'AMD EPYC', versions['torch'],
             settings['precision'], ' '.join(map(str, settings.get('seeds', [name[-1]])))]
 
 
