@@ -17,6 +17,7 @@ from mdil.evaluation.history import StepRecord
 from mdil.evaluation.evaluation import Score
 from mdil.evaluation.scalars import Scalars
 from mdil.training import options, records
+from mdil.utils import precision
 from mdil.utils.errors import UserError
 from mdil.utils.parallel import Place
 
@@ -177,10 +178,10 @@ def test_the_device_is_recorded_that_was_used(device, says, monkeypatch):
 
 
 def test_the_processor_has_a_name_with_and_without_linux(monkeypatch):
-    monkeypatch.setattr(records, 'open', lambda path: io.StringIO('processor : 0\nmodel name\t: A CPU: B\nmodel name\t: C\n'),
+    monkeypatch.setattr(precision, 'open', lambda path: io.StringIO('processor : 0\nmodel name\t: A CPU: B\nmodel name\t: C\n'),
                         raising=False)
     assert re.fullmatch(r'A CPU: B, \w+', records.processor())
-    monkeypatch.setattr(records, 'open', missing, raising=False)
+    monkeypatch.setattr(precision, 'open', missing, raising=False)
     monkeypatch.setattr(platform, 'processor', lambda: '')
     assert records.processor().startswith(f'{platform.machine()}, ')
 

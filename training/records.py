@@ -10,6 +10,7 @@ import torch
 
 from mdil.utils.errors import UserError, counted
 from mdil.utils.files import write_json, write_text
+from mdil.utils.precision import cpu_info
 
 
 def git_revision():
@@ -30,11 +31,7 @@ def processor():
 
     Runs on two models are not bit-equal, even with the same seed.
     """
-    try:
-        with open('/proc/cpuinfo') as file:
-            models = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
-    except OSError:
-        models = []
+    models = cpu_info('model name')
     name = models[0] if models else platform.processor() or platform.machine()
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 

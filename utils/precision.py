@@ -15,14 +15,19 @@ BF16_FEATURES = {'avx512_bf16', 'amx_bf16', 'bf16'}
 WITHOUT_BF16 = {'SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI'}
 
 
-@functools.cache
-def cpu_features():
-    """The processor's feature flags from Linux's /proc/cpuinfo; empty on other systems."""
+def cpu_info(*names):
+    """Values of the lines of /proc/cpuinfo that begin with one of `names`, in lower case; [] where Linux is not."""
     try:
         with open('/proc/cpuinfo') as file:
-            return {word for line in file if line.lower().startswith(('flags', 'features')) for word in line.split()}
+            return [line.partition(':')[2].strip() for line in file if line.lower().startswith(names)]
     except OSError:
-        return set()
+        return []
+
+
+@functools.cache
+def cpu_features():
+    """The processor's feature flags, where Linux states them."""
+    return {word for flags in cpu_info('flags', 'features') for word in flags.split()}
 
 
 def without_bf16(device):
